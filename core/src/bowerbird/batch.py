@@ -1,0 +1,23 @@
+"""The keys that a batch may have. A batch is a plain ``dict``; data sets say which keys they provide, methods which they need."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Batch = dict[str, Any]
+
+# key -> shape and meaning. B batch, T frames, H x W pixels, L tokens, R regions, D width.
+BATCH_KEYS: dict[str, str] = {
+    "image": "float32 (B, 3, H, W), normalised as the encoder's preprocessing says",
+    "video": "float32 (B, T, 3, H, W)",
+    "text": "dict with input_ids int64 (B, L) and attention_mask int64 (B, L)",
+    "label": "int64 (B,), class index in 0..num_classes-1",
+    "item_id": "list of B strings, stable ids of the items",
+    "index": "int64 (B,), position of the item in its split",
+    "domain": "int64 (B,), index of the domain (style, camera, dataset)",
+    "boxes": "list of B float32 (R_i, 4), x1 y1 x2 y2 in pixels",
+    "masks": "list of B bool (R_i, H, W)",
+    "regions": "float32 (B, T, R, D), region features",
+    "frozen_features": "float32 (B, F), cached output of the encoder's frozen trunk; replaces image",
+    "old_features": "float32 (B, D_old), output of the old encoder for the same items",
+}

@@ -1,0 +1,69 @@
+"""Every error a user can cause. The command line prints them as one message and exits with code 2.
+
+The house pattern of a message: what was asked, what was found, what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class BowerbirdError(Exception):
+    """Root of all errors that carry a message for a person. ``exit_code`` is what the command line returns."""
+
+    exit_code = 2
+
+
+class InputError(BowerbirdError, ValueError):
+    """A value given by the user is outside what is accepted."""
+
+
+class UnknownNameError(InputError, LookupError):
+    """A method, split, strategy or key that does not exist; the message suggests close names."""
+
+
+class RecipeError(InputError):
+    """A recipe cannot be read, or asks for something impossible."""
+
+
+class PluginError(BowerbirdError):
+    """A plugin is broken, incompatible or missing; the original failure is chained as ``__cause__``."""
+
+
+class MissingExtraError(PluginError):
+    """An optional dependency is not installed; the message names the command that installs it."""
+
+
+class DataError(InputError):
+    """A data file (an image, a table, a vector file) cannot be used."""
+
+
+class SpaceError(InputError):
+    """Vectors of two unrelated spaces would be compared, or an encoder is not the one it claims to be."""
+
+
+class GalleryError(BowerbirdError):
+    """A gallery refuses an operation in its present state."""
+
+
+class GalleryLockedError(GalleryError):
+    """Another process writes to the gallery; the message names it."""
+
+
+class CorruptionError(GalleryError):
+    """Stored bytes differ from their checksum; the message names the file and the rows."""
+
+
+class IntegrityError(GalleryError):
+    """An item is in both parts, or in neither part, of a gallery that is being upgraded."""
+
+
+class UpgradeError(GalleryError):
+    """An upgrade step is not allowed in the present state."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`` Did you mean 'x'?`` for the closest of ``known``, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,251 @@
+"""The contracts of what records point to. Read next to ``bowerbird.batch`` (the keys of a batch).
+
+Shapes: B batch, N tokens, D embedding width, C classes, Q queries, k results.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from torch import Tensor, nn
+
+from bowerbird.batch import Batch
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from bowerbird.data.images import Preprocessing
+
+
+@dataclass(frozen=True)
+class Features:
+    """What an encoder returns.
+
+    Attributes:
+        pooled: ``(B, D)``, one embedding per item, not normalised.
+        tokens: ``(B, N, D')`` patch or word tokens, or ``None``.
+        grid: ``(rows, columns)`` of the tokens, or ``None``.
+        mask: ``(B, N)``, ``True`` where a token is real, or ``None``.
+    """
+
+    pooled: Tensor
+    tokens: Tensor | None = None
+    grid: tuple[int, int] | None = None
+    mask: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """``total``: the scalar to differentiate; ``parts``: its named scalar terms; ``stats``: other numbers to log."""
+
+    total: Tensor
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+    stats: Mapping[str, float] = field(default_factory=dict)
+
+
+class Encoder(nn.Module):
+    """Turns a batch into features. ``embed_dim`` is D of ``Features.pooled``.
+
+    ``preprocessing`` says how an image file becomes the ``image`` key; ``None`` for encoders that take no images.
+    """
+
+    embed_dim: int
+    preprocessing: Preprocessing | None = None
+
+    @classmethod
+    def build(cls, config: Any) -> Self:
+        """The encoder that ``config`` (an instance of the record's config model) describes, weights included."""
+        raise NotImplementedError(f"{cls.__name__}.build")
+
+    def forward(self, batch: Batch) -> Features:
+        raise NotImplementedError(f"{type(self).__name__}.forward")
+
+    def frozen_trunk(self, batch: Batch) -> Tensor | None:
+        """``(B, F)`` output of the part that is never trained, or ``None`` if every part is trained.
+
+        Where it returns a tensor, ``forward`` must accept a batch whose ``frozen_features`` hold that tensor in the
+        place of ``image`` and give the same features. The training loop may then run the trunk once per item.
+        """
+        return None
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A finished run, loaded: frozen encoder in eval mode, the state of its objective, and the names of its classes."""
+
+    path: Path
+    encoder: Encoder
+    objective_state: Mapping[str, Tensor]
+    classes: Sequence[str]
+    recipe: Mapping[str, Any]
+
+
+class BuildContext(ABC):
+    """What an objective may ask for while it is built."""
+
+    classes: Sequence[str]  # names of the classes of the training split; empty where there are no labels
+    total_steps: int
+    seed: int
+
+    @abstractmethod
+    def load_run(self, path: str | Path) -> TrainedRun:
+        """A finished run, given its folder. Raises ``RecipeError`` where there is none."""
+
+    @abstractmethod
+    def eval_batches(self, encoder: Encoder, keys: Sequence[str] = ("image", "label")) -> Iterator[Batch]:
+        """One ordered pass over the training split with ``encoder``'s evaluation transform, without augmentation."""
+
+
+class Objective(nn.Module):
+    """The unit that is trained and that DDP wraps: encoder, heads, teacher and loss of one method."""
+
+    encoder: Encoder
+
+    @classmethod
+    def build(cls, config: Any, encoder: Encoder, context: BuildContext) -> Self:
+        raise NotImplementedError(f"{cls.__name__}.build")
+
+    def forward(self, batch: Batch) -> LossOutput:
+        raise NotImplementedError(f"{type(self).__name__}.forward")
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Groups for the optimiser. A group may set ``lr_scale`` (default 1) and ``weight_decay`` (default: recipe's).
+
+        By default every trainable parameter, vectors and scalars without weight decay.
+        """
+        trainable = [p for p in self.parameters() if p.requires_grad]
+        matrices = [p for p in trainable if p.ndim > 1]
+        vectors = [p for p in trainable if p.ndim <= 1]
+        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+        return [group for group in groups if group["params"]]
+
+    def before_step(self, step: int) -> None:
+        """Called before the forward pass of optimiser step ``step`` (counted from 0)."""
+
+    def after_step(self, step: int) -> None:
+        """Called after the optimiser has moved: moving averages, queues."""
+
+    def on_epoch_start(self, epoch: int) -> None:
+        """Called at the start of epoch ``epoch`` (counted from 0)."""
+
+    def exported_encoder(self) -> Encoder:
+        """What is kept of the run. By default the encoder that was trained."""
+        return self.encoder
+
+
+class Dataset(ABC):
+    """Items by position, each with a stable id.
+
+    ``self[i]`` is a dict: ``image`` a ``PIL.Image`` in RGB, ``label`` an int, ``item_id`` a str, ``domain`` an int, as far as
+    the record's ``provides`` says so.
+    """
+
+    classes: Sequence[str] = ()
+    domains: Sequence[str] = ()
+
+    @classmethod
+    @abstractmethod
+    def build(cls, config: Any, split: str | None) -> Self:
+        """The items of ``split``. Raises ``UnknownNameError`` for a split that does not exist."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    @property
+    @abstractmethod
+    def item_ids(self) -> Sequence[str]:
+        """Stable, unique ids, in order of position."""
+
+    def labels(self) -> Sequence[int]:
+        """Class index of every item, without decoding images. Overridden where that is cheap."""
+        return [self[i]["label"] for i in range(len(self))]
+
+
+class Modifier(ABC):
+    """Changes a module while it trains (noise in features, sparsity)."""
+
+    @abstractmethod
+    def attach(self, module: nn.Module, total_steps: int) -> None: ...
+
+    def before_step(self, step: int) -> None:
+        """Called before the forward pass of optimiser step ``step``."""
+
+    def after_step(self, step: int) -> None:
+        """Called after the optimiser has moved."""
+
+    def finalize(self, module: nn.Module) -> nn.Module:
+        """The module without the modifier's machinery."""
+        return module
+
+    def report(self) -> Mapping[str, float]:
+        return {}
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """``summary``: named means; ``per_query``: name -> one value per query (NaN where a query is not valid)."""
+
+    summary: Mapping[str, float]
+    per_query: Mapping[str, Any] = field(default_factory=dict)
+
+
+class EvalContext(ABC):
+    """What an evaluator may ask for."""
+
+    encoder: Encoder
+
+    @abstractmethod
+    def embed(self, dataset: Dataset, encoder: Encoder | None = None) -> Any:
+        """float32 ``(len(dataset), D)`` numpy array of unit vectors, in order of position."""
+
+    @abstractmethod
+    def dataset(self, use: str, *, split: str | None = None, **config: Any) -> Dataset:
+        """A data set by name."""
+
+
+class Evaluator(ABC):
+    """A protocol: measures an encoder and keeps the values of single queries."""
+
+    @classmethod
+    @abstractmethod
+    def build(cls, config: Any) -> Self: ...
+
+    @abstractmethod
+    def run(self, context: EvalContext) -> Metrics: ...
+
+
+class Transform(nn.Module):
+    """Maps vectors of the space ``source`` to the space ``target`` (fingerprints). The direction is checked where it is used."""
+
+    source: str
+    target: str
+
+    def forward(self, vectors: Tensor) -> Tensor:  # (B, D_source) -> (B, D_target)
+        raise NotImplementedError(f"{type(self).__name__}.forward")
+
+
+def freeze(module: nn.Module) -> nn.Module:
+    """Eval mode and no gradient, for teachers and old encoders."""
+    module.eval()
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    return module
+
+
+def config_from(model: type[BaseModel] | None, values: Mapping[str, Any]) -> Any:
+    """An instance of a record's config model; ``None`` where the record has none."""
+    return None if model is None else model(**values)
+
+
+__all__ = [
+    "Batch", "BuildContext", "Dataset", "Encoder", "EvalContext", "Evaluator", "Features", "LossOutput", "Metrics",
+    "Modifier", "Objective", "TrainedRun", "Transform", "config_from", "freeze",
+]  # fmt: skip
+
