@@ -1,0 +1,159 @@
+"""Sessions of the workspace. ``nox -l`` lists them, ``nox`` runs the default ones, ``nox -s demo`` shows the product.
+
+uv makes an environment in about a second; without uv nox falls back to virtualenv.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2024.10.9"
+nox.options.default_venv_backend = "uv|virtualenv"
+nox.options.reuse_existing_virtualenvs = True
+nox.options.error_on_missing_interpreters = True
+nox.options.sessions = ["lint", "types", "core_bare", "tests", "wheels", "combined", "broken_plugins", "template", "docs"]
+
+ROOT = Path(__file__).parent
+CORE = "./core"
+# package -> (folder, what its tests need beside the package itself)
+PACKAGES = {
+    "core": (CORE, f"{CORE}[torch,transformers,lite,faiss-cpu,digits,report,tables,testing]"),
+    "compat": ("./packages/compat-plugins", f"{CORE}[torch,faiss-cpu,digits,testing]"),
+    "emoji": ("./packages/emoji-plugins", f"{CORE}[testing]"),
+}
+EVERYTHING = [
+    f"{CORE}[torch,transformers,lite,faiss-cpu,digits,report,tables,testing]",
+    *(folder for name, (folder, _) in PACKAGES.items() if name != "core"),
+]
+# One thread per test process: the tests run in parallel, and results do not depend on the number of cores.
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+OFFLINE = {"HF_HUB_OFFLINE": "1"}
+
+
+def install(session: nox.Session, *requirements: str) -> None:
+    """Install folders of this repository (editable) and requirements in one resolution, so that siblings are found."""
+    arguments = [part for r in requirements for part in (["-e", r] if r.startswith("./") else [r])]
+    session.install(*arguments)
+
+
+def pytest(session: nox.Session, *arguments: str, parallel: bool = True) -> None:
+    session.install("pytest-xdist>=3.5")
+    spread = ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "worksteal"] if parallel else []
+    session.run("pytest", "-q", *spread, *arguments, *session.posargs, env={**ONE_THREAD, **OFFLINE})
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style and formatting of every file (ruff)."""
+    session.install("ruff>=0.9")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Static types of every package (mypy)."""
+    install(session, *EVERYTHING)
+    session.install("mypy>=1.11")
+    session.run("mypy", *(str(Path(folder) / "src") for folder, _ in PACKAGES.values()))
+
+
+@nox.session
+def core_bare(session: nox.Session) -> None:
+    """Core without torch, timm or faiss: plugins, galleries, upgrades and the command line still work."""
+    install(session, f"{CORE}[testing]")
+    session.run("python", "-c", "import importlib.util as u; assert not (u.find_spec('torch') or u.find_spec('faiss'))")
+    pytest(session, "core/tests", "-m", "not slow")
+
+
+@nox.session
+@nox.parametrize("package", list(PACKAGES), ids=list(PACKAGES))
+def tests(session: nox.Session, package: str) -> None:
+    """Tests of one package with only that package and core installed: ``nox -s "tests(core)"``."""
+    folder, needs = PACKAGES[package]
+    install(session, needs, *([] if package == "core" else [folder]))
+    pytest(session, f"{folder}/tests")
+
+
+@nox.session
+def wheels(session: nox.Session) -> None:
+    """Build every wheel and install each alone (with core) in a fresh environment; it lists its methods."""
+    session.install("uv>=0.5")
+    out = Path(session.create_tmp()).resolve() / "wheels"
+    for folder, _ in PACKAGES.values():
+        session.run("uv", "build", "--quiet", "--wheel", "--out-dir", str(out), folder)
+    for name, (folder, _) in PACKAGES.items():
+        venv = Path(session.create_tmp()).resolve() / f"alone-{name}"
+        python = venv / ("Scripts" if os.name == "nt" else "bin") / "python"
+        distribution = "bowerbird-core" if name == "core" else f"bowerbird-{name}"
+        session.run("uv", "venv", "--quiet", "--clear", "--python", session.python or "python", str(venv))
+        session.run("uv", "pip", "install", "--quiet", "--python", str(python), "--find-links", str(out), distribution)
+        smoke = ROOT / folder / "tests" / "smoke.py"
+        session.run(str(python), "-I", str(smoke), external=True, env={"PYTHONPATH": ""})
+
+
+@nox.session
+def combined(session: nox.Session) -> None:
+    """Integration tests: everything that needs two or more packages."""
+    install(session, *EVERYTHING)
+    pytest(session, "integration_tests", "--ignore=integration_tests/test_broken_plugins.py", "--ignore=integration_tests/test_template.py")
+
+
+@nox.session
+def broken_plugins(session: nox.Session) -> None:
+    """Distributions that are broken in different ways: the tool names each and survives."""
+    install(session, f"{CORE}[testing]")
+    pytest(session, "integration_tests/test_broken_plugins.py")
+
+
+@nox.session
+def template(session: nox.Session) -> None:
+    """``bowerbird new-plugin``: scaffold, build, install, contract tests green, used by the command line."""
+    install(session, f"{CORE}[torch,testing]")
+    session.install("uv>=0.5", "hatchling>=1.27", "editables")
+    pytest(session, "integration_tests/test_template.py", parallel=False)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation site (strict: a broken link fails) and compare generated pages with their sources."""
+    install(session, f"{CORE}", *(folder for name, (folder, _) in PACKAGES.items() if name == "emoji"))
+    session.install("mkdocs>=1.6", "mkdocs-material>=9.5")
+    session.run("python", "docs/generate.py", "--check")
+    session.run("mkdocs", "build", "--strict", "--quiet", "--site-dir", str(Path(session.create_tmp()).resolve() / "site"))
+
+
+# ------------------------------------------------------------------------------------- not run by default
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """The main job on real images: a live gallery moves to a better model. Writes demo-out/index.html."""
+    install(session, f"{CORE}[lite,faiss-cpu,report]", "./packages/emoji-plugins", "./packages/compat-plugins")
+    session.run("bowerbird", "demo", *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def lowest(session: nox.Session) -> None:
+    """Tests of core with the lowest versions that the packages allow (needs uv)."""
+    folder, needs = PACKAGES["core"]
+    session.install("--resolution", "lowest-direct", "-e", needs, "pytest-xdist")
+    pytest(session, f"{folder}/tests")
+
+
+@nox.session
+def claims(session: nox.Session) -> None:
+    """Train for the claims of docs/claims.md and write benchmarks/claims/results (takes long)."""
+    install(session, *EVERYTHING)
+    session.run("python", "benchmarks/claims/run.py", *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Measure speed and memory against their limits and write benchmarks/results (takes long)."""
+    install(session, *EVERYTHING)
+    session.install("psutil")
+    session.run("python", "benchmarks/run.py", *session.posargs, env=OFFLINE)
