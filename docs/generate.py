@@ -1,0 +1,102 @@
+"""Write the parts of the documentation that are made from the code: method tables and the command reference.
+
+    python docs/generate.py           write them
+    python docs/generate.py --check   fail if a committed page differs from what would be written
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+KINDS = {
+    "encoder": "Encoders",
+    "objective": "Objectives",
+    "dataset": "Data sets",
+    "retriever": "Retrievers",
+    "modifier": "Modifiers",
+    "evaluator": "Evaluators",
+}
+
+
+def method_table(*, with_links: str) -> str:
+    """All records of the packages of this repository as one Markdown table per kind. ``with_links``: prefix to docs/."""
+    from bowerbird.registry import get_registry
+
+    registry = get_registry()
+    bad = [p for p in registry.plugins if p.state != "ok"]
+    if bad:
+        sys.exit(f"cannot generate: plugin {bad[0].name} is {bad[0].state}: {bad[0].detail}")
+    lines = []
+    for kind, title in KINDS.items():
+        records = registry.records(kind)
+        if not records:
+            continue
+        lines += [f"| {title} | what it is | paper |", "|---|---|---|"]
+        for record in records:
+            slug = record.name.split(":")[1]
+            page = ROOT / "docs" / "methods" / f"{slug}.md"
+            name = f"[`{record.name}`]({with_links}methods/{slug}.md)" if page.exists() else f"`{record.name}`"
+            lines.append(f"| {name} | {record.summary} | {record.paper or ''} |")
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def command_reference() -> str:
+    """``--help`` of every command, as the tool prints it at 100 columns."""
+    import click
+
+    from bowerbird.cli import main
+
+    def pages(command: click.Command, path: list[str]) -> list[str]:
+        context = click.Context(command, info_name=" ".join(path), terminal_width=100, max_content_width=100)
+        own = [f"## `{' '.join(path)}`\n\n```text\n{command.get_help(context)}\n```\n"]
+        if isinstance(command, click.Group):
+            for name in command.list_commands(context):
+                child = command.get_command(context, name)
+                if child is not None and not child.hidden:
+                    own += pages(child, [*path, name])
+        return own
+
+    return "# Command line\n\nMade by `python docs/generate.py`.\n\n" + "\n".join(pages(main, ["bowerbird"]))
+
+
+def replace_between(text: str, marker: str, new: str) -> str:
+    pattern = rf"(<!-- {marker} begin[^>]*-->\n).*?(<!-- {marker} end -->)"
+    if not re.search(pattern, text, flags=re.DOTALL):
+        sys.exit(f"no '<!-- {marker} begin -->' block found")
+    return re.sub(pattern, lambda m: m.group(1) + new + m.group(2), text, flags=re.DOTALL)
+
+
+def generated() -> dict[Path, str]:
+    readme = ROOT / "README.md"
+    intro = "# Methods\n\nMade by `python docs/generate.py` from the plugins' records. `bowerbird show NAME` prints the settings of each.\n\n"
+    return {
+        readme: replace_between(readme.read_text(), "methods", method_table(with_links="docs/")),
+        ROOT / "docs/methods/index.md": intro + method_table(with_links="").replace("(methods/", "("),
+        ROOT / "docs/reference/cli.md": command_reference(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a page is out of date")
+    check = parser.parse_args().check
+    stale = []
+    for path, text in generated().items():
+        if path.exists() and path.read_text() == text:
+            continue
+        stale.append(str(path.relative_to(ROOT)))
+        if not check:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+    if stale and check:
+        sys.exit(f"out of date: {', '.join(stale)}. Run: python docs/generate.py")
+    print("\n".join(f"wrote {path}" for path in stale) or "up to date")
+
+
+if __name__ == "__main__":
+    main()
