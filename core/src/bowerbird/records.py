@@ -6,9 +6,12 @@ A record's ``name`` is ``plugin:method``; the left part is the name of the plugi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+from bowerbird.errors import PluginError, did_you_mean
 
 API_VERSION = "1.0"  # of the hooks and records in this package; plugins declare theirs as BOWERBIRD_API
 
@@ -117,3 +120,64 @@ RECORD_TYPES: tuple[type[Record], ...] = (
     ModifierRecord,
     EvaluatorRecord,
 )
+
+# ---------------------------------------------------------------------------------------------------- checking
+
+PLUGIN_NAME = re.compile(r"[a-z0-9]+(?:[-_][a-z0-9]+)*")
+METHOD_NAME = re.compile(r"[a-z0-9]+(?:[-_.][a-z0-9]+)*")
+IMPORT_STRING = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*")
+
+
+def check_record(record: Any, *, kind: str, plugin: str) -> None:
+    """Check everything about a record that can be known without importing what it points to.
+
+    Args:
+        record: What a catalogue hook yielded.
+        kind: The kind that the hook collects.
+        plugin: Name of the plugin's entry point.
+
+    Raises:
+        PluginError: Naming the record, the field, what it holds and what is accepted.
+    """
+    expected = next(record_type for record_type in RECORD_TYPES if record_type.kind == kind)
+    if not isinstance(record, expected):
+        raise PluginError(f"yielded {record!r} where a {expected.__name__} is expected")
+    where = f"{expected.__name__}({record.name!r})"
+
+    if not isinstance(record.name, str):
+        raise PluginError(f"{where}: name must be a string")
+    left, _, method = record.name.partition(":")
+    if left != plugin or not METHOD_NAME.fullmatch(method):
+        raise PluginError(f"{where}: name must be '{plugin}:<method>' with a method of a-z, 0-9, '-', '_' and '.'")
+    if not isinstance(record.summary, str) or not record.summary.strip() or len(record.summary.splitlines()) != 1:
+        raise PluginError(f"{where}: summary must be one line of text, not {record.summary!r}")
+    if record.maturity not in MATURITIES:
+        raise PluginError(f"{where}: maturity {record.maturity!r} is not one of {', '.join(MATURITIES)}")
+    if record.paper is not None and not isinstance(record.paper, str):
+        raise PluginError(f"{where}: paper must be a string or None, not {record.paper!r}")
+    for name in ("presets", "extras"):
+        mapping = getattr(record, name)
+        if not isinstance(mapping, Mapping) or not all(
+            isinstance(item, str) for pair in mapping.items() for item in pair
+        ):
+            raise PluginError(f"{where}: {name} must map strings to strings, not {mapping!r}")
+
+    imports = {"target": record.target, **{f"presets[{key!r}]": value for key, value in record.presets.items()}}
+    if record.config is not None:
+        imports["config"] = record.config
+    for name, value in imports.items():
+        if not isinstance(value, str) or not IMPORT_STRING.fullmatch(value):
+            raise PluginError(f"{where}: {name} must be an import string 'package.module:attribute', not {value!r}")
+
+    for item in fields(record):
+        value = getattr(record, item.name)
+        # `needs="image"` instead of `needs=("image",)` would be read as five keys of one letter.
+        if item.type == "tuple[str, ...]" and not (
+            isinstance(value, tuple) and all(isinstance(part, str) for part in value)
+        ):
+            raise PluginError(f"{where}: {item.name} must be a tuple of strings, not {value!r}")
+        if item.type == "bool" and not isinstance(value, bool):
+            raise PluginError(f"{where}: {item.name} must be True or False, not {value!r}")
+    if isinstance(record, RetrieverRecord) and record.role not in RETRIEVER_ROLES:
+        hint = did_you_mean(str(record.role), RETRIEVER_ROLES)
+        raise PluginError(f"{where}: role {record.role!r} is not one of {', '.join(RETRIEVER_ROLES)}.{hint}")
