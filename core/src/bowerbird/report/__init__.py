@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from bowerbird.report.charts import Series, line_chart
-from bowerbird.report.page import data_uri, render_page, write_atomic
+from bowerbird.report.page import data_uri, render_page
 
-__all__ = ["Series", "data_uri", "line_chart", "render_page", "write_atomic"]
+__all__ = ["Series", "data_uri", "line_chart", "render_page"]

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-import os
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -35,21 +32,3 @@ def data_uri(image: Image, *, side: int = 64, format: str = "WEBP") -> str:
     out = io.BytesIO()
     small.save(out, format=format, quality=80)
     return f"data:image/{format.lower()};base64,{base64.b64encode(out.getvalue()).decode()}"
-
-
-def write_atomic(path: str | Path, text: str) -> Path:
-    """Write ``text`` so that a reader sees the old file or the new one, never a part."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return path
