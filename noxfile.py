@@ -14,7 +14,17 @@ nox.needs_version = ">=2024.10.9"
 nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.reuse_existing_virtualenvs = True
 nox.options.error_on_missing_interpreters = True
-nox.options.sessions = ["lint", "types", "core_bare", "tests", "wheels", "combined", "broken_plugins", "template", "docs"]
+nox.options.sessions = [
+    "lint",
+    "types",
+    "core_bare",
+    "tests",
+    "wheels",
+    "combined",
+    "broken_plugins",
+    "template",
+    "docs",
+]
 
 ROOT = Path(__file__).parent
 CORE = "./core"
@@ -99,7 +109,12 @@ def wheels(session: nox.Session) -> None:
 def combined(session: nox.Session) -> None:
     """Integration tests: everything that needs two or more packages."""
     install(session, *EVERYTHING)
-    pytest(session, "integration_tests", "--ignore=integration_tests/test_broken_plugins.py", "--ignore=integration_tests/test_template.py")
+    pytest(
+        session,
+        "integration_tests",
+        "--ignore=integration_tests/test_broken_plugins.py",
+        "--ignore=integration_tests/test_template.py",
+    )
 
 
 @nox.session
@@ -123,7 +138,9 @@ def docs(session: nox.Session) -> None:
     install(session, f"{CORE}", *(folder for name, (folder, _) in PACKAGES.items() if name == "emoji"))
     session.install("mkdocs>=1.6", "mkdocs-material>=9.5")
     session.run("python", "docs/generate.py", "--check")
-    session.run("mkdocs", "build", "--strict", "--quiet", "--site-dir", str(Path(session.create_tmp()).resolve() / "site"))
+    session.run(
+        "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(Path(session.create_tmp()).resolve() / "site")
+    )
 
 
 # ------------------------------------------------------------------------------------- not run by default

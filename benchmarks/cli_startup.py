@@ -1,6 +1,6 @@
 """Start-up time of ``bowerbird --help`` and ``bowerbird list`` against a bare interpreter and the limit of 0.15 s.
 
-    python benchmarks/cli_startup.py --out benchmarks/results/cli_startup.json
+python benchmarks/cli_startup.py --out benchmarks/results/cli_startup.json
 """
 
 from __future__ import annotations

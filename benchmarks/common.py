@@ -28,8 +28,10 @@ def machine() -> dict[str, Any]:
     model = platform.processor()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        model = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), model)
-    return {"system": platform.platform(), "processor": model, "cores": os.cpu_count(), "load_average": os.getloadavg()[0]}
+        names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    load = os.getloadavg()[0]  # a busy machine makes absolute times worthless and ratios noisy
+    return {"system": platform.platform(), "processor": model, "cores": os.cpu_count(), "load_average": load}
 
 
 def write_result(name: str, result: dict[str, Any], *, out: Path | None = None) -> None:

@@ -1,7 +1,7 @@
 """Write the parts of the documentation that are made from the code: method tables and the command reference.
 
-    python docs/generate.py           write them
-    python docs/generate.py --check   fail if a committed page differs from what would be written
+python docs/generate.py           write them
+python docs/generate.py --check   fail if a committed page differs from what would be written
 """
 
 from __future__ import annotations

@@ -14,10 +14,12 @@ with tempfile.TemporaryDirectory() as folder:
     assert list(Path(folder).rglob("plugin.py")), "the template is not in the wheel"
 
 import numpy as np  # noqa: E402
-
 from bowerbird.gallery import Gallery, Space  # noqa: E402
 
-with tempfile.TemporaryDirectory() as folder, Gallery.create(Path(folder) / "g", Space(fingerprint="f" * 64, encoder="x", dim=4)) as g:
+with (
+    tempfile.TemporaryDirectory() as folder,
+    Gallery.create(Path(folder) / "g", Space(fingerprint="f" * 64, encoder="x", dim=4)) as g,
+):
     g.add(["a", "b"], np.eye(4, dtype=np.float32)[:2])
     assert g.search(np.eye(4, dtype=np.float32)[1:2], k=1).ids[0] == ["b"]
 print("bowerbird-core alone: ok")

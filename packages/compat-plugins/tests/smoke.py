@@ -4,7 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-out = subprocess.run([str(Path(sys.executable).with_name("bowerbird")), "list"], capture_output=True, text=True, check=True)
+out = subprocess.run(
+    [str(Path(sys.executable).with_name("bowerbird")), "list"], capture_output=True, text=True, check=True
+)
 assert "compat:bct" in out.stdout, out.stdout
 assert "compat:rank-merge" in out.stdout, out.stdout
 

@@ -39,7 +39,10 @@ def line_chart(
     ylim: tuple[float, float] | None = None,
     ident: str = "chart",
 ) -> str:
-    """A chart as SVG text. ``levels``: label -> horizontal reference line. ``ident`` makes the ids inside unique in a page."""
+    """A chart as SVG text.
+
+    ``levels``: label -> horizontal reference line. ``ident`` makes the ids inside unique in a page.
+    """
     # An Agg canvas without pyplot: no global state, no display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
