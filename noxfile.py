@@ -14,17 +14,8 @@ nox.needs_version = ">=2024.10.9"
 nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.reuse_existing_virtualenvs = True
 nox.options.error_on_missing_interpreters = True
-nox.options.sessions = [
-    "lint",
-    "types",
-    "core_bare",
-    "tests",
-    "wheels",
-    "combined",
-    "broken_plugins",
-    "template",
-    "docs",
-]
+DEFAULT = "lint types core_bare tests wheels combined broken_plugins template docs"
+nox.options.sessions = DEFAULT.split()
 
 ROOT = Path(__file__).parent
 CORE = "./core"

@@ -23,7 +23,7 @@ KINDS = {
 
 
 def method_table(*, with_links: str) -> str:
-    """All records of the packages of this repository as one Markdown table per kind. ``with_links``: prefix to docs/."""
+    """All records of the packages here, one Markdown table per kind. ``with_links``: prefix to docs/."""
     from bowerbird.registry import get_registry
 
     registry = get_registry()
@@ -73,7 +73,10 @@ def replace_between(text: str, marker: str, new: str) -> str:
 
 def generated() -> dict[Path, str]:
     readme = ROOT / "README.md"
-    intro = "# Methods\n\nMade by `python docs/generate.py` from the plugins' records. `bowerbird show NAME` prints the settings of each.\n\n"
+    intro = (
+        "# Methods\n\nMade by `python docs/generate.py` from the plugins' records. "
+        "`bowerbird show NAME` prints the settings of each.\n\n"
+    )
     return {
         readme: replace_between(readme.read_text(), "methods", method_table(with_links="docs/")),
         ROOT / "docs/methods/index.md": intro + method_table(with_links="").replace("(methods/", "("),

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def render_page(template: str, values: Mapping[str, Any]) -> str:
-    """The text of ``templates/<template>`` with ``values``; HTML in them is escaped unless the template says ``|safe``."""
+    """The text of ``templates/<template>``; HTML in ``values`` is escaped unless the template says ``|safe``."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
