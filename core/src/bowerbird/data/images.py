@@ -1,0 +1,384 @@
+"""From an image file to the array that an encoder reads: safe opening, preprocessing, decoding ahead with threads.
+
+Imports numpy and Pillow, no torch: a process that only ingests or searches stays light.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from bowerbird.errors import DataError, InputError, did_you_mean
+
+ImageSource = str | Path | bytes | Image.Image
+
+MAX_PIXELS = 64_000_000
+MAX_BYTES = 256 * 2**20
+WHITE = (255, 255, 255)
+
+# What `open_image` reads. Everything else that Pillow knows is left out on purpose: EPS, for one, starts Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "MPO", "ICO", "TGA")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".jp2")
+
+_RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+_EXIF_ORIENTATION = 0x0112
+_TURN = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+# ------------------------------------------------------------------------------------------------- preprocessing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """How an image becomes the ``image`` key: resize, centre crop, scale to 0..1, subtract ``mean``, divide by ``std``.
+
+    Attributes:
+        size: Side of the square result in pixels.
+        mean, std: Per channel (red, green, blue), on the 0..1 scale.
+        interpolation: ``bicubic`` or ``bilinear``, both antialiased when shrinking.
+        resize: ``squash`` scales both sides to ``size``, whatever the aspect ratio; ``crop`` scales the shorter side to
+            ``floor(size / crop_pct)`` and takes the centre, as torchvision and timm do.
+        crop_pct: In (0, 1]; only read by ``crop``.
+        background: Colour (0..255) under transparent pixels.
+
+    Raises ``InputError`` for values outside these ranges.
+    """
+
+    size: int
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    resize: Literal["squash", "crop"] = "squash"
+    crop_pct: float = 1.0
+    background: tuple[int, int, int] = WHITE
+
+    def __post_init__(self) -> None:
+        # Lists come out of JSON and TOML; as tuples the dataclass stays hashable.
+        for name in ("mean", "std", "background"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 3:
+                raise InputError(f"Preprocessing.{name} must be three numbers (red, green, blue), found {value!r}.")
+            convert = int if name == "background" else float
+            object.__setattr__(self, name, tuple(convert(v) for v in value))
+        if isinstance(self.size, bool) or not isinstance(self.size, int) or not 1 <= self.size <= 8192:
+            raise InputError(f"Preprocessing.size must be a whole number from 1 to 8192 pixels, found {self.size!r}.")
+        if not all(math.isfinite(v) for v in (*self.mean, *self.std)) or min(self.std) <= 0:
+            raise InputError(
+                f"Preprocessing.mean must be finite and .std finite and above 0, found {self.mean} and {self.std}."
+            )
+        if self.interpolation not in _RESAMPLING:
+            raise InputError(
+                f"Preprocessing.interpolation must be one of {sorted(_RESAMPLING)}, {self.interpolation=}."
+            )
+        if self.resize not in ("squash", "crop"):
+            raise InputError(f"Preprocessing.resize must be 'squash' or 'crop', found {self.resize!r}.")
+        if not 0 < self.crop_pct <= 1:
+            raise InputError(f"Preprocessing.crop_pct must be above 0 and at most 1, found {self.crop_pct!r}.")
+        if not all(0 <= v <= 255 for v in self.background):
+            raise InputError(f"Preprocessing.background must be three values of 0..255, found {self.background}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; ``from_dict`` reads it back."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
+        """The inverse of ``to_dict``. Raises ``InputError`` for keys that do not exist and values out of range."""
+        known = {field.name for field in fields(cls)}
+        for key in values:
+            if key not in known:
+                raise InputError(
+                    f"Preprocessing has no setting {key!r}; it has {sorted(known)}.{did_you_mean(key, known)}"
+                )
+        if "size" not in values:
+            raise InputError("Preprocessing needs 'size', the side of the square result in pixels.")
+        return cls(**values)
+
+    def __call__(self, image: Image.Image) -> NDArray[np.float32]:
+        """float32 ``(3, size, size)``."""
+        out = np.empty((3, self.size, self.size), np.float32)
+        self.into(image, out)
+        return out
+
+    def into(self, image: Image.Image, out: NDArray[np.float32]) -> None:
+        """Writes the result into ``out``, float32 ``(3, size, size)``, for example one row of a batch."""
+        if image.mode != "RGB":
+            image = to_rgb(image, background=self.background)
+        pixels = np.asarray(self.resized(image))
+        scale, shift = _scale_and_shift(self.mean, self.std)
+        np.multiply(pixels.transpose(2, 0, 1), scale, out=out)
+        out += shift
+
+    def resized(self, image: Image.Image) -> Image.Image:
+        """The RGB image of ``size`` x ``size`` pixels, before the numbers are normalised."""
+        width, height = image.size
+        box: tuple[float, float, float, float] = (0, 0, width, height)
+        if self.resize == "crop":
+            # Resize and crop in one: only the pixels inside the crop are computed, so that an image of 1 x 1,000,000
+            # does not become one of 224 x 224,000,000 on the way. The result is that of resizing, then cropping, but for
+            # the rounding of intermediate pixels, because Pillow may do rows and columns in another order.
+            short = math.floor(self.size / self.crop_pct)
+            grown = (
+                (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
+            )  # torchvision's rounding
+            left, top = round((grown[0] - self.size) / 2), round((grown[1] - self.size) / 2)
+            x, y = width / grown[0], height / grown[1]
+            box = (left * x, top * y, min((left + self.size) * x, width), min((top + self.size) * y, height))
+        if image.size == (self.size, self.size) and box == (0, 0, width, height):
+            return image
+        return image.resize((self.size, self.size), _RESAMPLING[self.interpolation], box=box)
+
+
+@lru_cache(maxsize=64)
+def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[NDArray[np.float32], ...]:
+    """``(x / 255 - mean) / std`` as ``x * scale + shift``, each (3, 1, 1)."""
+    m, s = np.asarray(mean), np.asarray(std)
+    return (1 / (255 * s)).astype(np.float32)[:, None, None], (-m / s).astype(np.float32)[:, None, None]
+
+
+# ------------------------------------------------------------------------------------------------- opening
+
+
+def open_image(
+    source: ImageSource,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    max_bytes: int = MAX_BYTES,
+    background: tuple[int, int, int] = WHITE,
+    name: str | None = None,
+) -> Image.Image:
+    """The image as 8-bit RGB, upright, decoded.
+
+    EXIF orientation is applied, transparent pixels are laid over ``background``, grey, palette, CMYK and 16-bit
+    images are converted, of an animation the first frame is taken.
+
+    Args:
+        source: A path, the bytes of a file, or an open Pillow image.
+        max_pixels: Limit of width x height, checked in the header before any pixel is decoded.
+        max_bytes: Limit of the file's size.
+        name: What to call the image in errors; by default its path.
+
+    Raises ``DataError``, which names the file, what was found and the limits, where the file is missing, is no image,
+    is damaged or is larger than a limit.
+    """
+    name = name or (str(source) if isinstance(source, str | Path) else f"<{type(source).__name__}>")
+    if isinstance(source, Image.Image):
+        _check_pixels(source, name, max_pixels)
+        return _decode(source, name, background)
+    if isinstance(source, bytes | bytearray | memoryview):
+        file: Path | io.BytesIO = io.BytesIO(source)
+        found = memoryview(source).nbytes
+    elif isinstance(source, str | Path):
+        file = Path(source)
+        if not file.is_file():
+            what = "is a folder" if file.is_dir() else "does not exist"
+            raise DataError(f"Cannot open image {name}: the file {what}.")
+        found = file.stat().st_size
+    else:
+        raise DataError(f"An image must be a path, bytes or a PIL image, found {type(source).__name__}.")
+    if found > max_bytes:
+        raise DataError(f"Image {name} has {found:,} bytes; the limit is max_bytes={max_bytes:,}.")
+    if not found:
+        raise DataError(f"Cannot read image {name}: the file is empty (0 bytes).")
+    try:
+        opened = Image.open(file, formats=_formats())
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DataError(f"Image {name} is too large: {error} The limit is max_pixels={max_pixels:,}.") from error
+    except UnidentifiedImageError as error:
+        raise DataError(
+            f"Cannot read image {name} ({found:,} bytes): not an image in a known format ({', '.join(_formats())})."
+        ) from error
+    except Exception as error:  # Pillow's parsers raise a zoo of types on damaged headers
+        raise DataError(f"Cannot read image {name} ({found:,} bytes): {_reason(error)}.") from error
+    with opened:
+        _check_pixels(opened, name, max_pixels)
+        return _decode(opened, name, background)
+
+
+def to_rgb(image: Image.Image, *, background: tuple[int, int, int] = WHITE) -> Image.Image:
+    """``image`` in mode RGB, transparent pixels laid over ``background``.
+
+    Raises ``ValueError`` for modes that have no defined white.
+    """
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    if image.has_transparency_data:
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
+        canvas = Image.new("RGB", image.size, background)
+        canvas.paste(image, mask=image.getchannel("A"))
+        return canvas
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        # Pillow clips 16-bit grey at 255 when it converts; the upper byte is what is meant.
+        return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode} (32 bits) have no defined white; save it with 8 or 16 bits")
+    return image.convert("RGB")
+
+
+def _check_pixels(image: Image.Image, name: str, max_pixels: int) -> None:
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise DataError(f"Image {name} is empty: {width} x {height} pixels.")
+    if width * height > max_pixels:
+        raise DataError(
+            f"Image {name} is too large: {width} x {height} = {width * height:,} pixels; "
+            f"the limit is max_pixels={max_pixels:,}."
+        )
+
+
+def _decode(image: Image.Image, name: str, background: tuple[int, int, int]) -> Image.Image:
+    try:
+        image.load()
+        turn = _orientation(image)
+        image = to_rgb(image, background=background)
+        return image.transpose(_TURN[turn]) if turn in _TURN else image
+    except Exception as error:
+        width, height = image.size
+        raise DataError(
+            f"Cannot read image {name} ({width} x {height} {image.mode}): {_reason(error)}. "
+            "The file is truncated or damaged, or of a kind that cannot be converted to RGB."
+        ) from error
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_EXIF_ORIENTATION, 1))
+    except Exception:  # a damaged EXIF block does not make the pixels unreadable
+        return 1
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    Image.init()  # AVIF and JPEG2000 depend on how Pillow was built
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).rstrip(".") or "no reason given"
+    return f"{type(error).__name__}: {text}"
+
+
+# ------------------------------------------------------------------------------------------------- decoding ahead
+
+OnError = Literal["raise", "skip"] | Callable[[int, DataError], None]
+
+_CHUNK = 8  # images per thread task: a task costs about 30 us, a small image about 100 us
+
+
+def decode_batches(
+    sources: Sequence[ImageSource],
+    preprocessing: Preprocessing,
+    *,
+    batch_size: int,
+    workers: int | None = None,
+    prefetch: int = 2,
+    on_error: OnError = "raise",
+    max_pixels: int = MAX_PIXELS,
+    max_bytes: int = MAX_BYTES,
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+    """Batches in the order of ``sources``, decoded by threads while the caller works on the batch before.
+
+    Args:
+        sources: Anything with a length and positions; ``sources[i]`` is read in a worker thread, so that it may be lazy
+            (see ``bowerbird.data.images_of``).
+        batch_size: Images per batch; the last may be smaller.
+        workers: Threads. ``None``: one per CPU, at most 8. 0: decode in the calling thread.
+        prefetch: Batches that are decoded ahead. Memory is at most ``prefetch + 1`` batches, and the one in use.
+        on_error: ``raise`` the ``DataError`` of the first unreadable image, in order; ``skip`` it; or a function that
+            is told ``(position, error)`` of each one skipped.
+
+    Yields:
+        ``(indices int64 (B,), images float32 (B, 3, size, size))``. Skipped positions are missing from ``indices``; a
+        batch of which nothing is left is not yielded.
+    """
+    if batch_size < 1:
+        raise InputError(f"batch_size must be at least 1, found {batch_size}.")
+    if prefetch < 1:
+        raise InputError(f"prefetch must be at least 1, found {prefetch}.")
+    if not callable(on_error) and on_error not in ("raise", "skip"):
+        raise InputError(f"on_error must be 'raise', 'skip' or a function, found {on_error!r}.")
+    if workers is None:
+        workers = min(8, os.cpu_count() or 1)
+    if workers < 0:
+        raise InputError(f"workers must be 0 or more, found {workers}.")
+
+    def fill(first: int, rows: NDArray[np.float32]) -> dict[int, DataError]:
+        bad: dict[int, DataError] = {}
+        for offset, row in enumerate(rows):
+            position = first + offset
+            try:
+                source = sources[position]
+                name = str(source) if isinstance(source, str | Path) else f"number {position}"
+                image = open_image(
+                    source, max_pixels=max_pixels, max_bytes=max_bytes, background=preprocessing.background, name=name
+                )
+                preprocessing.into(image, row)
+            except DataError as error:
+                bad[position] = error
+        return bad
+
+    def finished(first: int, images: NDArray[np.float32], bad: dict[int, DataError]) -> tuple[Any, Any]:
+        indices = np.arange(first, first + len(images))
+        if not bad:
+            return indices, images
+        if on_error == "raise":
+            raise bad[min(bad)]
+        if callable(on_error):
+            for position in sorted(bad):
+                on_error(position, bad[position])
+        keep = ~np.isin(indices, list(bad))
+        return indices[keep], images[keep]
+
+    def batches() -> Iterator[tuple[int, NDArray[np.float32]]]:
+        for first in range(0, len(sources), batch_size):
+            count = min(batch_size, len(sources) - first)
+            yield first, np.empty((count, 3, preprocessing.size, preprocessing.size), np.float32)
+
+    def inline() -> Iterator[tuple[Any, Any]]:
+        for first, images in batches():
+            yield finished(first, images, fill(first, images))
+
+    def threaded() -> Iterator[tuple[Any, Any]]:
+        pool = ThreadPoolExecutor(workers, thread_name_prefix="bowerbird-decode")
+        pending: deque[tuple[int, NDArray[np.float32], list[Future[dict[int, DataError]]]]] = deque()
+        todo = batches()
+
+        def submit() -> None:
+            for first, images in todo:
+                starts = range(0, len(images), _CHUNK)
+                chunks = [pool.submit(fill, first + s, images[s : s + _CHUNK]) for s in starts]
+                pending.append((first, images, chunks))
+                return
+
+        try:
+            for _ in range(prefetch):
+                submit()
+            while pending:
+                submit()
+                first, images, chunks = pending.popleft()
+                bad = {position: error for chunk in chunks for position, error in chunk.result().items()}
+                yield finished(first, images, bad)
+        finally:  # also where the caller stops early or an image raises
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    return (pair for pair in (threaded() if workers else inline()) if len(pair[0]))

@@ -1,0 +1,70 @@
+"""Views of data sets: some of the items, or only the images. Nothing is copied or decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Self, overload
+
+from PIL import Image
+
+from bowerbird.errors import InputError
+from bowerbird.protocols import Dataset
+
+
+class Subset(Dataset):
+    """The items of ``dataset`` at ``indices``, in that order. Ids, labels and classes stay those of the whole."""
+
+    def __init__(self, dataset: Dataset, indices: Sequence[int]) -> None:
+        self.dataset = dataset
+        self.indices = [int(i) for i in indices]
+        self.classes = dataset.classes
+        self.domains = dataset.domains
+        for i in self.indices:
+            if not 0 <= i < len(dataset):
+                raise InputError(f"subset: position {i} does not exist; the data set has {len(dataset)} items.")
+
+    @classmethod
+    def build(cls, config: Any, split: str | None) -> Self:
+        raise TypeError("A subset is made from a data set: bowerbird.data.subset(dataset, indices).")
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.dataset[self.indices[index]]
+
+    @property
+    def item_ids(self) -> Sequence[str]:
+        ids = self.dataset.item_ids
+        return [ids[i] for i in self.indices]
+
+    def labels(self) -> Sequence[int]:
+        labels = self.dataset.labels()
+        return [int(labels[i]) for i in self.indices]
+
+
+def subset(dataset: Dataset, indices: Sequence[int]) -> Subset:
+    """The items of ``dataset`` at ``indices``. Raises ``InputError`` for positions that do not exist."""
+    return Subset(dataset, indices)
+
+
+class _Images(Sequence[Image.Image]):
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    @overload
+    def __getitem__(self, index: int) -> Image.Image: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Image.Image]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        return self.dataset[index]["image"]
+
+
+def images_of(dataset: Dataset) -> Sequence[Image.Image]:
+    """The images of ``dataset`` as a lazy sequence, for ``bowerbird.data.images.decode_batches``."""
+    return _Images(dataset)
