@@ -1,4 +1,4 @@
-"""The plugin that core itself is: its records ``core:*``. Light, like every plugin module: standard library and records only."""
+"""The plugin that core itself is: its records ``core:*``. Light, like every plugin: standard library and records only."""
 
 from __future__ import annotations
 
@@ -27,7 +27,27 @@ def bowerbird_datasets() -> Iterable[DatasetRecord]:
 
 @hookimpl
 def bowerbird_retrievers() -> Iterable[RetrieverRecord]:
-    return ()
+    yield RetrieverRecord(
+        name="core:compatible",
+        role="upgrade",
+        target="bowerbird.upgrade.strategies:Compatible",
+        summary="Search old vectors with new queries; for encoders trained to be compatible (BCT and successors).",
+        paper="Towards Backward-Compatible Representation Learning, arXiv 2003.11942",
+    )
+    yield RetrieverRecord(
+        name="core:random",
+        role="order",
+        target="bowerbird.upgrade.orders:random_order",
+        summary="Backfill in a seeded random order.",
+    )
+    yield RetrieverRecord(
+        name="core:uncertainty",
+        role="order",
+        target="bowerbird.upgrade.orders:uncertainty_order",
+        config="bowerbird.upgrade.order_config:UncertaintyConfig",
+        summary="Backfill first what the old encoder was least sure of (entropy, least confidence or margin).",
+        paper="Hot-Refresh Model Upgrades with Regression-Alleviating Compatible Training, arXiv 2201.09724",
+    )
 
 
 @hookimpl
