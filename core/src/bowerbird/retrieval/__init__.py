@@ -1,0 +1,1 @@
+"""Search and evaluation: indexes, ranking metrics, flips, backfill curves, verification. numpy only."""

@@ -1,0 +1,733 @@
+"""Nearest-neighbour search: exact with numpy, exact and approximate with FAISS.
+
+All vectors are unit vectors and ``distance = 1 - cosine``, so searching means the largest inner products. numpy only;
+FAISS is imported when a ``FaissIndex`` is used. Q queries, N stored vectors, D width, k results.
+
+``exact_search`` needs no index: it reads an array (or a memory-mapped file) block by block. The product
+``block @ queries.T`` costs about what ``IndexFlatIP`` costs for one query and less for a batch, so FAISS earns its place
+with IVF and HNSW, and on GPUs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.metadata
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from bowerbird.errors import CorruptionError, InputError, MissingExtraError, PluginError, did_you_mean
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import ArrayLike, NDArray
+
+KINDS = ("flat", "ivf", "hnsw")
+PAD_ID = -1
+UNIT_TOLERANCE = 1e-4  # rows whose norm is nearer to 1 than this are used as they are
+
+
+@dataclass(frozen=True)
+class Hits:
+    """The nearest items of each query, nearest first; equal distances by lower id.
+
+    Attributes:
+        ids: int64 ``(Q, k)``, or ``(k,)`` for a single query. ``-1`` where there are fewer than k items.
+        distances: float64 of the same shape, ``1 - cosine`` in 0..2 (rounding can give -1e-7), ascending; ``inf`` beside
+            ``-1``.
+    """
+
+    ids: NDArray[np.int64]
+    distances: NDArray[np.floating]
+
+    def __post_init__(self) -> None:
+        if self.ids.shape != self.distances.shape or self.ids.ndim not in (1, 2):
+            raise InputError(f"Hits needs two arrays (k,) or (Q, k); got {self.ids.shape} and {self.distances.shape}.")
+
+    def __getitem__(self, query: int | slice | NDArray[Any]) -> Hits:
+        return Hits(self.ids[query], self.distances[query])
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+# ------------------------------------------------------------------------------------------------------ checks
+
+
+def unit_rows(vectors: ArrayLike, *, dim: int | None = None, what: str = "vectors") -> NDArray[np.float32]:
+    """float32 ``(N, D)`` with rows of norm 1; no copy is made where the input already is that.
+
+    Raises:
+        InputError: Not two-dimensional, another width than ``dim``, or a row with NaN, infinity or norm 0 (row named).
+    """
+    array = np.asarray(vectors)
+    if array.dtype != np.float32:
+        array = array.astype(np.float32)
+    if array.ndim != 2 or array.shape[1] == 0:
+        raise InputError(f"{what} must have shape (N, D); got {array.shape}.")
+    if dim is not None and array.shape[1] != dim:
+        raise InputError(f"{what} have {array.shape[1]} dimensions; this index holds vectors of {dim}.")
+    with np.errstate(over="ignore", invalid="ignore"):
+        norms = np.sqrt(np.einsum("nd,nd->n", array, array))
+    off = np.abs(norms - 1) > UNIT_TOLERANCE
+    off |= np.isnan(norms)
+    if off.any():
+        bad = np.flatnonzero(~np.isfinite(norms) | (norms == 0))
+        if bad.size:
+            found = "has norm 0" if norms[bad[0]] == 0 else "holds NaN or infinity"
+            raise InputError(
+                f"{what}: row {bad[0]} {found} ({bad.size} such rows of {len(array)}); it has no direction."
+            )
+        array = array.copy()
+        array[off] /= norms[off, None]
+    return array
+
+
+def _checked_ids(ids: ArrayLike, n: int) -> NDArray[np.int64]:
+    array = np.asarray(ids)
+    if array.shape != (n,) or not (np.issubdtype(array.dtype, np.integer) or n == 0):
+        raise InputError(f"ids must be {n} integers, one per vector; got shape {array.shape} of {array.dtype}.")
+    array = array.astype(np.int64)
+    if n and array.min() < 0:
+        raise InputError(f"ids must be 0 or more; got {array.min()}.")
+    return array
+
+
+def _refuse_duplicates(stored: NDArray[np.int64], new: NDArray[np.int64]) -> None:
+    values, counts = np.unique(new, return_counts=True)
+    repeated = values[(counts > 1) | np.isin(values, stored)]
+    if repeated.size:
+        raise InputError(f"ids must be unique; {repeated[:5].tolist()} would be stored twice. Remove them first.")
+
+
+def _checked_k(k: int) -> int:
+    if not isinstance(k, (int, np.integer)) or k < 1:
+        raise InputError(f"k must be an integer of at least 1; got {k!r}.")
+    return int(k)
+
+
+def _as_batch(queries: ArrayLike, dim: int | None) -> tuple[NDArray[np.float32], bool]:
+    array = np.asarray(queries)
+    single = array.ndim == 1
+    return unit_rows(array[None] if single else array, dim=dim, what="queries"), single
+
+
+# ------------------------------------------------------------------------------------------------ exact search
+
+
+def exact_search(
+    vectors: NDArray[Any],
+    queries: ArrayLike,
+    k: int = 10,
+    *,
+    ids: NDArray[np.int64] | None = None,
+    valid: NDArray[np.bool_] | None = None,
+) -> Hits:
+    """The k nearest of ``vectors`` by inner product, exact, without building an index and without copying ``vectors``.
+
+    Meant for memory-mapped segments: rows are read once per call (per 1,024 queries), in order.
+
+    Args:
+        vectors: ``(N, D)`` unit rows, float32 or float16 (float16 is widened block by block). They are trusted: neither
+            checked nor normalised.
+        queries: ``(Q, D)`` or ``(D,)``; normalised here where they are not.
+        k: Results per query; may exceed N.
+        ids: int64 ``(N,)`` ids to return; default: the row numbers.
+        valid: bool ``(N,)``; rows with ``False`` (deleted, filtered out) are never returned.
+
+    Returns:
+        ``Hits``, ``(Q, k)`` or ``(k,)``. Rows of exactly equal score come in order of id, also at the cut after k.
+
+    Raises:
+        InputError: Wrong shapes, NaN or zero queries, k < 1.
+    """
+    k = _checked_k(k)
+    if vectors.ndim != 2:
+        raise InputError(f"vectors must have shape (N, D); got {vectors.shape}.")
+    batch, single = _as_batch(queries, vectors.shape[1])
+    n = len(vectors)
+    for name, array in (("ids", ids), ("valid", valid)):
+        if array is not None and array.shape != (n,):
+            raise InputError(f"{name} must have shape ({n},), one entry per vector; got {array.shape}.")
+    all_ids = np.full((len(batch), k), PAD_ID, np.int64)
+    distances = np.full((len(batch), k), np.inf)
+    chunk = 1024 if 4 * k < n else max(1, min(1024, 2**24 // max(n, 1)))  # a wide k keeps whole rows of scores
+    for start in range(0, len(batch), chunk):
+        part = slice(start, start + chunk)
+        _scan(vectors, batch[part], ids, valid, all_ids[part], distances[part])
+    return Hits(all_ids[0], distances[0]) if single else Hits(all_ids, distances)
+
+
+def _scan(
+    vectors: NDArray[Any],
+    queries: NDArray[np.float32],
+    ids: NDArray[np.int64] | None,
+    valid: NDArray[np.bool_] | None,
+    out_ids: NDArray[np.int64],
+    out_distances: NDArray[np.floating],
+) -> None:
+    """One pass over ``vectors`` in growing blocks; only scores at or above the k-th best so far are looked at."""
+    (num_queries, k), n = out_ids.shape, len(vectors)
+    largest = max(4096, min(32768, 2**21 // num_queries), k)
+    buffer = np.empty((min(largest, n), num_queries), np.float32)
+    columns = np.ascontiguousarray(queries.T)
+    start, size = 0, max(1024, 4 * k)
+    while start < n:
+        stop = min(n, start + min(size, largest))
+        block = vectors[start:stop]
+        if block.dtype != np.float32:
+            block = block.astype(np.float32)
+        scores = np.matmul(block, columns, out=buffer[: stop - start])
+        if valid is not None:
+            scores[~valid[start:stop]] = -np.inf
+        # A query that has k results is only interested in what reaches its worst one (one step down, because that level
+        # went through 1 - distance); the first block finds the level itself.
+        floor = (
+            np.nextafter((1 - out_distances[:, -1]).astype(np.float32), -np.inf) if start else _kth_largest(scores, k)
+        )
+        row, query = np.nonzero(scores >= floor)
+        if row.size:
+            score = scores[row, query]
+            if (floor == -np.inf).any():
+                kept = score > -np.inf
+                row, query, score = row[kept], query[kept], score[kept]
+            found = row + start if ids is None else ids[row + start]
+            _merge(out_ids, out_distances, query, found, 1 - score.astype(np.float64))
+        start, size = stop, size * 2
+
+
+def _kth_largest(scores: NDArray[np.float32], k: int) -> NDArray[np.float32]:
+    n, num_queries = scores.shape
+    if n <= k:
+        return np.full(num_queries, -np.inf, np.float32)
+    return np.partition(scores.T, n - k, axis=1)[:, n - k]
+
+
+def _merge(
+    ids: NDArray[np.int64],
+    distances: NDArray[np.floating],
+    query: NDArray[np.intp],
+    new_ids: NDArray[np.int64],
+    new_distances: NDArray[np.floating],
+) -> None:
+    """Merge candidates, given as a flat list with their query, into the sorted ``(Q, k)`` results, in place."""
+    num_queries, k = ids.shape
+    order = np.argsort(query, kind="stable")
+    query = query[order]
+    counts = np.bincount(query, minlength=num_queries)
+    column = k + np.arange(len(query)) - np.repeat(np.cumsum(counts) - counts, counts)
+    width = k + int(counts.max(initial=0))
+    wide_ids = np.full((num_queries, width), PAD_ID, np.int64)
+    wide_distances = np.full((num_queries, width), np.inf)
+    wide_ids[:, :k], wide_distances[:, :k] = ids, distances
+    wide_ids[query, column], wide_distances[query, column] = new_ids[order], new_distances[order]
+    best = np.lexsort((wide_ids, wide_distances), axis=1)[:, :k]
+    ids[:] = np.take_along_axis(wide_ids, best, axis=1)
+    distances[:] = np.take_along_axis(wide_distances, best, axis=1)
+
+
+class ExactIndex:
+    """Exact search over vectors held in memory (or memory-mapped after ``load``). Needs numpy only. ``core:exact``."""
+
+    kind = "exact"
+
+    def __init__(self) -> None:
+        self._ids: NDArray[np.int64] = np.empty(0, np.int64)
+        self._vectors: NDArray[np.float32] | None = None
+        self._pending: list[NDArray[np.float32]] = []  # added, not yet joined: adding in batches stays linear
+
+    @classmethod
+    def build(cls, config: Any = None) -> Self:
+        """An empty index; it has no settings."""
+        return cls()
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    @property
+    def dim(self) -> int | None:
+        """D; ``None`` while nothing was added."""
+        arrays = self._pending or ([] if self._vectors is None else [self._vectors])
+        return arrays[0].shape[1] if arrays else None
+
+    def add(self, ids: ArrayLike, vectors: ArrayLike) -> None:
+        """Append ``vectors`` (N, D) under int64 ``ids`` (N,).
+
+        Raises:
+            InputError: Bad vectors or repeated ids.
+        """
+        rows = unit_rows(vectors, dim=self.dim)
+        new = _checked_ids(ids, len(rows))
+        _refuse_duplicates(self._ids, new)
+        self._ids = np.concatenate([self._ids, new])
+        self._pending.append(rows)
+
+    def remove(self, ids: ArrayLike) -> int:
+        """Remove items; ids that are not stored are ignored. Returns how many were removed."""
+        gone = np.isin(self._ids, np.asarray(ids, np.int64))
+        if gone.any():
+            self._vectors = self._rows()[~gone]
+            self._ids = self._ids[~gone]
+        return int(gone.sum())
+
+    def search(self, queries: ArrayLike, k: int = 10) -> Hits:
+        """The k nearest items of ``queries`` (Q, D) or (D,)."""
+        if self.dim is None:
+            return _no_hits(queries, k)
+        return exact_search(self._rows(), queries, k, ids=self._ids)
+
+    def save(self, path: str | Path) -> None:
+        """Write the index to the file ``path``, atomically."""
+        rows = self._rows() if self.dim is not None else np.empty((0, 0), np.float32)
+        with _index_file(path, {"kind": self.kind, "count": len(self), "dim": rows.shape[1]}) as write:
+            write(_bytes(self._ids))
+            write(_bytes(rows))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Open a saved index; the vectors stay on disk (memory-mapped). Raises ``CorruptionError`` naming the file."""
+        with _read_index(path, (cls.kind,)) as (header, _):
+            n, dim = header["count"], header["dim"]
+            index = cls()
+            if dim:
+                index._ids = np.fromfile(path, np.int64, count=n, offset=HEADER_BYTES)
+                offset = HEADER_BYTES + 8 * n
+                index._vectors = (
+                    np.memmap(path, np.float32, "r", offset=offset, shape=(n, dim))
+                    if n
+                    else np.empty((0, dim), np.float32)
+                )
+            return index
+
+    def _rows(self) -> NDArray[np.float32]:
+        if self._pending:
+            parts = self._pending if self._vectors is None else [self._vectors, *self._pending]
+            self._vectors = parts[0] if len(parts) == 1 else np.concatenate(parts)
+            self._pending = []
+        assert self._vectors is not None
+        return self._vectors
+
+
+def _no_hits(queries: ArrayLike, k: int) -> Hits:
+    shape = (*np.shape(queries)[:-1], _checked_k(k))
+    _as_batch(queries, None)
+    return Hits(np.full(shape, PAD_ID, np.int64), np.full(shape, np.inf))
+
+
+# ------------------------------------------------------------------------------------------------------- FAISS
+
+
+@functools.cache
+def load_faiss() -> Any:
+    """The ``faiss`` module.
+
+    Raises:
+        MissingExtraError: Neither wheel is installed.
+        PluginError: Both wheels are installed. They write the same files, so what is imported is a mixture of the two.
+    """
+    wheels = [name for name in ("faiss-cpu", "faiss-gpu") if _installed(name)]
+    if len(wheels) > 1:
+        raise PluginError(
+            "faiss-cpu and faiss-gpu are both installed and overwrite each other's files. "
+            "Keep one: pip uninstall -y faiss-cpu faiss-gpu, then pip install faiss-cpu (or faiss-gpu)."
+        )
+    try:
+        import faiss
+    except ImportError as error:
+        raise MissingExtraError(
+            "the index core:faiss needs FAISS, which is not installed: pip install 'bowerbird-core[faiss-cpu]' "
+            "(or [faiss-gpu]). The index core:exact works without it."
+        ) from error
+    return faiss
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.distribution(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+@functools.cache
+def _threshold_counts_queries() -> bool:
+    """Whether this FAISS compares ``distance_compute_blas_threshold`` with Q (older: default 20) or with Q * D."""
+    return int(load_faiss().cvar.distance_compute_blas_threshold) <= 1024
+
+
+@contextlib.contextmanager
+def _tuned(dim: int, threads: int) -> Iterator[Any]:
+    """FAISS with our thread count and with matrix products from 4 queries on (its default can be 10 times slower)."""
+    faiss = load_faiss()
+    faiss.cvar.distance_compute_blas_threshold = 4 if _threshold_counts_queries() else 4 * dim
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(threads)
+    try:
+        yield faiss
+    finally:
+        faiss.omp_set_num_threads(before)
+
+
+class FaissIndex:
+    """A FAISS index: ``flat`` (exact), ``ivf`` (inverted lists) or ``hnsw`` (graph). ``core:faiss``.
+
+    ``ivf`` is trained on a sample of the first vectors added. How much of it is searched (``nprobe``; ``ef_search`` for
+    ``hnsw``) is chosen by measured recall unless given: the least effort with which the 10 nearest neighbours of sample
+    queries are found with ``target_recall``. A sample query is a stored item moved in a random direction by the distance
+    to its tenth neighbour (stored items themselves would be too easy: a graph links them). It is measured at the first
+    search and again when the index has doubled; ``measured_recall`` keeps the result.
+
+    Args:
+        kind: ``flat``, ``ivf`` or ``hnsw``.
+        nlist: Number of inverted lists; default: the power of two nearest to the square root of N, 39 items per list at
+            least.
+        nprobe: Lists searched per query; default: measured.
+        m: Links per node of the graph.
+        ef_construction: Candidates looked at when a node is linked.
+        ef_search: Candidates kept while searching the graph; default: measured.
+        target_recall: Recall@10 to reach, in 0..1.
+        threads: OpenMP threads of a search. One per request serves best under load.
+        device: ``cpu``; ``auto`` = a GPU where FAISS sees one; ``gpu`` = refuse to work without. ``hnsw`` runs on the CPU.
+        seed: Of the samples.
+    """
+
+    def __init__(
+        self,
+        kind: str = "flat",
+        *,
+        nlist: int | None = None,
+        nprobe: int | None = None,
+        m: int = 16,
+        ef_construction: int = 80,
+        ef_search: int | None = None,
+        target_recall: float = 0.95,
+        threads: int = 1,
+        device: str = "cpu",
+        seed: int = 0,
+    ) -> None:
+        if kind not in KINDS:
+            raise InputError(
+                f"no FAISS index of kind {kind!r}; accepted: {', '.join(KINDS)}.{did_you_mean(kind, KINDS)}"
+            )
+        if device not in ("cpu", "gpu", "auto"):
+            raise InputError(f"device must be cpu, gpu or auto; got {device!r}.")
+        if not 0 < target_recall <= 1:
+            raise InputError(f"target_recall must be in (0, 1]; got {target_recall}.")
+        for name, value in (
+            ("nlist", nlist),
+            ("nprobe", nprobe),
+            ("m", m),
+            ("ef_search", ef_search),
+            ("threads", threads),
+        ):
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be at least 1; got {value}.")
+        self.kind, self.nlist, self.nprobe, self.m = kind, nlist, nprobe, m
+        self.ef_construction, self.ef_search, self.target_recall = ef_construction, ef_search, target_recall
+        self.threads, self.device, self.seed = threads, device, seed
+        self.measured_recall: float | None = None
+        self._ids: NDArray[np.int64] = np.empty(0, np.int64)  # of row i of the FAISS index
+        self._index: Any = None
+        self._on_gpu: Any = None
+        self._measured_at = 0
+
+    @classmethod
+    def build(cls, config: Any = None) -> Self:
+        """An empty index with the settings of ``FaissConfig``."""
+        return cls(**config.model_dump()) if config is not None else cls()
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    @property
+    def dim(self) -> int | None:
+        """D; ``None`` while nothing was added."""
+        return None if self._index is None else int(self._index.d)
+
+    def add(self, ids: ArrayLike, vectors: ArrayLike) -> None:
+        """Append ``vectors`` (N, D) under int64 ``ids`` (N,). The first call creates and trains the index.
+
+        Raises:
+            InputError: Bad vectors or repeated ids.
+        """
+        rows = np.ascontiguousarray(unit_rows(vectors, dim=self.dim))
+        new = _checked_ids(ids, len(rows))
+        _refuse_duplicates(self._ids, new)
+        if not len(rows):
+            return
+        with _tuned(rows.shape[1], self.threads):
+            if self._index is None:
+                self._index = self._create(rows)
+            self._index.add(rows)
+        self._ids = np.concatenate([self._ids, new])
+        self._on_gpu = None
+
+    def remove(self, ids: ArrayLike) -> int:
+        """Remove items; ids that are not stored are ignored. Returns how many were removed.
+
+        ``flat`` is compacted. ``ivf`` and ``hnsw`` are built again from the vectors that remain: FAISS cannot take nodes
+        out of a graph, and removing from inverted lists by position would renumber the rest.
+        """
+        gone = np.isin(self._ids, np.asarray(ids, np.int64))
+        if not gone.any():
+            return 0
+        if self.kind == "flat":
+            self._index.remove_ids(np.flatnonzero(gone))
+            self._ids = self._ids[~gone]
+            self._on_gpu = None
+        else:
+            kept, rows = self._ids[~gone], self._stored_rows()[~gone]
+            self._ids, self._index, self._on_gpu, self._measured_at = np.empty(0, np.int64), None, None, 0
+            self.add(kept, rows)
+        return int(gone.sum())
+
+    def search(self, queries: ArrayLike, k: int = 10) -> Hits:
+        """The k nearest items of ``queries`` (Q, D) or (D,); approximate for ``ivf`` and ``hnsw``."""
+        k = _checked_k(k)
+        if self._index is None:
+            return _no_hits(queries, k)
+        batch, single = _as_batch(queries, self.dim)
+        if self._measured_at * 2 <= len(self) and len(self):
+            self._choose_effort()
+        scores, rows = self._raw_search(np.ascontiguousarray(batch), min(k + 1, max(len(self), 1)))
+        ids = np.where(rows >= 0, self._ids[rows], PAD_ID) if len(self) else rows
+        distances = np.where(rows >= 0, 1 - scores.astype(np.float64), np.inf)
+        if rows.shape[1] < k:
+            pad = ((0, 0), (0, k - rows.shape[1]))
+            ids, distances = np.pad(ids, pad, constant_values=PAD_ID), np.pad(distances, pad, constant_values=np.inf)
+        tied = (distances[:, 1:] == distances[:, :-1]) & (ids[:, 1:] >= 0)
+        if tied.any():
+            order = np.lexsort((ids, distances), axis=1)
+            ids, distances = np.take_along_axis(ids, order, 1), np.take_along_axis(distances, order, 1)
+            cut = np.flatnonzero(tied[:, k - 1]) if tied.shape[1] >= k else ()
+            if self.kind == "flat" and len(cut):  # a tie across the cut: which of the equals FAISS kept is its secret
+                exact = exact_search(self._flat_rows(), batch[cut], k, ids=self._ids)
+                ids[cut, :k], distances[cut, :k] = exact.ids, exact.distances
+        ids, distances = ids[:, :k], distances[:, :k]
+        return Hits(ids[0], distances[0]) if single else Hits(ids, distances)
+
+    def save(self, path: str | Path) -> None:
+        """Write the index to the file ``path``, atomically."""
+        settings = {
+            name: getattr(self, name)
+            for name in (
+                "nlist",
+                "nprobe",
+                "m",
+                "ef_construction",
+                "ef_search",
+                "target_recall",
+                "threads",
+                "device",
+                "seed",
+            )
+        }
+        header = {
+            "kind": self.kind,
+            "count": len(self),
+            "dim": self.dim or 0,
+            "settings": settings,
+            "measured": [self._measured_at, self.measured_recall],
+        }
+        with _index_file(path, header) as write:
+            write(_bytes(self._ids))
+            if self._index is not None:
+                faiss = load_faiss()
+                faiss.write_index(self._index, faiss.PyCallbackIOWriter(write))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a saved index. Raises ``CorruptionError`` naming the file where its bytes are not those saved."""
+        with _read_index(path, KINDS) as (header, stream):
+            index = cls(header["kind"], **header["settings"])
+            if header["dim"]:
+                index._ids = np.frombuffer(stream.read(8 * header["count"]), np.int64).copy()
+                faiss = load_faiss()
+                index._index = faiss.read_index(faiss.PyCallbackIOReader(stream.read))
+                index._measured_at, index.measured_recall = header["measured"]
+            return index
+
+    # -------------------------------------------------------------------------------------------- inside
+
+    def _create(self, rows: NDArray[np.float32]) -> Any:
+        faiss, (n, dim) = load_faiss(), rows.shape
+        if self.kind == "flat":
+            return faiss.IndexFlatIP(dim)
+        if self.kind == "hnsw":
+            graph = faiss.IndexHNSWFlat(dim, self.m, faiss.METRIC_INNER_PRODUCT)
+            graph.hnsw.efConstruction = self.ef_construction
+            return graph
+        nlist = self.nlist or min(2 ** round(np.log2(np.sqrt(n))), max(1, n // 39))
+        if nlist > n:
+            raise InputError(f"nlist {nlist} needs at least as many vectors in the first add; got {n}.")
+        lists = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, nlist, faiss.METRIC_INNER_PRODUCT)
+        lists.cp.min_points_per_centroid = (
+            1  # the default nlist keeps to FAISS' 39; a chosen one is the user's business
+        )
+        lists.cp.seed = self.seed + 1
+        sample = np.random.default_rng(self.seed).permutation(n)[: max(64 * nlist, 4096)]
+        lists.train(rows[np.sort(sample)])
+        lists.make_direct_map()  # row number -> place, so that rows can be read back
+        return lists
+
+    def _raw_search(
+        self, batch: NDArray[np.float32], k: int, index: Any = None
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        with _tuned(batch.shape[1], self.threads):
+            return (index or self._searched()).search(batch, k)
+
+    def _searched(self) -> Any:
+        """The index that is searched: on the GPU where that was asked for and is there."""
+        if self.device == "cpu" or self.kind == "hnsw":
+            return self._index
+        if self._on_gpu is None:
+            faiss = load_faiss()
+            if faiss.get_num_gpus() == 0:
+                if self.device == "gpu":
+                    raise InputError("device gpu was asked for, but FAISS sees no GPU; use device cpu or auto.")
+                return self._index
+            self._on_gpu = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, self._index)
+        return self._on_gpu
+
+    def _flat_rows(self) -> NDArray[np.float32]:
+        """The vectors inside a flat index, not copied."""
+        faiss = load_faiss()
+        return faiss.rev_swig_ptr(self._index.get_xb(), len(self) * self._index.d).reshape(len(self), -1)
+
+    def _stored_rows(self) -> NDArray[np.float32]:
+        return self._index.reconstruct_n(0, len(self))
+
+    def _set_effort(self, effort: int) -> None:
+        if self.kind == "ivf":
+            self._index.nprobe = effort
+            if self._on_gpu is not None:
+                self._on_gpu.nprobe = effort
+        else:
+            self._index.hnsw.efSearch = effort
+
+    def _choose_effort(self) -> None:
+        """Set nprobe or ef_search: as given, else the least that reaches the target recall on a sample."""
+        self._measured_at = len(self)
+        if self.kind == "flat":
+            return
+        given = self.nprobe if self.kind == "ivf" else self.ef_search
+        most = int(self._index.nlist) if self.kind == "ivf" else max(16, len(self))
+        if given is not None:
+            self._set_effort(min(given, most))
+            return
+        rng = np.random.default_rng(self.seed)
+        rows = self._stored_rows()
+        items = rows[np.sort(rng.permutation(len(self))[:200])]
+        neighbours = min(10, len(self))
+        radius = np.sqrt(np.maximum(2 * exact_search(rows, items, neighbours).distances[:, -1:], 0))
+        direction = rng.standard_normal(items.shape)
+        direction /= np.linalg.norm(direction, axis=1, keepdims=True)
+        queries = unit_rows(items + radius * direction)
+        truth = exact_search(rows, queries, neighbours).ids
+
+        def recall(effort: int) -> float:
+            self._set_effort(effort)
+            _, found = self._raw_search(queries, neighbours)
+            return float((found[:, :, None] == truth[:, None, :]).any(axis=1).mean())
+
+        effort = 1 if self.kind == "ivf" else 16
+        while (reached := recall(effort)) < self.target_recall and effort < most:
+            effort = min(effort * 2, most)
+        low, high = effort // 2, effort  # the target is missed at low and reached at high (or high is all there is)
+        while high - low > max(1, low // 8):
+            middle = (low + high) // 2
+            value = recall(middle)
+            if value >= self.target_recall:
+                high, reached = middle, value
+            else:
+                low = middle
+        self._set_effort(high)
+        self.measured_recall = reached
+
+
+# ------------------------------------------------------------------------------------------------- index files
+# One file: a header of HEADER_BYTES (magic, JSON with the checksum of the rest, padding), then the bytes of the index.
+
+MAGIC = b"bowerbird-index "
+FORMAT = 1
+HEADER_BYTES = 4096
+
+
+def _bytes(array: NDArray[Any]) -> Any:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+@contextlib.contextmanager
+def _index_file(path: str | Path, header: dict[str, Any]) -> Iterator[Any]:
+    """Yields ``write(bytes)``. The file appears under ``path`` complete and on disk, or not at all."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    checksum, size = 0, 0
+
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(b"\0" * HEADER_BYTES)
+
+            def write(data: Any) -> int:
+                nonlocal checksum, size
+                checksum, size = zlib.crc32(data, checksum), size + len(data)
+                stream.write(data)
+                return len(data)
+
+            yield write
+            text = json.dumps({"format": FORMAT, **header, "bytes": size, "crc32": checksum}).encode()
+            stream.seek(0)
+            stream.write((MAGIC + text).ljust(HEADER_BYTES - 1) + b"\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+@contextlib.contextmanager
+def _read_index(path: str | Path, kinds: Sequence[str]) -> Iterator[tuple[dict[str, Any], IO[bytes]]]:
+    """The header and the stream behind it, after the checksum was verified."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"there is no index file {path}.")
+    with path.open("rb") as stream:
+        start = stream.read(HEADER_BYTES)
+        if not start.startswith(MAGIC) or len(start) < HEADER_BYTES:
+            raise CorruptionError(
+                f"{path} is not an index file of Bowerbird, or its beginning is damaged. Build it again."
+            )
+        try:
+            header = json.loads(start[len(MAGIC) :])
+        except ValueError as error:
+            raise CorruptionError(f"the header of the index file {path} is damaged. Build it again.") from error
+        if header["format"] > FORMAT:
+            raise InputError(
+                f"{path} has index format {header['format']}; this version reads up to {FORMAT}. Upgrade it."
+            )
+        checksum, size = 0, 0
+        while data := stream.read(2**22):
+            checksum, size = zlib.crc32(data, checksum), size + len(data)
+        if (size, checksum) != (header["bytes"], header["crc32"]):
+            raise CorruptionError(
+                f"the index file {path} is damaged: {size} bytes with checksum {checksum:08x}, "
+                f"saved were {header['bytes']} with {header['crc32']:08x}. Build it again from the vectors."
+            )
+        if header["kind"] not in kinds:
+            raise InputError(f"{path} holds an index of kind {header['kind']!r}; expected {' or '.join(kinds)}.")
+        stream.seek(HEADER_BYTES)
+        yield header, stream
