@@ -1,4 +1,4 @@
-"""The plugin that core itself is: its records ``core:*``. Light, like every plugin: it imports records and nothing else."""
+"""The plugin that core itself is: its records ``core:*``. Light, like every plugin module."""
 
 from __future__ import annotations
 

@@ -5,7 +5,6 @@ The house pattern of a message: what was asked, what was found, what to do.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 
@@ -65,5 +64,7 @@ class UpgradeError(GalleryError):
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`` Did you mean 'x'?`` for the closest of ``known``, or an empty string."""
+    import difflib  # only a mistake pays for it
+
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" Did you mean {close[0]!r}?" if close else ""

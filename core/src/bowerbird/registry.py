@@ -16,26 +16,26 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import shlex
 import sys
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 from bowerbird import hookspecs
+from bowerbird.entry_points import PluginEntry, plugin_entries
 from bowerbird.errors import MissingExtraError, PluginError, UnknownNameError, did_you_mean
 from bowerbird.records import API_VERSION, PLUGIN_NAME, RECORD_TYPES, RETRIEVER_ROLES, Record, check_record
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-GROUP = "bowerbird"
 HEAVY_MODULES = ("numpy", "torch", "pydantic", "timm", "faiss", "transformers", "PIL")
 _KINDS = tuple(record_type.kind for record_type in RECORD_TYPES)
 
@@ -173,7 +173,7 @@ class Registry:
         return self._import(record.target, record)
 
     def load_config(self, record: Record) -> type[BaseModel] | None:
-        """The pydantic model of the settings of ``record``, or ``None`` where it has no settings. Raises like ``load``."""
+        """The pydantic model of the settings of ``record``; ``None`` where it has none. Raises like ``load``."""
         return None if record.config is None else self._import(record.config, record)
 
     def load_preset(self, record: Record, preset: str) -> dict[str, Any]:
@@ -202,8 +202,8 @@ class Registry:
         missing = self.missing_extras(record)
         if missing:
             raise MissingExtraError(
-                f"{record.name!r} needs {' and '.join(sorted(missing))}, which {'are' if len(missing) > 1 else 'is'} not "
-                f"installed. Install with: {install_command(missing)}"
+                f"{record.name!r} needs what is not installed: {', '.join(sorted(missing))}. "
+                f"Install with: {install_command(missing)}"
             ) from cause
 
     def _import(self, target: str, record: Record) -> Any:
@@ -229,27 +229,27 @@ class Registry:
         """
         import bowerbird
 
-        claims: dict[str, list[EntryPoint]] = defaultdict(list)
-        for entry_point in entry_points(group=GROUP):
-            claims[entry_point.name].append(entry_point)
+        claims: dict[str, list[PluginEntry]] = defaultdict(list)
+        for entry in plugin_entries():
+            claims[entry.name].append(entry)
         # Core's own records come with this module and not from its entry point: nobody can take the name away.
-        own = [ep for ep in claims.pop("core", []) if _distribution_of(ep)[0] != "bowerbird-core"]
+        foreign = [entry for entry in claims.pop("core", []) if entry.distribution != "bowerbird-core"]
         self._add(
             PluginStatus(name="core", distribution="bowerbird-core", version=bowerbird.__version__),
             lambda: importlib.import_module("bowerbird.builtin"),
         )
-        for entry_point in own:
-            self._reject_claim(entry_point, "the name 'core' belongs to bowerbird-core")
+        for entry in foreign:
+            self._reject_claim(entry, "the name 'core' belongs to bowerbird-core")
         for name in sorted(claims):
             contenders = claims[name]
             if len(contenders) > 1:
                 # Which of them is meant is not ours to guess, so that neither is loaded.
-                culprits = " and ".join(" ".join(_distribution_of(ep)) for ep in contenders)
-                for entry_point in contenders:
-                    self._reject_claim(entry_point, f"the name {name!r} is claimed by {culprits}; uninstall one")
+                culprits = " and ".join(str(entry) for entry in contenders)
+                for entry in contenders:
+                    self._reject_claim(entry, f"the name {name!r} is claimed by {culprits}; uninstall one")
                 continue
-            distribution, version = _distribution_of(contenders[0])
-            self._add(PluginStatus(name=name, distribution=distribution, version=version), contenders[0].load)
+            entry = contenders[0]
+            self._add(PluginStatus(name=name, distribution=entry.distribution, version=entry.version), entry.load)
 
     def add_file(self, path: str | Path) -> PluginStatus:
         """Try a plugin file without packaging it. Its plugin name is the file's name without ``.py``.
@@ -325,11 +325,11 @@ class Registry:
         self._statuses[status.name] = status
         return status
 
-    def _reject_claim(self, entry_point: EntryPoint, reason: str) -> None:
+    def _reject_claim(self, entry: PluginEntry, reason: str) -> None:
         """Keep a contender for a taken name under ``name (distribution)``, so that each culprit is listed."""
-        distribution, version = _distribution_of(entry_point)
-        key = entry_point.name if entry_point.name not in self._statuses else f"{entry_point.name} ({distribution})"
-        self._keep_failure(PluginStatus(name=key, distribution=distribution, version=version), PluginError(reason))
+        key = entry.name if entry.name not in self._statuses else f"{entry.name} ({entry.distribution})"
+        status = PluginStatus(name=key, distribution=entry.distribution, version=entry.version)
+        self._keep_failure(status, PluginError(reason))
 
     def _register_hooks(self, plugin: Any, name: str) -> None:
         self._manager.register(plugin, name=name)  # checks the arguments of every hook
@@ -393,12 +393,9 @@ def import_string(target: str) -> Any:
     return found
 
 
-def install_command(extras: dict[str, str]) -> str:
+def install_command(extras: Mapping[str, str]) -> str:
     """``pip install 'bowerbird-core[torch]'`` for a mapping of import names to what provides them."""
-    wanted: Sequence[str] = sorted(set(extras.values()))
-    return "pip install " + " ".join(
-        f"'{requirement}'" if "[" in requirement else requirement for requirement in wanted
-    )
+    return "pip install " + " ".join(shlex.quote(requirement) for requirement in sorted(set(extras.values())))
 
 
 def _kind_and_role(record: Record) -> str:
@@ -408,11 +405,6 @@ def _kind_and_role(record: Record) -> str:
 
 def _names_in(variable: str) -> set[str]:
     return {name.strip() for name in os.environ.get(variable, "").split(",") if name.strip()}
-
-
-def _distribution_of(entry_point: EntryPoint) -> tuple[str, str]:
-    distribution = entry_point.dist
-    return (distribution.name, distribution.version) if distribution is not None else ("unknown distribution", "")
 
 
 def _one_line(error: BaseException) -> str:

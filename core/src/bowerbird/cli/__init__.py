@@ -10,6 +10,7 @@ import errno
 import importlib
 import os
 import traceback
+from pathlib import Path
 from typing import Any
 
 import click
@@ -48,9 +49,7 @@ EXTRA_OF_MODULE = {
 
 
 class _ReportedError(click.ClickException):
-    def __init__(self, message: str, *, exit_code: int = 2) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
+    exit_code = 2
 
     def show(self, file: Any = None) -> None:
         click.echo(f"error: {self.message}", file=file, err=True)
@@ -101,7 +100,7 @@ class _LazyGroup(click.Group):
 
 def _as_reported(exc: Exception) -> _ReportedError:
     if isinstance(exc, BowerbirdError):
-        return _ReportedError(str(exc), exit_code=exc.exit_code)
+        return _reported(str(exc), exc.exit_code)
     if isinstance(exc, OSError):
         where = f": {exc.filename}" if exc.filename else ""
         return _ReportedError(f"{exc.strerror or exc}{where}")
@@ -111,10 +110,16 @@ def _as_reported(exc: Exception) -> _ReportedError:
         return _ReportedError(
             f"this needs {module}, which is not installed. Install with: pip install 'bowerbird-core[{extra}]'"
         )
-    return _ReportedError(
+    return _reported(
         f"internal error, {type(exc).__name__}: {exc}. This is a bug; `bowerbird --debug ...` shows where it happened.",
-        exit_code=1,
+        1,
     )
+
+
+def _reported(message: str, exit_code: int) -> _ReportedError:
+    error = _ReportedError(message)
+    error.exit_code = exit_code  # type: ignore[misc]  # click declares it for the class
+    return error
 
 
 def examples(*lines: str) -> str:
@@ -126,7 +131,7 @@ def _use_plugin_files(ctx: click.Context, _param: click.Parameter, paths: tuple[
     """Hand the files to the registry, and to processes that a command starts, by the environment."""
     if paths:
         before = os.environ.get("BOWERBIRD_PLUGIN")
-        given = [os.path.abspath(path) for path in paths]
+        given = [str(Path(path).resolve()) for path in paths]
         os.environ["BOWERBIRD_PLUGIN"] = os.pathsep.join(given + ([before] if before else []))
 
         def restore() -> None:
