@@ -45,6 +45,14 @@ class Record:
     extras: Mapping[str, str] = field(default_factory=dict)
     maturity: str = "stable"
 
+    def to_dict(self) -> dict[str, Any]:
+        """The record as plain data, its kind included."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {
+            "kind": self.kind,
+            **{key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()},
+        }
+
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderRecord(Record):

@@ -67,6 +67,11 @@ class PluginStatus:
         """``bowerbird-acme 0.2.0``, or the path of a file."""
         return f"{self.distribution} {self.version}".strip()
 
+    def to_dict(self) -> dict[str, str]:
+        """The status as plain data, without the exception object."""
+        names = ("name", "distribution", "version", "state", "detail", "traceback")
+        return {name: getattr(self, name) for name in names}
+
     def __str__(self) -> str:
         return f"plugin {self.name!r} ({self.source}) is {self.state}" + (f": {self.detail}" if self.detail else "")
 
