@@ -4,8 +4,8 @@ All vectors are unit vectors and ``distance = 1 - cosine``, so searching means t
 FAISS is imported when a ``FaissIndex`` is used. Q queries, N stored vectors, D width, k results.
 
 ``exact_search`` needs no index: it reads an array (or a memory-mapped file) block by block. The product
-``block @ queries.T`` costs about what ``IndexFlatIP`` costs for one query and less for a batch, so FAISS earns its place
-with IVF and HNSW, and on GPUs.
+``block @ queries.T`` costs about what ``IndexFlatIP`` costs for one query and less for a batch, so FAISS earns its
+place with IVF and HNSW, and on GPUs.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Hits:
 
     Attributes:
         ids: int64 ``(Q, k)``, or ``(k,)`` for a single query. ``-1`` where there are fewer than k items.
-        distances: float64 of the same shape, ``1 - cosine`` in 0..2 (rounding can give -1e-7), ascending; ``inf`` beside
-            ``-1``.
+        distances: float64 of the same shape, ``1 - cosine`` in 0..2 (rounding can give -1e-7), ascending; ``inf``
+            beside ``-1``.
     """
 
     ids: NDArray[np.int64]
@@ -253,6 +253,11 @@ class ExactIndex:
         return len(self._ids)
 
     @property
+    def ids(self) -> NDArray[np.int64]:
+        """int64 (N,) ids of the stored items, in no particular order. Not a copy: leave it as it is."""
+        return self._ids
+
+    @property
     def dim(self) -> int | None:
         """D; ``None`` while nothing was added."""
         arrays = self._pending or ([] if self._vectors is None else [self._vectors])
@@ -381,8 +386,8 @@ class FaissIndex:
 
     ``ivf`` is trained on a sample of the first vectors added. How much of it is searched (``nprobe``; ``ef_search`` for
     ``hnsw``) is chosen by measured recall unless given: the least effort with which the 10 nearest neighbours of sample
-    queries are found with ``target_recall``. A sample query is a stored item moved in a random direction by the distance
-    to its tenth neighbour (stored items themselves would be too easy: a graph links them). It is measured at the first
+    queries are found with ``target_recall``. A sample query is a stored item moved in a random direction by the
+    distance to its tenth neighbour (stored items themselves would be too easy: a graph links them). It is measured at the first
     search and again when the index has doubled; ``measured_recall`` keeps the result.
 
     Args:
@@ -395,7 +400,7 @@ class FaissIndex:
         ef_search: Candidates kept while searching the graph; default: measured.
         target_recall: Recall@10 to reach, in 0..1.
         threads: OpenMP threads of a search. One per request serves best under load.
-        device: ``cpu``; ``auto`` = a GPU where FAISS sees one; ``gpu`` = refuse to work without. ``hnsw`` runs on the CPU.
+        device: ``cpu``; ``auto`` = a GPU where FAISS sees one; ``gpu`` = refuse to work without. ``hnsw`` ignores it.
         seed: Of the samples.
     """
 
@@ -448,6 +453,11 @@ class FaissIndex:
         return len(self._ids)
 
     @property
+    def ids(self) -> NDArray[np.int64]:
+        """int64 (N,) ids of the stored items, in no particular order. Not a copy: leave it as it is."""
+        return self._ids
+
+    @property
     def dim(self) -> int | None:
         """D; ``None`` while nothing was added."""
         return None if self._index is None else int(self._index.d)
@@ -473,8 +483,8 @@ class FaissIndex:
     def remove(self, ids: ArrayLike) -> int:
         """Remove items; ids that are not stored are ignored. Returns how many were removed.
 
-        ``flat`` is compacted. ``ivf`` and ``hnsw`` are built again from the vectors that remain: FAISS cannot take nodes
-        out of a graph, and removing from inverted lists by position would renumber the rest.
+        ``flat`` is compacted. ``ivf`` and ``hnsw`` are built again from the vectors that remain: FAISS cannot take
+        nodes out of a graph, and removing from inverted lists by position would renumber the rest.
         """
         gone = np.isin(self._ids, np.asarray(ids, np.int64))
         if not gone.any():
