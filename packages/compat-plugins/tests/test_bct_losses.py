@@ -7,11 +7,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from bowerbird_compat.bct import InfluenceLoss, MarginSoftmax, build_prototypes, match_dim
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
+
+from bowerbird_compat.bct import InfluenceLoss, MarginSoftmax, build_prototypes, match_dim
 
 TIGHT = {"rtol": 1e-9, "atol": 1e-10}
 SEEDS = st.integers(0, 2**31 - 1)
@@ -187,7 +188,9 @@ def test_prototypes_have_norm_at_most_one_and_do_not_depend_on_the_order_of_samp
     vectors = random(len(labels), dim, seed=seed)
     made = build_prototypes(nn.Identity(), [(vectors, labels)], classes)
     shuffle = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    other = build_prototypes(nn.Identity(), zip(vectors[shuffle].split(3), labels[shuffle].split(3), strict=True), classes)
+    other = build_prototypes(
+        nn.Identity(), zip(vectors[shuffle].split(3), labels[shuffle].split(3), strict=True), classes
+    )
     assert (made.weight.norm(dim=1) <= 1 + 1e-12).all()
     assert_close(made.weight, other.weight, **TIGHT)
     normalised = build_prototypes(nn.Identity(), [(vectors, labels)], classes, normalize=True)
@@ -296,7 +299,9 @@ def test_a_batch_without_known_labels_costs_nothing_and_can_be_differentiated():
 
 @invariant
 @given(seed=SEEDS, scale=st.floats(0.1, 50), d_new=SIZES, d_old=SIZES)
-def test_normalised_influence_is_a_scaled_softmax_of_unit_embeddings_and_ignores_their_length(seed, scale, d_new, d_old):
+def test_normalised_influence_is_a_scaled_softmax_of_unit_embeddings_and_ignores_their_length(
+    seed, scale, d_new, d_old
+):
     w_old, feat, labels = random(4, d_old, seed=seed), random(6, d_new, seed=seed + 1), random_labels(6, 4, seed)
     influence = InfluenceLoss(w_old, normalize=True, scale=scale)
     expected = F.cross_entropy(scale * F.normalize(match_dim(feat, d_old)) @ w_old.T, labels)

@@ -1,8 +1,8 @@
 """Backward-compatible training: a new encoder whose queries can be compared with the vectors of the old one.
 
-Shen, Xiong, Xia, Soatto: Towards Backward-Compatible Representation Learning, CVPR 2020 (arXiv 2003.11942). The loss of the
-new classifier gets a second term, the influence loss: the *old*, frozen classifier must also recognise the new embedding.
-Where the paper is silent the authors' later code is followed (openBCT), see docs/methods/bct.md.
+Shen, Xiong, Xia, Soatto: Towards Backward-Compatible Representation Learning, CVPR 2020 (arXiv 2003.11942). The loss
+of the new classifier gets a second term, the influence loss: the *old*, frozen classifier must also recognise the new
+embedding. Where the paper is silent the authors' later code is followed (openBCT), see docs/methods/bct.md.
 
 Letters: B batch, C_old / C_new classes, d_old / d_new embedding sizes.
 """
@@ -14,12 +14,12 @@ from typing import Any, Literal, Self, get_args
 
 import torch
 import torch.nn.functional as F
-from bowerbird.batch import Batch
-from bowerbird.errors import InputError, RecipeError
-from bowerbird.protocols import BuildContext, Encoder, LossOutput, Objective
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
+from bowerbird.batch import Batch
+from bowerbird.errors import InputError, RecipeError
+from bowerbird.protocols import BuildContext, Encoder, LossOutput, Objective
 from bowerbird_compat.heads import MarginKind, MarginSoftmax, integer_labels, match_dim
 from bowerbird_compat.old_model import OldModel, measured_compatibility
 from bowerbird_compat.prototypes import Prototypes, build_prototypes
@@ -34,16 +34,18 @@ Reduction = Literal["mean", "sum", "none"]
 class InfluenceLoss(nn.Module):
     """Cross-entropy of the frozen old classifier on new embeddings.
 
-    ``weight * mean CE(scale * A(f) W_old^T, class_map[y])`` over the samples whose class the old classifier knows, where
-    ``A`` keeps the first ``d_old`` entries of ``f`` or appends zeros.
+    ``weight * mean CE(scale * A(f) W_old^T, class_map[y])`` over the samples whose class the old classifier knows,
+    where ``A`` keeps the first ``d_old`` entries of ``f`` or appends zeros.
 
     Args:
-        old_classifier: ``(C_old, d_old)``, copied into a buffer: it is saved with the module, and never a parameter. A row
-            of zeros (a class without samples) is refused.
-        class_map: New class -> row of ``old_classifier``. ``None``: the same indices; labels from ``C_old`` on are unknown.
+        old_classifier: ``(C_old, d_old)``, copied into a buffer: it is saved with the module, and never a parameter.
+            A row of zeros (a class without samples) is refused.
+        class_map: New class -> row of ``old_classifier``. ``None``: the same indices; labels from ``C_old`` on are
+            unknown.
         weight: Factor of the term (lambda), at least 0.
         normalize: Whether ``A(f)`` is brought to norm 1. The rows of ``old_classifier`` are used as they are given.
-        scale: Factor of the logits. Without one, unit embeddings give logits in [-1, 1], whose cross-entropy cannot fall.
+        scale: Factor of the logits. Without one, unit embeddings give logits in [-1, 1], whose cross-entropy cannot
+            fall.
         margin: Cosine logits with a margin instead of linear ones; embeddings and rows are then normalised there.
         reduction: ``mean`` and ``sum`` are over the known samples only; ``none`` gives ``(B,)`` with 0 at the others.
         label_smoothing: In [0, 1), as in ``torch.nn.functional.cross_entropy``.
@@ -85,11 +87,14 @@ class InfluenceLoss(nn.Module):
     def old_labels(self, labels: Tensor) -> Tensor:
         """``(B,)`` rows of the old classifier, -1 where the class is not known to it."""
         known = (labels >= 0) & (labels < len(self._rows))
-        return torch.where(known, self._rows[labels.where(known, 0)], -1) if len(self._rows) else labels.new_full(labels.shape, -1)
+        return (
+            torch.where(known, self._rows[labels.where(known, 0)], -1)
+            if len(self._rows)
+            else labels.new_full(labels.shape, -1)
+        )
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """The term for ``embeddings`` ``(B, d_new)`` (not normalised) and ``labels`` ``(B,)`` integers: a scalar, 0 if no
-        label is known.
+        """The term, a scalar; 0 if no label is known. ``embeddings`` ``(B, d_new)`` as they come, ``labels`` ``(B,)``.
 
         Raises ``TypeError`` for labels that are not integers, ``InputError`` for shapes that do not fit.
         """
@@ -120,7 +125,9 @@ class InfluenceLoss(nn.Module):
 
 def _checked_classifier(weight: Tensor) -> Tensor:
     if weight.ndim != 2 or not weight.dtype.is_floating_point:
-        raise InputError(f"The old classifier has shape {tuple(weight.shape)}, {weight.dtype}; a float matrix (C_old, d_old) is needed.")
+        raise InputError(
+            f"Old classifier: {weight.dtype} of shape {tuple(weight.shape)}; a float matrix (C_old, d_old) is due."
+        )
     if not torch.isfinite(weight).all():
         raise InputError("The old classifier holds values that are not finite (NaN or infinity).")
     empty = (weight == 0).all(dim=1).nonzero().flatten().tolist()
@@ -151,7 +158,9 @@ class BCTConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     old_run: str | None = Field(None, description="folder of the run that trained the old encoder")
-    old_encoder: str | None = Field(None, description="instead of old_run: an exported encoder, or an encoder reference")
+    old_encoder: str | None = Field(
+        None, description="instead of old_run: an exported encoder, or an encoder reference"
+    )
     influence_weight: float = Field(1.0, ge=0, description="factor of the influence loss (lambda)")
     old_classifier: Literal["auto", "real", "prototypes"] = Field(
         "auto",
@@ -160,7 +169,8 @@ class BCTConfig(BaseModel):
         "auto: real if it knows every new class, else prototypes",
     )
     influence_normalize: bool | None = Field(
-        None, description="unit embeddings in the influence loss; default: true for prototypes, false for a real classifier"
+        None,
+        description="unit embeddings in the influence loss; default: true for prototypes, false for a real classifier",
     )
     influence_scale: float | None = Field(
         None, gt=0, description="factor of the old logits; default: 16 with unit embeddings, else 1"
@@ -183,19 +193,30 @@ class BCTConfig(BaseModel):
 
 def openbct() -> dict[str, Any]:
     """Settings of the authors' code: linear classifiers, raw embeddings, lambda 1."""
-    return {"influence_weight": 1.0, "old_classifier": "real", "influence_normalize": False, "influence_scale": 1.0, "classifier": "softmax"}
+    return {
+        "influence_weight": 1.0,
+        "old_classifier": "real",
+        "influence_normalize": False,
+        "influence_scale": 1.0,
+        "classifier": "softmax",
+    }
 
 
 def prototypes() -> dict[str, Any]:
     """For new classes that the old model never saw: class means, unit embeddings, scale 16."""
-    return {"influence_weight": 1.0, "old_classifier": "prototypes", "influence_normalize": True, "influence_scale": 16.0}
+    return {
+        "influence_weight": 1.0,
+        "old_classifier": "prototypes",
+        "influence_normalize": True,
+        "influence_scale": 16.0,
+    }
 
 
 class BCTObjective(Objective):
     """``CE(new classifier) + lambda * influence loss`` on one embedding; see ``BCTConfig``.
 
-    Needs ``image`` (or ``frozen_features``) and ``label``. The old encoder runs only while this is built (for prototypes)
-    and when the export is measured, never in training.
+    Needs ``image`` (or ``frozen_features``) and ``label``. The old encoder runs only while this is built (for
+    prototypes) and when the export is measured, never in training.
     """
 
     def __init__(self, encoder: Encoder, num_classes: int, influence: InfluenceLoss, config: BCTConfig) -> None:
@@ -239,8 +260,8 @@ class BCTObjective(Objective):
                 )
             if not shared:
                 raise RecipeError(
-                    f"old_classifier = 'real', but no class of the training split ({_some(context.classes)}) is a class of "
-                    f"{old.path} ({_some(old.classes)}). Use old_classifier = 'prototypes'."
+                    f"old_classifier = 'real', but no class of the training split ({_some(context.classes)}) "
+                    f"is a class of {old.path} ({_some(old.classes)}). Use old_classifier = 'prototypes'."
                 )
             weight, class_map = old.classifier, shared
         else:
@@ -253,15 +274,17 @@ class BCTObjective(Objective):
         if normalize and source == "real":
             weight = F.normalize(weight)  # unit embeddings against the rows of a cosine classifier
         return InfluenceLoss(
-            weight, class_map, config.influence_weight, normalize, config.influence_scale or (16.0 if normalize else 1.0),
-            label_smoothing=config.label_smoothing,
+            weight, class_map, config.influence_weight, normalize, config.influence_scale or (16.0 if normalize else
+            1.0), label_smoothing=config.label_smoothing,
         )  # fmt: skip
 
     def forward(self, batch: Batch) -> LossOutput:
-        """Parts ``new`` and ``influence`` (weighted); stats ``accuracy`` (before the margin) and ``influence_samples``."""
+        """Parts ``new`` and ``influence`` (weighted); stats ``accuracy`` (with the margin), ``influence_samples``."""
         embeddings = self.encoder(batch).pooled
         labels = batch["label"]
-        logits = self.classifier(embeddings) if self.head is None else self.head(embeddings, self.classifier.weight, labels)
+        logits = (
+            self.classifier(embeddings) if self.head is None else self.head(embeddings, self.classifier.weight, labels)
+        )
         new = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
         influence = self.influence(embeddings, labels)
         accuracy = (logits.detach().argmax(dim=1) == labels).float().mean().item()

@@ -2,9 +2,9 @@
 
 Letters: B batch, C classes, D embedding size.
 
-The margins are written here and not taken from pytorch-metric-learning: its ``ArcFaceLoss`` and ``CosFaceLoss`` own their
-weight matrix, return the mean loss and not the logits, and always mask by their own label range. Compatible training
-needs the logits against a *given, frozen* matrix and a mean over a part of the batch.
+The margins are written here and not taken from pytorch-metric-learning: its ``ArcFaceLoss`` and ``CosFaceLoss`` own
+their weight matrix, return the mean loss and not the logits, and always mask by their own label range. Compatible
+training needs the logits against a *given, frozen* matrix and a mean over a part of the batch.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from bowerbird.errors import InputError, did_you_mean
 from torch import Tensor, nn
+
+from bowerbird.errors import InputError, did_you_mean
 
 MarginKind = Literal["none", "cosface", "arcface", "arcface_monotone"]
 DimMode = Literal["truncate_or_pad", "strict"]
@@ -37,7 +38,9 @@ def match_dim(x: Tensor, dim: int, mode: DimMode = "truncate_or_pad") -> Tensor:
     Shen et al., CVPR 2020: the new embedding is compared with the old classifier and gallery through this map.
     """
     if mode not in get_args(DimMode):
-        raise InputError(f"mode is {mode!r}; accepted: {', '.join(get_args(DimMode))}.{did_you_mean(mode, get_args(DimMode))}")
+        raise InputError(
+            f"mode is {mode!r}; accepted: {', '.join(get_args(DimMode))}.{did_you_mean(mode, get_args(DimMode))}"
+        )
     if dim < 1:
         raise InputError(f"dim is {dim}; it must be at least 1.")
     size = x.shape[-1]
@@ -58,7 +61,12 @@ def integer_labels(labels: Tensor, batch: int) -> Tensor:
         TypeError: The labels are not integers.
         InputError: (a ``ValueError``) There is not one label per embedding.
     """
-    if not isinstance(labels, Tensor) or labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
+    if (
+        not isinstance(labels, Tensor)
+        or labels.dtype.is_floating_point
+        or labels.dtype.is_complex
+        or labels.dtype == torch.bool
+    ):
         found = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"Labels must be a tensor of integers (class indices), found {found}.")
     if labels.shape != (batch,):
@@ -74,8 +82,8 @@ class MarginSoftmax(nn.Module):
     - ``none``: ``c_y``
     - ``cosface``: ``c_y - margin`` (Wang et al., CVPR 2018)
     - ``arcface``: ``cos(arccos(c_y) + margin)`` (Deng et al., CVPR 2019)
-    - ``arcface_monotone``: the same, but ``c_y - margin * sin(pi - margin)`` where ``c_y <= cos(pi - margin)``, so that a
-      worse angle never gives a better logit
+    - ``arcface_monotone``: the same, but ``c_y - margin * sin(pi - margin)`` where ``c_y <= cos(pi - margin)``, so
+      that a worse angle never gives a better logit
 
     and all logits are multiplied by ``scale``. Target cosines are clamped to ``[-1 + 1e-7, 1 - 1e-7]`` before arccos.
 
@@ -104,12 +112,16 @@ class MarginSoftmax(nn.Module):
         Raises ``TypeError`` for labels that are not integers, ``InputError`` for sizes that differ.
         """
         if embeddings.shape[-1] != weight.shape[-1]:
-            raise InputError(f"Embeddings have size {embeddings.shape[-1]} and the classifier {weight.shape[-1]}; use match_dim.")
+            raise InputError(
+                f"Embeddings have size {embeddings.shape[-1]} and the classifier {weight.shape[-1]}; use match_dim."
+            )
         # Half precision cannot resolve cosines near 1, where the margins act.
         with torch.autocast(device_type=embeddings.device.type, enabled=False):
             if embeddings.dtype in (torch.float16, torch.bfloat16):
                 embeddings = embeddings.float()
-            return self.apply_margin(F.linear(F.normalize(embeddings), F.normalize(weight.to(embeddings.dtype))), labels)
+            return self.apply_margin(
+                F.linear(F.normalize(embeddings), F.normalize(weight.to(embeddings.dtype))), labels
+            )
 
     def apply_margin(self, cosine: Tensor, labels: Tensor) -> Tensor:
         """``(B, C)`` logits from ready cosines ``(B, C)``; ``cosine`` is left as it is."""

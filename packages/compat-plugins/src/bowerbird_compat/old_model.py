@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from bowerbird.protocols import BuildContext, Encoder, freeze
 from safetensors.torch import load_file
 from torch import Tensor
+
+from bowerbird.protocols import BuildContext, Encoder, freeze
 
 CLASSIFIER = "classifier.weight"
 
@@ -44,7 +42,11 @@ class OldModel:
             trained = context.load_run(run)
             frozen = freeze(trained.encoder)
             return cls(
-                str(run), frozen, load_encoder(run).fingerprint, trained.classes, trained.objective_state.get(CLASSIFIER)
+                str(run),
+                frozen,
+                load_encoder(run).fingerprint,
+                trained.classes,
+                trained.objective_state.get(CLASSIFIER),
             )
         assert encoder is not None
         loaded = load_encoder(encoder)

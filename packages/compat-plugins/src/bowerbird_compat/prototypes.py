@@ -12,9 +12,9 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from bowerbird.errors import InputError
 from torch import Tensor, nn
 
+from bowerbird.errors import InputError
 from bowerbird_compat.heads import integer_labels
 
 OnMissing = Literal["raise", "zero", "skip"]
@@ -57,8 +57,8 @@ def build_prototypes(
             should be made with the encoder's evaluation transform.
         num_classes: Labels are in ``0..num_classes - 1``.
         normalize: Whether the rows get norm 1 in the end.
-        on_missing: A class without samples: ``raise``; ``zero`` gives it a row of zeros, which ``InfluenceLoss`` refuses;
-            ``skip`` leaves its row out (see ``Prototypes.classes``).
+        on_missing: A class without samples: ``raise``; ``zero`` gives it a row of zeros, which ``InfluenceLoss``
+            refuses; ``skip`` leaves its row out (see ``Prototypes.classes``).
 
     Raises:
         InputError: (a ``ValueError``) A class has no sample (they are listed), a label is out of range, an embedding is
