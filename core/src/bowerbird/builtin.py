@@ -33,7 +33,36 @@ def bowerbird_encoders() -> Iterable[EncoderRecord]:
 
 @hookimpl
 def bowerbird_objectives() -> Iterable[ObjectiveRecord]:
-    return ()
+    torch = {"torch": "bowerbird-core[torch]"}
+    metric_learning = {**torch, "pytorch_metric_learning": "bowerbird-core[torch]"}
+    yield ObjectiveRecord(
+        name="core:softmax",
+        target="bowerbird.objectives.softmax:Softmax",
+        config="bowerbird.objectives.softmax:SoftmaxConfig",
+        summary="Classification with a linear or cosine classifier on the embedding.",
+        needs=("label",),
+        batch_additive=True,
+        extras=torch,
+    )
+    yield ObjectiveRecord(
+        name="core:margin",
+        target="bowerbird.objectives.margin:Margin",
+        config="bowerbird.objectives.margin:MarginConfig",
+        summary="Classification with an angular margin: ArcFace or CosFace.",
+        needs=("label",),
+        batch_additive=True,
+        paper="ArcFace: Additive Angular Margin Loss for Deep Face Recognition, arXiv:1801.07698",
+        extras=metric_learning,
+    )
+    yield ObjectiveRecord(
+        name="core:supcon",
+        target="bowerbird.objectives.supcon:SupCon",
+        config="bowerbird.objectives.supcon:SupConConfig",
+        summary="Supervised contrast: items of one class attract, all others repel.",
+        needs=("label",),
+        paper="Supervised Contrastive Learning, arXiv:2004.11362",
+        extras=metric_learning,
+    )
 
 
 @hookimpl

@@ -40,11 +40,11 @@ class Features:
 
 @dataclass(frozen=True)
 class LossOutput:
-    """``total``: the scalar to differentiate; ``parts``: its named scalar terms; ``stats``: other numbers to log."""
+    """``total``: the scalar to differentiate; ``parts``: its named scalar terms; ``stats``: other scalars to log."""
 
     total: Tensor
     parts: Mapping[str, Tensor] = field(default_factory=dict)
-    stats: Mapping[str, float] = field(default_factory=dict)
+    stats: Mapping[str, float | Tensor] = field(default_factory=dict)
 
 
 class Encoder(nn.Module):

@@ -26,6 +26,9 @@ from bowerbird.records import DatasetRecord, EncoderRecord, ObjectiveRecord, Rec
 from bowerbird.registry import get_registry
 
 
+CACHED_KEYS = ("image", "label", "index", "item_id")  # image: as frozen_features
+
+
 class _Table(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -56,6 +59,9 @@ class TrainSettings(_Table):
 
     epochs: int = Field(default=10, ge=1, description="Passes over the training split.")
     batch_size: int = Field(default=128, ge=1, description="Items per forward pass, over all processes.")
+    items_per_class: int | None = Field(
+        default=None, ge=2, description="Make batches of groups of so many items of one class (for pair losses)."
+    )
     accumulate: int = Field(default=1, ge=1, description="Forward passes per optimiser step.")
     optimizer: Literal["sgd", "adam", "adamw"] = "adamw"
     lr: float = Field(default=1e-3, gt=0, description="Peak learning rate.")
@@ -109,7 +115,7 @@ class Recipe(_Table):
             data[table] = _flat(data[table])
         for tables in ("modifier", "evaluate"):
             data[tables] = [_flat(table) for table in data[tables]]
-        return data
+        return {key: value for key, value in data.items() if value != []}
 
     def to_toml(self) -> str:
         return to_toml(self.to_dict())
@@ -255,6 +261,17 @@ def check_fit(recipe: Recipe, source: Source | None = None) -> None:
             f"{_set(objective.encoder_needs)}; encoder {encoder.name!r} gives {_set(encoder.outputs)}. "
             f"Missing: {_set(lacking)}."
         )
+    uncached = [key for key in objective.needs if key not in CACHED_KEYS]
+    if recipe.train.cache_trunk and uncached:
+        raise RecipeError(
+            f"{source.of('train.cache_trunk')}: objective {objective.name!r} needs {_set(uncached)}, and with "
+            f"train.cache_trunk a batch has only {_set(CACHED_KEYS)}; set train.cache_trunk = false"
+        )
+    if recipe.train.items_per_class is not None and "label" not in dataset.provides:
+        raise RecipeError(
+            f"{source.of('train.items_per_class')}: train.items_per_class needs labels; dataset {dataset.name!r} "
+            f"provides {_set(dataset.provides)}"
+        )
     if recipe.train.cache_trunk and recipe.dataset.augment != "none":
         raise RecipeError(
             f"{source.of('train.cache_trunk')}: train.cache_trunk keeps one result per item, and dataset.augment = "
@@ -341,14 +358,12 @@ def _resolved(recipe: Recipe, source: Source) -> Recipe:
             preset = registry.load_preset(record, component.preset) if component.preset is not None else {}
         except UnknownNameError as error:
             raise UnknownNameError(f"{source.of(f'{path}.use')}: {path}: {error}") from error
-        local = Source(source.of(path), {k.removeprefix(f"{path}."): v for k, v in source.overridden.items()
-                                         if k.startswith(f"{path}.")})  # fmt: skip
         values = {**preset, **component.settings}
         model = registry.load_config(record)
         if model is None:
             config = build_config(record, values, f"{source.of(path)}: [{path}]")
         else:
-            config = _validated(model, values, local, owner=record.name, prefix=f"{path}.")
+            config = _validated(model, values, source, owner=record.name, prefix=f"{path}.")
         settings = config.model_dump(mode="json", exclude_none=True) if config is not None else {}
         return component.model_copy(update={"use": record.name, "preset": None, "settings": settings})
 
@@ -376,11 +391,13 @@ def _validated(model: Any, values: Mapping[str, Any], source: Source, *, owner: 
 
 def _explain(model: Any, problem: Mapping[str, Any], source: Source, owner: str, prefix: str) -> str:
     location = [part for part in problem["loc"] if part != "settings"]
-    path = ".".join(map(str, location))
-    place = f"{source.of(path)}: {prefix}{path}".rstrip(":. ")
+    path = (prefix + ".".join(map(str, location))).rstrip(".")
+    place = f"{source.of(path)}: {path}".rstrip(": ")
     of_owner = f" of {owner}" if owner else ""
     if problem["type"] == "extra_forbidden":
         known = _keys_at(model, location[:-1])
+        causes = [key for key in source.overridden if key.startswith(f"{path}.")]  # --set made a table of this name
+        place = f"{source.of(causes[0] if causes else path)}: {path}"
         return f"{place}: unknown key{of_owner}.{did_you_mean(str(location[-1]), known)} Accepted: {', '.join(known)}."
     if problem["type"] == "missing":
         return f"{place}: this key{of_owner} is required and not given"
