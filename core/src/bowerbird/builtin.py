@@ -67,7 +67,32 @@ def bowerbird_objectives() -> Iterable[ObjectiveRecord]:
 
 @hookimpl
 def bowerbird_datasets() -> Iterable[DatasetRecord]:
-    return ()
+    yield DatasetRecord(
+        name="core:image-folder",
+        target="bowerbird.data.image_folder:ImageFolder",
+        config="bowerbird.data.configs:ImageFolderConfig",
+        summary="A folder of images; the class is the first folder. Splits by folder, or by a hash of the id.",
+        provides=("image", "label", "item_id"),
+        extras={"torch": "bowerbird-core[torch]"},
+    )
+    yield DatasetRecord(
+        name="core:fashion-mnist",
+        target="bowerbird.data.fashion_mnist:FashionMnist",
+        config="bowerbird.data.configs:FashionMnistConfig",
+        summary="70,000 photos of clothes, from the Debian package, a folder of IDX files or torchvision.",
+        provides=("image", "label", "item_id"),
+        splits=("train", "test", "seen-train", "seen-test", "unseen-test"),
+        paper="Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning Algorithms, arXiv:1708.07747",
+        extras={"torch": "bowerbird-core[torch]"},
+    )
+    yield DatasetRecord(
+        name="core:digits",
+        target="bowerbird.data.digits:Digits",
+        summary="1,797 handwritten digits of 8 x 8 pixels from scikit-learn: the smallest real data set.",
+        provides=("image", "label", "item_id"),
+        splits=("all", "train", "test"),
+        extras={"torch": "bowerbird-core[torch]", "sklearn": "bowerbird-core[digits]"},
+    )
 
 
 @hookimpl

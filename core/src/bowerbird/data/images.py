@@ -135,8 +135,8 @@ class Preprocessing:
         box: tuple[float, float, float, float] = (0, 0, width, height)
         if self.resize == "crop":
             # Resize and crop in one: only the pixels inside the crop are computed, so that an image of 1 x 1,000,000
-            # does not become one of 224 x 224,000,000 on the way. The result is that of resizing, then cropping, but for
-            # the rounding of intermediate pixels, because Pillow may do rows and columns in another order.
+            # does not become one of 224 x 224,000,000 on the way. The result is that of resizing, then cropping, but
+            # for the rounding of intermediate pixels, because Pillow may do rows and columns in another order.
             short = math.floor(self.size / self.crop_pct)
             grown = (
                 (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
