@@ -387,8 +387,8 @@ class FaissIndex:
     ``ivf`` is trained on a sample of the first vectors added. How much of it is searched (``nprobe``; ``ef_search`` for
     ``hnsw``) is chosen by measured recall unless given: the least effort with which the 10 nearest neighbours of sample
     queries are found with ``target_recall``. A sample query is a stored item moved in a random direction by the
-    distance to its tenth neighbour (stored items themselves would be too easy: a graph links them). It is measured at the first
-    search and again when the index has doubled; ``measured_recall`` keeps the result.
+    distance to its tenth neighbour (stored items themselves would be too easy: a graph links them). It is measured at
+    the first search and again when the index has doubled; ``measured_recall`` keeps the result.
 
     Args:
         kind: ``flat``, ``ivf`` or ``hnsw``.
