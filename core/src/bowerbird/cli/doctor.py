@@ -21,8 +21,8 @@ from bowerbird.records import API_VERSION, Record
 from bowerbird.registry import Registry, get_registry, install_command
 
 LIBRARIES = (
-    "numpy", "pillow", "pydantic", "pluggy", "click", "rich", "torch", "torchvision", "timm", "transformers", "safetensors",
-    "pytorch-metric-learning", "faiss-cpu", "faiss-gpu", "scikit-learn", "matplotlib", "pyarrow",
+    "numpy", "pillow", "pydantic", "pluggy", "click", "rich", "torch", "torchvision", "timm", "transformers",
+    "safetensors", "pytorch-metric-learning", "faiss-cpu", "faiss-gpu", "scikit-learn", "matplotlib", "pyarrow",
 )  # fmt: skip
 # kind -> the class in bowerbird.protocols that a target must derive from
 CONTRACTS = {
