@@ -81,11 +81,16 @@ def fetch(work: Path) -> dict[str, dict[str, Any]]:
         if found != digest:
             sys.exit(f"{tarball}: SHA-256 is {found}, expected {digest}. Delete the file to download it again.")
         with tarfile.open(tarball) as archive:
-            read = lambda member: json.load(archive.extractfile(f"package/{member}.json"))  # noqa: E731
-            icons[name] = read("icons")
+            icons[name] = read_json(archive, "icons")
             if name == "noto":
-                icons[name]["metadata"] = read("metadata")
+                icons[name]["metadata"] = read_json(archive, "metadata")
     return icons
+
+
+def read_json(archive: tarfile.TarFile, member: str) -> dict[str, Any]:
+    file = archive.extractfile(f"package/{member}.json")
+    assert file is not None, member
+    return json.load(file)
 
 
 def resolve(icon_set: dict[str, Any], name: str) -> tuple[dict[str, Any], bool, bool]:

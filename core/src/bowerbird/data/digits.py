@@ -17,7 +17,7 @@ _TEST_EVERY = 5
 
 
 class Digits(Dataset):
-    """Items in the order of scikit-learn; ids are ``0000`` to ``1796``. Every fifth is in ``test``, the others in ``train``."""
+    """Items in scikit-learn's order; ids are ``0000`` to ``1796``. Every fifth is in ``test``, the rest ``train``."""
 
     classes = tuple(str(digit) for digit in range(10))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import math
 import struct
 import zlib
@@ -36,7 +37,7 @@ def read_idx(path: str | Path, *, ndim: int | None = None) -> NDArray[np.uint8]:
         raise DataError(f"Cannot read IDX file {path}: {error}. The file is truncated or damaged.") from error
 
 
-def _parse(file: IO[bytes], path: Path, ndim: int | None) -> NDArray[np.uint8]:
+def _parse(file: IO[bytes] | gzip.GzipFile | io.BufferedReader, path: Path, ndim: int | None) -> NDArray[np.uint8]:
     magic = file.read(4)
     if len(magic) < 4 or magic[:2] != b"\0\0":
         raise DataError(

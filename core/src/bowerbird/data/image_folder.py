@@ -38,8 +38,8 @@ class ImageFolder(Dataset):
     def build(cls, config: ImageFolderConfig, split: str | None = None) -> Self:
         """The images of ``split``; all of them without one.
 
-        With layout ``splits`` the splits are the folders ``train``, ``val`` and ``test`` that exist; otherwise ``train``
-        and ``test``, by a hash of the id, so that an image stays on its side when others come or go.
+        With layout ``splits`` the splits are those of the folders ``train``, ``val`` and ``test`` that have images;
+        otherwise ``train`` and ``test``, by a hash of the id: an image stays on its side when others come or go.
 
         Raises ``DataError`` where the folder does not exist or has no images, and ``UnknownNameError`` for a split that
         does not exist.
@@ -58,8 +58,8 @@ class ImageFolder(Dataset):
             if item.count("/") < depth:
                 place = "SPLIT/CLASS/FILE" if layout == "splits" else "CLASS/FILE"
                 raise DataError(
-                    f"core:image-folder: {item} lies in no class folder of {root}; with layout {layout!r} images are at "
-                    f"{place}. Use layout='flat' for images without classes."
+                    f"core:image-folder: {item} lies in no class folder of {root}; with layout {layout!r} an image "
+                    f"is at {place}. Use layout='flat' for images without classes."
                 )
 
         if layout == "splits":

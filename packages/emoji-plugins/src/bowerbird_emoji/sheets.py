@@ -42,7 +42,8 @@ class Concept:
 def concepts() -> tuple[Concept, ...]:
     """The 896 concepts by name. Reads a text file of 30 kB, no picture."""
     lines = (_DATA / "concepts.tsv").read_text("utf-8").splitlines()[1:]
-    return tuple(Concept(*line.split("\t"), tile=i) for i, line in enumerate(lines))  # type: ignore[misc]
+    rows = (line.split("\t") for line in lines)
+    return tuple(Concept(name, category, part, role, i) for i, (name, category, part, role) in enumerate(rows))
 
 
 @cache
