@@ -137,4 +137,26 @@ def bowerbird_retrievers() -> Iterable[RetrieverRecord]:
 
 @hookimpl
 def bowerbird_evaluators() -> Iterable[EvaluatorRecord]:
-    return ()
+    yield EvaluatorRecord(
+        name="core:knn",
+        target="bowerbird.retrieval.evaluators:KNN",
+        config="bowerbird.retrieval.configs:KNNConfig",
+        summary="Classification by a weighted vote of the nearest training items.",
+        paper="Unsupervised Feature Learning via Non-Parametric Instance Discrimination, arXiv 1805.01978",
+        extras={"torch": "bowerbird-core[torch]"},
+    )
+    yield EvaluatorRecord(
+        name="core:retrieval",
+        target="bowerbird.retrieval.evaluators:Retrieval",
+        config="bowerbird.retrieval.configs:RetrievalConfig",
+        summary="mAP and R@k of queries against a gallery, with intervals.",
+        extras={"torch": "bowerbird-core[torch]"},
+    )
+    yield EvaluatorRecord(
+        name="core:upgrade",
+        target="bowerbird.retrieval.evaluators:Upgrade",
+        config="bowerbird.retrieval.configs:UpgradeConfig",
+        summary="An old encoder against this one: cross tests, compatibility, flips and gains.",
+        paper="Towards Backward-Compatible Representation Learning, arXiv 2003.11942",
+        extras={"torch": "bowerbird-core[torch]"},
+    )

@@ -1,8 +1,8 @@
-"""Settings of the indexes."""
+"""Settings of the indexes and the evaluators. Apart from them, so that they are read without torch."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -38,3 +38,68 @@ class FaissConfig(BaseModel):
     """auto uses a GPU where FAISS sees one; gpu refuses to work without."""
     seed: int = 0
     """Of the samples for training and measuring."""
+
+
+class _OnDataset(BaseModel):
+    """What the evaluators have in common."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dataset: str
+    """Name of a data set, for example emoji:styles."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Settings of the data set."""
+    level: float = Field(0.95, gt=0, lt=1)
+    """Coverage of the bootstrap intervals over queries."""
+    samples: int = Field(1000, ge=1)
+    """Resamples of the bootstrap."""
+    seed: int = 0
+    """Of the bootstrap."""
+
+
+class KNNConfig(_OnDataset):
+    """``core:knn``."""
+
+    train_split: str | None = "train"
+    """Items that vote."""
+    test_split: str | None = "test"
+    """Items that are classified; an item that is in both splits does not vote for itself."""
+    k: int = Field(20, ge=1)
+    """Neighbours that vote."""
+    temperature: float = Field(0.07, gt=0)
+    """A neighbour's vote weighs exp(cosine / temperature)."""
+
+
+class _Ranking(_OnDataset):
+    query_split: str | None = None
+    """Items that are searched for; none: the whole data set."""
+    gallery_split: str | None = None
+    """Items that are searched. Where it is the query split, every item searches the others."""
+    kind: Literal["ap", "ties", "at_k", "trapezoid", "at_r"] = "ap"
+    """Form of average precision."""
+    ap_k: int | None = Field(None, ge=1)
+    """k of at_k; 100 unless given."""
+    ks: tuple[int, ...] = (1, 5, 10)
+    """Ranks of R@k."""
+    tie: Literal["stable", "pessimistic", "optimistic"] = "stable"
+    """Order of equal scores."""
+
+
+class RetrievalConfig(_Ranking):
+    """``core:retrieval``."""
+
+    no_positive: Literal["exclude", "zero", "raise"] = "exclude"
+    """What a query without a positive in the gallery counts."""
+
+
+class UpgradeConfig(_Ranking):
+    """``core:upgrade``."""
+
+    old: str
+    """The old encoder: a run, an exported folder or a name with settings."""
+    star: str | None = None
+    """A new encoder trained without the old one: the ceiling."""
+    k: int = Field(1, ge=1)
+    """For flips, a query is right where a positive is among the first k."""
+    eps: float = Field(0.01, ge=0)
+    """An average precision that falls by more is an AP flip."""
