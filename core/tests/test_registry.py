@@ -397,7 +397,7 @@ def test_an_ambiguous_name_lists_what_it_may_mean(filled: Registry) -> None:
     [
         ("retriever", "acme:rank-mrege", None, "no retriever named 'acme:rank-mrege'. Did you mean 'acme:rank-merge'"),
         ("retriever", "rank-merg", None, "Did you mean 'acme:rank-merge'"),
-        ("retriever", "nothing:like-it", None, "No plugin 'nothing' is installed .*pip install bowerbird-nothing"),
+        ("retriever", "nothing:like-it", None, "No plugin 'nothing' is installed.*pip install bowerbird-nothing"),
         ("encoder", "acme:distance", None, "is no encoder but: retriever, role merger"),
         ("retriever", "acme:distance", "upgrade", "is no retriever with role 'upgrade' but: retriever, role merger"),
         ("retreiver", "acme:distance", None, "no kind 'retreiver'. Did you mean 'retriever'"),
