@@ -143,6 +143,14 @@ class Objective(nn.Module):
         """What is kept of the run. By default the encoder that was trained."""
         return self.encoder
 
+    def relations(self) -> list[dict[str, Any]]:
+        """Relations of the exported encoder's space that training made, stored beside the encoder.
+
+        Each is plain data: ``kind`` (``compatible``: its queries may search the space ``to``), ``to`` (a fingerprint)
+        and ``evidence`` (what was measured). Asked once, after training.
+        """
+        return []
+
 
 class Dataset(ABC):
     """Items by position, each with a stable id.

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from bowerbird import __version__
 from bowerbird.data import images_of
-from bowerbird.data.images import Preprocessing, decode_batches
+from bowerbird.data.images import OnError, Preprocessing, decode_batches
 from bowerbird.dist import pick_device
 from bowerbird.encoders.card import model_card
 from bowerbird.encoders.weights import load_strictly
@@ -52,12 +52,14 @@ class EncoderSpec:
         config: Settings that rebuild its modules.
         classes: Names of the classes that it was trained on, if any.
         path: Its folder; ``None`` where it was built from a record and settings.
+        relations: To other spaces, made by its training: ``{"kind": "compatible", "to": ..., "evidence": ...}``.
     """
 
     use: str
     config: Mapping[str, Any]
     classes: tuple[str, ...] = ()
     path: Path | None = None
+    relations: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,21 +101,28 @@ class LoadedEncoder:
             DataError: A picture cannot be read, or has no usable embedding (NaN, infinite or zero).
         """
         vectors = np.empty((len(items), self.dim), dtype=np.float32)
-        start = 0
-        for batch in self._batches(items, batch_size):
-            pooled = self.forward(batch)
-            vectors[start : start + len(pooled)] = pooled
-            start += len(pooled)
+        for indices, rows in self.encode_batches(items, batch_size=batch_size):
+            vectors[indices] = rows
             if progress is not None:
-                progress(len(pooled))
-        broken = ~np.isfinite(vectors).all(axis=1) | (np.abs(vectors).max(axis=1, initial=0) == 0)
-        if broken.any():
-            first = int(np.flatnonzero(broken)[0])
-            raise DataError(
-                f"encoder {self.name!r} gives no usable vector (NaN, infinite or zero) for {int(broken.sum())} of "
-                f"{len(items)} items, the first at position {first}; its weights may be damaged"
-            )
+                progress(len(indices))
         return vectors
+
+    def encode_batches(
+        self, items: Sequence[Any], *, batch_size: int = 64, on_error: OnError = "raise"
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+        """Like ``encode``, batch by batch: positions ``(B,)`` and unit vectors ``(B, dim)``, in order.
+
+        ``on_error`` is that of ``bowerbird.data.images.decode_batches``: pictures that cannot be read are skipped or raise.
+        """
+        for indices, batch in self._batches(items, batch_size, on_error):
+            vectors = self.forward(batch)
+            broken = ~np.isfinite(vectors).all(axis=1) | ~vectors.any(axis=1)
+            if broken.any():
+                raise DataError(
+                    f"encoder {self.name!r} gives no usable vector (NaN, infinite or zero) for {int(broken.sum())} of "
+                    f"{len(vectors)} items, the first at position {indices[broken][0]}; its weights may be damaged"
+                )
+            yield indices, vectors
 
     def encode_dataset(
         self, dataset: Dataset, *, batch_size: int = 256, progress: Callable[[int], None] | None = None
@@ -126,8 +135,13 @@ class LoadedEncoder:
 
     @torch.inference_mode()
     def forward(self, batch: Mapping[str, Any]) -> NDArray[np.float32]:
-        """Unit vectors ``(B, dim)`` of a ready batch."""
-        moved = {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        """Unit vectors ``(B, dim)`` of a ready batch of tensors."""
+        moved = {
+            key: {k: v.to(self.device) for k, v in value.items()}
+            if isinstance(value, Mapping)
+            else value.to(self.device)
+            for key, value in batch.items()
+        }
         pooled = self.module(moved).pooled.float()
         return functional.normalize(pooled, dim=1).cpu().numpy()
 
@@ -137,19 +151,22 @@ class LoadedEncoder:
 
         return Space(fingerprint=self.fingerprint, encoder=self.name, dim=self.dim)
 
-    def _batches(self, items: Sequence[Any], batch_size: int) -> Iterator[dict[str, Any]]:
+    def _batches(
+        self, items: Sequence[Any], batch_size: int, on_error: OnError
+    ) -> Iterator[tuple[NDArray[np.int64], dict[str, Any]]]:
         if batch_size < 1:
             raise InputError(f"batch_size = {batch_size}: expected at least 1")
         preprocessing = self.module.preprocessing
         if preprocessing is not None:
-            for _, images in decode_batches(items, preprocessing, batch_size=batch_size):
-                yield {"image": torch.from_numpy(images)}
-        else:
-            tokenize = getattr(self.module, "tokenize", None)
-            if tokenize is None:
-                raise InputError(f"encoder {self.spec.use!r} takes neither pictures nor texts by itself")
-            for start in range(0, len(items), batch_size):
-                yield {"text": tokenize([str(text) for text in items[start : start + batch_size]])}
+            for indices, images in decode_batches(items, preprocessing, batch_size=batch_size, on_error=on_error):
+                yield indices, {"image": torch.from_numpy(images)}
+            return
+        tokenize = getattr(self.module, "tokenize", None)
+        if tokenize is None:
+            raise InputError(f"encoder {self.spec.use!r} takes neither pictures nor texts by itself")
+        for start in range(0, len(items), batch_size):
+            texts = [str(text) for text in items[start : start + batch_size]]
+            yield np.arange(start, start + len(texts)), {"text": tokenize(texts)}
 
 
 def fingerprint_of(encoder: Encoder, *, use: str, config: Mapping[str, Any]) -> str:
@@ -172,6 +189,7 @@ def save_encoder(
     config: Mapping[str, Any],
     classes: Sequence[str] = (),
     classifier: Tensor | None = None,
+    relations: Sequence[Mapping[str, Any]] = (),
     card: str = "",
 ) -> str:
     """Write an encoder as a folder, whole or not at all, and return its fingerprint.
@@ -183,6 +201,7 @@ def save_encoder(
         config: The settings that it was built with.
         classes: Names of the classes that it was trained on.
         classifier: ``(C, D)`` weight of the classifier that it was trained with, one row per class.
+        relations: See ``EncoderSpec``.
         card: Text for the model card.
 
     Raises:
@@ -204,6 +223,7 @@ def save_encoder(
         "dim": encoder.embed_dim,
         "classes": list(classes),
         "fingerprint": fingerprint,
+        "relations": [dict(relation) for relation in relations],
         "versions": {"bowerbird-core": __version__, "torch": str(torch.__version__)},
     }
     with atomic_folder(path) as folder:
@@ -281,7 +301,11 @@ def _load_folder(folder: Path, device: torch.device) -> LoadedEncoder:
     if (folder / TOKENIZER).is_dir():
         encoder.load_tokenizer(folder / TOKENIZER)  # type: ignore[operator]
     spec = EncoderSpec(
-        use=record.name, config=manifest["config"], classes=tuple(manifest.get("classes", ())), path=folder
+        use=record.name,
+        config=manifest["config"],
+        classes=tuple(manifest.get("classes", ())),
+        path=folder,
+        relations=tuple(manifest.get("relations", ())),
     )
     loaded = _ready(encoder, spec, device, manifest["config"])
     if loaded.fingerprint != manifest["fingerprint"]:

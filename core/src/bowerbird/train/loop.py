@@ -343,6 +343,7 @@ def export_run(objective: Objective, modifiers: list[Modifier], recipe: Recipe, 
         config=recipe.encoder.settings,
         classes=classes,
         classifier=classifier if fits else None,
+        relations=objective.relations(),
         card=f"Trained by the recipe **{recipe.name}** with `{recipe.objective.use}` on `{recipe.dataset.use}`"
         f"{f' (split `{recipe.dataset.split}`)' if recipe.dataset.split else ''}.\n\n"
         f"```toml\n{recipe.to_toml()}```",
