@@ -157,9 +157,11 @@ class BCTConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    old_run: str | None = Field(None, description="folder of the run that trained the old encoder")
+    old_run: str | None = Field(
+        None, description="folder of the run that trained the old encoder, or of the exported encoder"
+    )
     old_encoder: str | None = Field(
-        None, description="instead of old_run: an exported encoder, or an encoder reference"
+        None, description="instead of old_run: an encoder by name, such as core:timm?model=resnet18"
     )
     influence_weight: float = Field(1.0, ge=0, description="factor of the influence loss (lambda)")
     old_classifier: Literal["auto", "real", "prototypes"] = Field(
@@ -239,11 +241,10 @@ class BCTObjective(Objective):
         if not context.classes:
             raise RecipeError("compat:bct needs a data set with labels; the training split has no classes.")
         old = OldModel.load(config.old_run, config.old_encoder, context)
+        old.encoder.to(next(encoder.parameters()).device)
         influence = cls._influence(config, old, context)
         self = cls(encoder, len(context.classes), influence, config)
-        # Kept outside the module tree: the old encoder is neither trained nor saved with this objective.
-        object.__setattr__(self, "_old", old)
-        self._context = context
+        self._old, self._context = old, context  # no modules: neither trained nor saved with this objective
         return self
 
     @staticmethod
@@ -273,10 +274,10 @@ class BCTObjective(Objective):
         normalize = source == "prototypes" if config.influence_normalize is None else config.influence_normalize
         if normalize and source == "real":
             weight = F.normalize(weight)  # unit embeddings against the rows of a cosine classifier
+        scale = config.influence_scale or (16.0 if normalize else 1.0)
         return InfluenceLoss(
-            weight, class_map, config.influence_weight, normalize, config.influence_scale or (16.0 if normalize else
-            1.0), label_smoothing=config.label_smoothing,
-        )  # fmt: skip
+            weight, class_map, config.influence_weight, normalize, scale, label_smoothing=config.label_smoothing
+        )
 
     def forward(self, batch: Batch) -> LossOutput:
         """Parts ``new`` and ``influence`` (weighted); stats ``accuracy`` (with the margin), ``influence_samples``."""
@@ -295,10 +296,10 @@ class BCTObjective(Objective):
         """The relation that the export records: ``compatible`` with the old space, with its measured evidence."""
         if self._old is None or self._context is None:
             return []
-        evidence = {"method": "compat:bct", "influence_weight": self.config.influence_weight}
+        evidence: dict[str, Any] = {"method": "compat:bct", "influence_weight": self.config.influence_weight}
         if self.config.measure:
             evidence |= measured_compatibility(self.exported_encoder(), self._old.encoder, self._context)
-        return [{"kind": "compatible", "to": self._old.fingerprint, "evidence": evidence}]
+        return [{"kind": "compatible", "to": self._old.fingerprint(), "evidence": evidence}]
 
 
 def _some(names: Sequence[str]) -> str:

@@ -72,7 +72,7 @@ def build_prototypes(
     sums: Tensor | None = None
     counts = torch.zeros(num_classes, dtype=torch.int64)
     dtype = torch.float32
-    with _evaluating(encoder):
+    with evaluating(encoder):
         for batch in loader:
             inputs, labels = (batch, batch["label"]) if isinstance(batch, dict) else batch
             output = encoder(inputs)
@@ -104,8 +104,8 @@ def build_prototypes(
 
 
 @contextmanager
-def _evaluating(encoder: object) -> Iterator[None]:
-    """A module is in eval mode inside, and every part of it in its former mode afterwards, also when a batch fails."""
+def evaluating(encoder: object) -> Iterator[None]:
+    """No gradients and eval mode inside; every part of a module in its former mode afterwards, also after an error."""
     modes = {m: m.training for m in encoder.modules()} if isinstance(encoder, nn.Module) else {}
     for module in modes:
         module.training = False
