@@ -50,9 +50,9 @@ STYLES = {
     "fluent-emoji": "MIT",
     "twemoji": "CC-BY-4.0",
 }
-# In both Noto generations and in Twemoji these two names are one picture: they must not be told apart among the
-# unseen concepts, so both are seen.
-SAME_PICTURE = ("up-button", "upwards-button")
+# Pairs of names that are one picture: the first in both Noto generations and in Twemoji, the second in flat Fluent.
+# Nobody can tell them apart, so they are seen, and neither unseen, old nor validation.
+SAME_PICTURE = ("up-button", "upwards-button", "black-medium-square", "white-square-button")
 
 CATEGORIES = {
     "Activities": "activities",
@@ -151,10 +151,12 @@ def rank(salt: str, name: str) -> bytes:
 
 
 def balanced(names: list[str], category: dict[str, str], count: int, salt: str) -> set[str]:
-    """``count`` of ``names``, from every category in proportion, otherwise by hash."""
+    """``count`` of ``names``, from every category in proportion, otherwise by hash; those of ``SAME_PICTURE`` first."""
     keyed = []
     for group in sorted(set(category.values())):
-        members = sorted((n for n in names if category[n] == group), key=lambda n: rank(salt, n))
+        members = sorted(
+            (n for n in names if category[n] == group), key=lambda n: (n not in SAME_PICTURE, rank(salt, n))
+        )
         keyed += [((i + 0.5) / len(members), rank(salt, n), n) for i, n in enumerate(members)]
     return {n for _, _, n in sorted(keyed)[:count]}
 
@@ -171,8 +173,8 @@ def concept_table(icons: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
         return name
 
     category = {n: CATEGORIES[by_icon[parent(n)]] for n in names}
-    free = [n for n in names if n not in SAME_PICTURE]
-    seen = balanced(free, category, len(names) // 2 - len(SAME_PICTURE), "seen") | set(SAME_PICTURE)
+    seen = balanced(names, category, len(names) // 2, "seen")
+    assert seen.issuperset(SAME_PICTURE)
     old = balanced(sorted(seen - set(SAME_PICTURE)), category, 100, "old")
     validation = balanced(sorted(seen - old - set(SAME_PICTURE)), category, 112, "validation")
     role = {**dict.fromkeys(old, "old"), **dict.fromkeys(validation, "validation")}
