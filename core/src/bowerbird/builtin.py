@@ -113,6 +113,13 @@ def bowerbird_retrievers() -> Iterable[RetrieverRecord]:
         extras={"faiss": "bowerbird-core[faiss-cpu]"},
     )
     yield RetrieverRecord(
+        name="core:distance",
+        role="merger",
+        target="bowerbird.gallery.merge:merge_by_distance",
+        summary="Merge the hits of the old and the new part by distance.",
+        paper="Online Backfilling with No Regret for Large-Scale Image Retrieval, arXiv 2301.03767",
+    )
+    yield RetrieverRecord(
         name="core:compatible",
         role="upgrade",
         target="bowerbird.upgrade.strategies:Compatible",

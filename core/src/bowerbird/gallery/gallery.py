@@ -1,0 +1,537 @@
+"""The gallery, as its users see it.
+
+    space = Space(fingerprint="...", encoder="core:efficientnet-lite?model=lite0", dim=1280)
+    with Gallery.create("photos", space) as gallery:
+        gallery.add(["cat.jpg", "dog.jpg"], vectors)
+        result = gallery.search(query_vector, k=10, where={"year": [2024, 2025]})
+
+N items, Q queries, D width, k results.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bowerbird.errors import InputError, SpaceError, UnknownNameError
+from bowerbird.gallery import ingest
+from bowerbird.gallery.merge import merge_by_distance
+from bowerbird.gallery.space import Item, Relation, Space
+from bowerbird.gallery.storage import Storage, item_of_row
+from bowerbird.gallery.store import Store
+from bowerbird.gallery.vectors import filter_clause, unit_vectors
+from bowerbird.retrieval.index import Hits
+
+if TYPE_CHECKING:
+    from bowerbird.gallery.snapshot import Part, Snapshot
+    from bowerbird.gallery.verify import Report
+
+CANARY_ITEMS = 64
+Merger = Callable[[Hits, Hits, int], Hits]
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """Hits of Q queries, nearest first.
+
+    Attributes:
+        ids: Q lists of at most k item ids.
+        distances: float32 ``(Q, k)``, ``1 - cosine``; ``inf`` beyond the end of a list.
+        sides: int8 ``(Q, k)``: 0 where the hit was found by its old vector, 1 by its new one, -1 beyond the end of a
+            list.
+            Outside upgrades every hit is on side 1.
+        nums: int64 ``(Q, k)`` item numbers, -1 beyond the end of a list.
+        epoch: Of the snapshot that was searched.
+    """
+
+    ids: list[list[str]]
+    distances: NDArray[np.float32]
+    sides: NDArray[np.int8]
+    nums: NDArray[np.int64]
+    epoch: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class Gallery:
+    """An open gallery. Thread-safe. Use it in a ``with`` block, or call ``close``."""
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+        self.store = Store(storage)  # the low-level operations of an upgrade
+        self._mergers: dict[str, Merger] = {"core:distance": merge_by_distance}
+
+    @classmethod
+    def create(cls, path: str | Path, space: Space, *, dtype: str = "float32", lock_timeout: float = 10.0) -> Self:
+        """A new gallery whose vectors are of ``space``, stored as ``float32`` or ``float16``.
+
+        Raises:
+            GalleryError: If something is at ``path`` already, or it lies on a network file system.
+        """
+        Storage.create(path, space, dtype=dtype)
+        return cls.open(path, lock_timeout=lock_timeout)
+
+    @classmethod
+    def open(cls, path: str | Path, *, readonly: bool = False, lock_timeout: float = 10.0) -> Self:
+        """Open a gallery. Takes milliseconds: vectors are mapped, and read when they are searched.
+
+        Args:
+            lock_timeout: Seconds that a write waits for another writer before it is refused.
+
+        Raises:
+            GalleryError: If ``path`` is no gallery, or one of a newer format.
+        """
+        storage = Storage(path, readonly=readonly, lock_timeout=lock_timeout)
+        try:
+            storage.snapshot()
+        except BaseException:
+            storage.close()
+            raise
+        return cls(storage)
+
+    def close(self) -> None:
+        self.storage.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @property
+    def path(self) -> Path:
+        return self.storage.path
+
+    # ------------------------------------------------------------------------------------------------- writing
+
+    def add(
+        self,
+        ids: Sequence[str],
+        vectors: Any,
+        *,
+        uris: Sequence[str | None] | None = None,
+        metadata: Sequence[Mapping[str, Any] | None] | None = None,
+        content_hashes: Sequence[str | None] | None = None,
+        space: str | None = None,
+        replace: bool = False,
+    ) -> None:
+        """Add items with their vectors, atomically and durably.
+
+        Args:
+            ids: N distinct texts of 1 to 1024 characters.
+            vectors: ``(N, D)`` numbers; rows are stored with length 1.
+            uris: Where the content is (a path). Needed to encode the items again in an upgrade.
+            metadata: One JSON object per item, for ``search(where=...)``.
+            content_hashes: Digest of the content per item.
+            space: Fingerprint of the vectors' space. Default: the space that is written now, during an upgrade the new
+                one.
+                Old-space vectors may be added during an upgrade; the upgrade then encodes these items as well.
+            replace: Replace ids that exist already (their content was edited) instead of refusing them.
+
+        Raises:
+            InputError: For ids that are not text, too long, given twice, or in the gallery already.
+            DataError: For a row with NaN, infinity or length zero; names it.
+            SpaceError: For a wrong width or a space that is not written now.
+            GalleryLockedError: If another writer is busy for longer than ``lock_timeout``; names it.
+            GalleryError: If the disk is full; the gallery is unchanged.
+        """
+        ingest.add_items(
+            self.store,
+            ids,
+            vectors,
+            uris=uris,
+            metadata=metadata,
+            content_hashes=content_hashes,
+            space=space,
+            replace=replace,
+        )
+
+    def delete(self, ids: Sequence[str]) -> int:
+        """Delete items, atomically; returns how many. Raises ``UnknownNameError`` if one is not there (nothing is "
+        "deleted)."""
+        return ingest.delete_items(self.storage, ids)
+
+    def compact(self) -> int:
+        """Give the space of deleted items back. Returns how many rows were dropped."""
+        return ingest.compact(self.storage)
+
+    def relate(
+        self, new: str, old: str, *, kind: str = "compatible", evidence: Mapping[str, Any] | None = None
+    ) -> None:
+        """Register that queries of space ``new`` may be compared with vectors of space ``old`` (fingerprints).
+
+        ``evidence`` is what was measured (JSON). A space that the gallery does not know yet: ``register_space`` first.
+        """
+        if kind != "compatible":
+            raise InputError(f"relation kind {kind!r} is not known; accepted: 'compatible'")
+        self.storage.relate(Relation(kind, new, old, dict(evidence or {})))
+
+    def register_space(self, space: Space) -> None:
+        """Remember a space that relations or upgrades will name. Idempotent."""
+        self.storage.register_space(space)
+
+    def fill(self, ids: Sequence[str], vectors: Any) -> None:
+        """Give pending items (see ``pending``) their vectors of the serving space."""
+        waiting = {item.id: item.num for item in self.pending()}
+        for name in ids:
+            if name not in waiting:
+                raise UnknownNameError(
+                    f"item {name!r} is not pending; pending are {len(waiting)} items: {list(waiting)[:5]}"
+                )
+        nums = np.array([waiting[name] for name in ids], np.int64)
+        with self.storage.catalog.exclusive("fill pending items"):
+            snapshot = self.snapshot()
+            self.storage.append_rows(snapshot.spaces[snapshot.serving], nums, vectors)
+
+    # ------------------------------------------------------------------------------------------------- reading
+
+    def snapshot(self) -> Snapshot:
+        """The newest committed state, immutable. It stays valid and unchanged while others write."""
+        return self.storage.snapshot()
+
+    def __len__(self) -> int:
+        return self.snapshot().live
+
+    def __contains__(self, item_id: object) -> bool:
+        return isinstance(item_id, str) and self._find([item_id])[0] is not None
+
+    def get(self, item_id: str) -> Item:
+        """One item. Raises ``UnknownNameError`` if it is not in the gallery."""
+        found = self._find([item_id])[0]
+        if found is None:
+            raise UnknownNameError(f"item {item_id!r} is not in the gallery {self.path}")
+        return found
+
+    def get_many(self, ids: Sequence[str]) -> list[Item | None]:
+        """Items in the order of ``ids``; ``None`` for those that are not in the gallery."""
+        return self._find(list(ids))
+
+    def _find(self, ids: list[str]) -> list[Item | None]:
+        with self.storage.catalog.reading() as db:
+            rows = db.execute(
+                "SELECT id, num, uri, content_hash, metadata FROM item "
+                "WHERE deleted_epoch = 0 AND id IN (SELECT value FROM json_each(?))",
+                (json.dumps(ids),),
+            ).fetchall()
+        found = {row[0]: item_of_row(row) for row in rows}
+        return [found.get(name) for name in ids]
+
+    def items(self, batch: int = 1000) -> Iterator[Item]:
+        """Every live item of one epoch, by number."""
+        epoch, last = self.snapshot().epoch, -1
+        while True:
+            with self.storage.catalog.reading() as db:
+                rows = db.execute(
+                    "SELECT id, num, uri, content_hash, metadata FROM item WHERE num > ? AND added_epoch <= ? "
+                    "AND (deleted_epoch = 0 OR deleted_epoch > ?) ORDER BY num LIMIT ?",
+                    (last, epoch, epoch, batch),
+                ).fetchall()
+            if not rows:
+                return
+            for row in rows:
+                yield item_of_row(row)
+            last = rows[-1][1]
+
+    def vectors(self, fingerprint: str | None = None) -> tuple[NDArray[np.int64], NDArray]:
+        """``(item numbers (N,), vectors (N, D))`` of the live items that are searched in a space; memory-mapped where
+        possible.
+
+        Default: the space that is written now.
+        """
+        snapshot = self.snapshot()
+        part = self._part(snapshot, fingerprint or snapshot.write_space.fingerprint)
+        return part.nums, part.vectors()
+
+    def vectors_of(self, ids: Sequence[str], fingerprint: str | None = None) -> NDArray[np.float32]:
+        """float32 ``(N, D)`` vectors of items in a space. Raises ``UnknownNameError`` for items that have none "
+        "there."""
+        snapshot = self.snapshot()
+        part = self._part(snapshot, fingerprint or snapshot.write_space.fingerprint)
+        found = self._find(list(ids))
+        nums = np.array(
+            [-1 if item is None or item.num >= snapshot.num_limit else item.num for item in found], np.int64
+        )
+        absent = nums < 0
+        absent[~absent] = ~part.contains(nums[~absent])
+        if absent.any():
+            name = list(ids)[int(np.argmax(absent))]
+            raise UnknownNameError(
+                f"item {name!r} has no vector in space {part.space} (it is absent, not migrated, or damaged)"
+            )
+        return part.vectors_of(nums)
+
+    def pending(self) -> list[Item]:
+        """Items without a vector in the serving space: searches do not find them. Only a rollback can leave such "
+        "items."""
+        with self.storage.catalog.reading() as db:
+            nums = [row[0] for row in db.execute("SELECT num FROM pending ORDER BY num")]
+        found = self.storage.items(nums)
+        return [found[num] for num in nums if num in found]
+
+    def spaces(self) -> list[Space]:
+        """Every space that the gallery knows, the serving one first."""
+        snapshot = self.snapshot()
+        return sorted(snapshot.spaces.values(), key=lambda space: space.fingerprint != snapshot.serving)
+
+    def relations(self) -> list[Relation]:
+        return self.storage.relations()
+
+    def compatible(self, new: str, old: str) -> bool:
+        """Whether queries of space ``new`` may be compared with vectors of space ``old``."""
+        return new == old or any((r.kind, r.new, r.old) == ("compatible", new, old) for r in self.relations())
+
+    # ------------------------------------------------------------------------------------------------- search
+
+    def search(
+        self,
+        queries: Any,
+        k: int = 10,
+        *,
+        where: Mapping[str, Any] | None = None,
+        merger: Merger | None = None,
+        snapshot: Snapshot | None = None,
+    ) -> SearchResult:
+        """The ``k`` nearest items, exact.
+
+        During an upgrade the gallery has two disjoint parts; each is searched with the queries given for its space and
+        the hits are merged. With no item migrated the result is bit for bit that of the old gallery, with all of them
+        that of a gallery built from the new vectors.
+
+        Args:
+            queries: ``(Q, D)`` or ``(D,)`` vectors of the serving space; or ``{fingerprint: (Q, D)}``, which an
+                upgrade needs.
+                A part whose space is not given is searched with queries of a space that is registered as compatible
+                with it.
+            k: At least 1.
+            where: ``{"key": value}`` or ``{"key": [values]}`` on the metadata; all must hold. The ``k`` nearest among
+                the items
+                that match, on both sides of an upgrade.
+            merger: Joins the two lists; default: the one that the upgrade was begun with.
+            snapshot: Search this earlier snapshot instead of the newest state.
+
+        Raises:
+            SpaceError: If queries of a space are missing, foreign, or of a wrong width.
+            DataError: If a query is not finite or has length zero.
+            InputError: If ``k`` or ``where`` cannot be used.
+        """
+        if not isinstance(k, int | np.integer) or isinstance(k, bool) or k < 1:
+            raise InputError(f"k is {k!r}; it must be a whole number of at least 1")
+        k = int(k)
+        snapshot = snapshot or self.snapshot()
+        given = self._queries(snapshot, queries)
+        allowed = None if not where else self._allowed(snapshot, where)
+        count = len(next(iter(given.values())))
+        parts = [part for part in snapshot.parts if part.count]
+        sides = [0 if part is snapshot.old else 1 for part in parts]
+        # An empty part needs no queries, but what was given for it was checked all the same.
+        hits = [part.search(self._queries_for(part, given), k, allowed) for part in parts]
+        if not hits:
+            merged = Hits(np.full((count, k), -1, np.int64), np.full((count, k), np.inf, np.float32))
+            side = np.full((count, k), -1, np.int8)
+        elif len(hits) == 1:
+            merged = hits[0]
+            side = np.where(merged.ids < 0, -1, sides[0]).astype(np.int8)
+        else:
+            assert snapshot.upgrade is not None
+            merged = (merger or self._merger(snapshot.upgrade.merger))(hits[0], hits[1], k)
+            is_new = snapshot.new.contains(np.maximum(merged.ids, 0))
+            side = np.where(merged.ids < 0, -1, is_new).astype(np.int8)
+        return self._named(snapshot, merged, side)
+
+    def _queries(self, snapshot: Snapshot, queries: Any) -> dict[str, NDArray[np.float32]]:
+        if not isinstance(queries, Mapping):
+            if snapshot.upgrade is not None:
+                raise SpaceError(
+                    f"the gallery is being upgraded from {snapshot.spaces[snapshot.upgrade.old]} to "
+                    f"{snapshot.write_space}: say "
+                    "which space the queries are of, {fingerprint: vectors}, or search through `Upgrade.serve`"
+                )
+            queries = {snapshot.serving: queries}
+        given = {}
+        for fingerprint, rows in queries.items():
+            space = snapshot.spaces.get(fingerprint)
+            if space is None:
+                raise SpaceError(
+                    f"queries are of space {str(fingerprint)[:12]!r}, which this gallery does not know; it has "
+                    f"{', '.join(map(str, snapshot.spaces.values()))}. Encode the query with the gallery's own encoder."
+                )
+            rows = np.asarray(rows)
+            given[fingerprint] = unit_vectors(np.atleast_2d(rows), space.dim, what="queries")
+        if len({len(rows) for rows in given.values()}) != 1:
+            raise InputError(
+                f"queries need one row per query in every space; got {[len(rows) for rows in given.values()]} rows"
+            )
+        return given
+
+    def _queries_for(self, part: Part, given: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:
+        if part.space.fingerprint in given:
+            return given[part.space.fingerprint]
+        for fingerprint, rows in given.items():
+            if rows.shape[1] == part.space.dim and self.compatible(fingerprint, part.space.fingerprint):
+                return rows
+        raise SpaceError(
+            f"{part.count} items are in space {part.space}, and the queries are of "
+            f"{', '.join(name[:12] for name in given)}, which is "
+            "not registered as compatible with it. Give queries of that space too."
+        )
+
+    def _merger(self, name: str) -> Merger:
+        if name not in self._mergers:
+            from bowerbird.registry import get_registry
+
+            registry = get_registry()
+            self._mergers[name] = registry.load(registry.get("retriever", name, role="merger"))
+        return self._mergers[name]
+
+    def _allowed(self, snapshot: Snapshot, where: Mapping[str, Any]) -> NDArray[np.bool_]:
+        clause, parameters = filter_clause(where)
+        with self.storage.catalog.reading() as db:
+            nums = db.execute(
+                f"SELECT num FROM item WHERE added_epoch <= ? AND (deleted_epoch = 0 OR deleted_epoch > ?) AND "
+                f"{clause}",
+                (snapshot.epoch, snapshot.epoch, *parameters),
+            ).fetchall()
+        allowed = np.zeros(snapshot.num_limit, bool)
+        allowed[np.array(nums, np.int64).ravel()] = True
+        return allowed
+
+    def _named(self, snapshot: Snapshot, hits: Hits, side: NDArray[np.int8]) -> SearchResult:
+        real = hits.ids >= 0
+        wanted = hits.ids[real].tolist()
+        with self.storage.catalog.reading() as db:
+            names = dict(
+                db.execute(
+                    "SELECT num, id FROM item WHERE num IN (SELECT value FROM json_each(?))", (json.dumps(wanted),)
+                ).fetchall()
+            )
+        ids = [[names[num] for num in row[good].tolist()] for row, good in zip(hits.ids, real, strict=True)]
+        return SearchResult(ids, hits.distances, side, hits.ids, snapshot.epoch)
+
+    def _part(self, snapshot: Snapshot, fingerprint: str) -> Part:
+        part = snapshot.part_of(fingerprint)
+        if part is None:
+            served = ", ".join(str(part.space) for part in snapshot.parts)
+            raise SpaceError(
+                f"space {fingerprint[:12]!r} has no vectors in this gallery; there are vectors of {served}"
+            )
+        return part
+
+    # ------------------------------------------------------------------------------------------------- health
+
+    def check_canary(
+        self,
+        encode: Callable[[list[Item]], Any],
+        *,
+        fingerprint: str | None = None,
+        tolerance: float = 1e-3,
+        items: int = CANARY_ITEMS,
+    ) -> float | None:
+        """Encode stored items again and compare with their stored vectors: is this encoder the one that filled the
+        gallery?
+
+        A model of the same size in the place of the right one gives no error anywhere else, only noise.
+
+        Args:
+            encode: List of items -> ``(N, D)``. A row of NaN stands for an item that cannot be read; it is left out.
+            fingerprint: Space of the encoder; default: the space that is written now.
+            tolerance: Largest ``1 - cosine`` between a vector and its repetition (other hardware, other library
+                versions).
+            items: How many items are encoded, spread over the gallery; those without a uri where others have one are
+                left out.
+
+        Returns:
+            The median cosine, or ``None`` where the space has no items, or none that can be read.
+
+        Raises:
+            SpaceError: If the median item differs by more than ``tolerance``. Single edited files do not raise.
+        """
+        snapshot = self.snapshot()
+        part = self._part(snapshot, fingerprint or snapshot.write_space.fingerprint)
+        if not part.count:
+            return None
+        nums = np.sort(part.nums)
+        chosen = nums[np.unique(np.linspace(0, len(nums) - 1, min(items, len(nums))).astype(np.int64))]
+        found = self.storage.items(chosen)
+        listed = [found[num] for num in chosen.tolist()]
+        if any(item.uri for item in listed):
+            listed = [item for item in listed if item.uri]
+        encoded = np.asarray(encode(listed))
+        if len(encoded) == len(listed) and encoded.dtype.kind == "f":
+            readable = ~np.isnan(encoded).all(axis=-1)
+            encoded, listed = encoded[readable], [item for item, good in zip(listed, readable, strict=True) if good]
+        if not listed:
+            return None
+        again = unit_vectors(encoded, part.space.dim, count=len(listed), what="the encoder's vectors")
+        stored = part.vectors_of(np.array([item.num for item in listed], np.int64))
+        cosine = float(np.median((again.astype(np.float64) * stored).sum(axis=1)))
+        if cosine < 1 - tolerance:
+            raise SpaceError(
+                f"this encoder is not the one that filled space {part.space}: {len(listed)} stored items encoded "
+                "again have a median "
+                f"cosine of {cosine:.4f} with their stored vectors; at least {1 - tolerance:g} was expected. Load "
+                "the encoder that the "
+                "space names, or upgrade the gallery to this one."
+            )
+        return cosine
+
+    def verify(self) -> Report:
+        """Check every checksum and invariant. Reads all files; changes nothing; never raises for damage, the report "
+        "names it."""
+        from bowerbird.gallery.verify import verify
+
+        return verify(self.storage)
+
+    def counts(self) -> dict[str, int]:
+        """Fingerprint -> live items that are searched in that space."""
+        return {part.space.fingerprint: part.count for part in self.snapshot().parts}
+
+    def stats(self) -> dict[str, Any]:
+        """Plain data: items, epoch, spaces with counts, rows, bytes on disk, the upgrade under way."""
+        snapshot = self.snapshot()
+        counts = self.counts()
+        files = [
+            entry
+            for folder in (self.path, self.path / "seg", self.path / "plan")
+            for entry in os.scandir(folder)
+            if entry.is_file()
+        ]
+        rows = sum(segment.rows for segment in snapshot.segments)
+        upgrade = snapshot.upgrade
+        return {
+            "path": str(self.path),
+            "items": snapshot.live,
+            "pending": len(self.pending()),
+            "epoch": snapshot.epoch,
+            "serving": snapshot.serving,
+            "spaces": [
+                {
+                    "fingerprint": s.fingerprint,
+                    "encoder": s.encoder,
+                    "dim": s.dim,
+                    "items": counts.get(s.fingerprint, 0),
+                }
+                for s in self.spaces()
+            ],
+            "segments": len(snapshot.segments),
+            "rows": rows,
+            "dead_rows": rows - sum(counts.values()),
+            "bytes": sum(entry.stat().st_size for entry in files),
+            "upgrade": None
+            if upgrade is None
+            else {
+                "old": upgrade.old,
+                "new": upgrade.new,
+                "state": upgrade.state,
+                "strategy": upgrade.strategy,
+                "order": upgrade.order,
+            },
+            "problems": snapshot.problems,
+        }

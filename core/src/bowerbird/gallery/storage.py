@@ -1,0 +1,358 @@
+"""Files and catalogue of a gallery: the commit protocol, snapshots, and the segments that this process appends to.
+
+Every write follows one protocol: append past the committed tail, ``fdatasync``, then one SQLite commit that inserts the
+batches with their checksums, advances the tails and increments the epoch. A kill before the commit leaves bytes that
+nobody reads; after it nothing is lost.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import sqlite3
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bowerbird.errors import GalleryError, InputError, SpaceError
+from bowerbird.gallery.catalog import DISK_FULL, Catalog, create_catalog, disk_full
+from bowerbird.gallery.segments import (
+    Batch,
+    MappedSegment,
+    SegmentInfo,
+    SegmentWriter,
+    remove_unused,
+    sync_folder,
+)
+from bowerbird.gallery.snapshot import Damage, Snapshot, UpgradeState
+from bowerbird.gallery.space import DTYPES, Item, Relation, Space
+from bowerbird.gallery.vectors import unit_vectors
+
+COPY_ROWS = 65_536
+
+
+class Storage:
+    """An open gallery folder. Thread-safe; not usable across ``fork``."""
+
+    def __init__(self, path: str | Path, *, readonly: bool = False, lock_timeout: float = 10.0) -> None:
+        self.path = Path(path)
+        self.catalog = Catalog(self.path, readonly=readonly, lock_timeout=lock_timeout)
+        self.segment_folder = self.path / "seg"
+        self._snapshot: Snapshot | None = None
+        self._seen_version = -1
+        self._tombstones: tuple[int, NDArray[np.int64]] = (0, np.empty(0, np.int64))
+        self._mapped: dict[str, MappedSegment] = {}
+        self._damage = Damage()
+        self._snapshot_lock = threading.Lock()
+        self._writers: dict[str, SegmentWriter] = {}
+        self._append_lock = threading.RLock()
+
+    @classmethod
+    def create(cls, path: str | Path, space: Space, *, dtype: str = "float32") -> None:
+        """A new, empty gallery folder; it appears as a whole or not at all.
+
+        Raises:
+            GalleryError: If ``path`` exists and is not an empty folder, or its file system cannot be used.
+            InputError: If ``dtype`` is not one of ``DTYPES``.
+        """
+        path = Path(path)
+        if dtype not in DTYPES:
+            raise InputError(f"dtype is {dtype!r}; accepted: {', '.join(DTYPES)}")
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise GalleryError(
+                f"cannot create a gallery at {path}: something is there already. Choose another path, or remove it."
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        temporary.mkdir()
+        try:
+            (temporary / "seg").mkdir()
+            (temporary / "plan").mkdir()
+            db = create_catalog(temporary)
+            try:
+                db.execute("INSERT INTO head VALUES (1, 0, 0, 0, ?, ?)", (space.fingerprint, dtype))
+                insert_space(db, space, parent=None)
+            finally:
+                db.close()
+            sync_folder(temporary)
+            temporary.rename(path)
+            sync_folder(path.parent)
+        except BaseException as exc:
+            for file in sorted(temporary.rglob("*"), reverse=True):
+                file.rmdir() if file.is_dir() else file.unlink()
+            temporary.rmdir()
+            if isinstance(exc, OSError) and exc.errno in DISK_FULL:
+                raise disk_full(path, exc) from exc
+            raise
+
+    def close(self) -> None:
+        with self._append_lock:
+            for writer in self._writers.values():
+                writer.close()
+            self._writers.clear()
+        self._snapshot = None
+        self._mapped.clear()
+        self.catalog.close()
+
+    # ------------------------------------------------------------------------------------------------- reading
+
+    def snapshot(self) -> Snapshot:
+        """The newest committed state. Cheap while nothing changed (``PRAGMA data_version``)."""
+        with self._snapshot_lock:
+            version = self.catalog.data_version()
+            if self._snapshot is None or version != self._seen_version:
+                self._snapshot = self._load()
+                self._seen_version = version
+            return self._snapshot
+
+    def _load(self) -> Snapshot:
+        while True:
+            version = self.catalog.data_version()
+            with self.catalog.reading() as db:
+                epoch, live, num_limit, serving = db.execute(
+                    "SELECT epoch, live, next_num, serving FROM head"
+                ).fetchone()
+                spaces = {
+                    row[0]: Space(*row) for row in db.execute("SELECT fingerprint, encoder, dim, metric FROM space")
+                }
+                upgrade = active_upgrade(db)
+                infos = [
+                    SegmentInfo(*row)
+                    for row in db.execute("SELECT sid, space, dtype, dim, rows FROM segment ORDER BY rowid")
+                ]
+                since, known = self._tombstones
+                fresh = np.array(db.execute("SELECT num FROM tombstone WHERE epoch > ?", (since,)).fetchall(), np.int64)
+            segments = [self.map_segment(info) for info in infos]
+            if any(segment.problem for segment in segments) and self.catalog.data_version() != version:
+                continue  # the files were replaced by a repack after the catalogue was read
+            break
+        if len(fresh):
+            known = np.concatenate([known, fresh.ravel()])
+        self._tombstones = (epoch, known)
+        self._mapped = {segment.info.sid: segment for segment in segments}
+        return Snapshot(
+            epoch=epoch,
+            live=live,
+            num_limit=num_limit,
+            serving=serving,
+            spaces=spaces,
+            upgrade=upgrade,
+            segments=segments,
+            tombstones=known,
+            batches_of=self.batches,
+            known_damage=self._damage,
+        )
+
+    def map_segment(self, info: SegmentInfo) -> MappedSegment:
+        mapped = self._mapped.get(info.sid)
+        if mapped is not None and mapped.info.rows == info.rows and mapped.problem is None:
+            return mapped
+        return MappedSegment(self.segment_folder, info)
+
+    def batches(self, info: SegmentInfo) -> list[Batch]:
+        """The committed batches of a segment within its rows, in order."""
+        with self.catalog.reading() as db:
+            rows = db.execute(
+                "SELECT start, n, crc_vectors, crc_ids FROM batch WHERE sid = ? AND start < ? ORDER BY start",
+                (info.sid, info.rows),
+            ).fetchall()
+        return [Batch(*row) for row in rows]
+
+    def items(self, nums: Iterable[int]) -> dict[int, Item]:
+        """Items by number, deleted ones included."""
+        wanted = json.dumps([int(num) for num in nums])
+        with self.catalog.reading() as db:
+            rows = db.execute(
+                "SELECT id, num, uri, content_hash, metadata FROM item WHERE num IN (SELECT value FROM json_each(?))",
+                (wanted,),
+            ).fetchall()
+        return {row[1]: item_of_row(row) for row in rows}
+
+    def relations(self) -> list[Relation]:
+        with self.catalog.reading() as db:
+            rows = db.execute("SELECT kind, new, old, evidence FROM relation ORDER BY kind, new, old").fetchall()
+        return [Relation(kind, new, old, json.loads(evidence)) for kind, new, old, evidence in rows]
+
+    # ------------------------------------------------------------------------------------------------- writing
+
+    def writer_for(self, space: Space) -> SegmentWriter:
+        """The segment of ``space`` that this process appends to: its own, one whose owner is gone, or a new one.
+
+        Call it, append and commit inside ``with storage.appending()``.
+        """
+        with self.catalog.reading() as db:
+            dtype = db.execute("SELECT dtype FROM head").fetchone()[0]
+            infos = [
+                SegmentInfo(*row)
+                for row in db.execute(
+                    "SELECT sid, space, dtype, dim, rows FROM segment WHERE space = ?", (space.fingerprint,)
+                )
+            ]
+        by_sid = {info.sid: info for info in infos}
+        held = self._writers.get(space.fingerprint)
+        if held is not None:
+            current = by_sid.get(held.info.sid)
+            if current is not None and current.rows == held.info.rows == held.tail:
+                return held
+            self._writers.pop(space.fingerprint).close()
+        for info in infos:
+            try:
+                writer = SegmentWriter(self.segment_folder, info)
+            except (BlockingIOError, FileNotFoundError):
+                continue
+            if (
+                _committed_rows(self.catalog, info.sid) == info.rows
+                and not MappedSegment(self.segment_folder, info).problem
+            ):
+                self._writers[space.fingerprint] = writer
+                return writer
+            writer.close()  # its owner committed once more before it let go, or its files are damaged
+        writer = SegmentWriter.new(self.segment_folder, space.fingerprint, dtype, space.dim)
+        self._writers[space.fingerprint] = writer
+        return writer
+
+    def appending(self) -> threading.RLock:
+        """Held from the first append to the commit: a process has one tail per space."""
+        return self._append_lock
+
+    def record_batches(
+        self, db: sqlite3.Connection, writer: SegmentWriter, batches: Sequence[Batch], epoch: int
+    ) -> None:
+        """Inside the transaction that makes them visible: insert the batches and advance the segment's rows."""
+        info = writer.info
+        db.execute(
+            "INSERT INTO segment(sid, space, dtype, dim, rows, owner) VALUES (?, ?, ?, ?, ?, ?) "
+            "ON CONFLICT(sid) DO UPDATE SET rows = excluded.rows",
+            (info.sid, info.space, info.dtype, info.dim, writer.tail, str(os.getpid())),
+        )
+        db.executemany(
+            "INSERT INTO batch(sid, start, n, crc_vectors, crc_ids, epoch) VALUES (?, ?, ?, ?, ?, ?)",
+            [(info.sid, batch.start, batch.n, batch.crc_vectors, batch.crc_ids, epoch) for batch in batches],
+        )
+
+    def register_space(self, space: Space, *, parent: str | None = None) -> None:
+        """Remember a space. Idempotent.
+
+        Raises:
+            SpaceError: If the fingerprint is known with another width.
+        """
+        known = self.snapshot().spaces.get(space.fingerprint)
+        if known is not None:
+            check_same_space(known, space)
+            return
+        with self.catalog.writing() as db:
+            insert_space(db, space, parent=parent)
+
+    def relate(self, relation: Relation) -> None:
+        """Register ``compatible(new -> old)``; replaces the evidence of an earlier registration."""
+        spaces = self.snapshot().spaces
+        for fingerprint in (relation.new, relation.old):
+            if fingerprint not in spaces:
+                raise SpaceError(f"this gallery knows no space {fingerprint[:12]!r}; known: {_names(spaces)}")
+        if relation.new == relation.old:
+            raise SpaceError("a space is compatible with itself; a relation needs two different spaces")
+        with self.catalog.writing() as db:
+            db.execute(
+                "INSERT OR REPLACE INTO relation VALUES (?, ?, ?, ?)",
+                (relation.kind, relation.new, relation.old, json.dumps(dict(relation.evidence))),
+            )
+
+    def collect_garbage(self) -> list[str]:
+        """Remove segment files that no catalogue row and no writer knows. Returns their names."""
+        with self._append_lock, self.catalog.writing() as db:  # nobody can commit a new segment meanwhile
+            known = {row[0] for row in db.execute("SELECT sid FROM segment")}
+            for fingerprint, writer in list(self._writers.items()):
+                if writer.info.sid not in known:
+                    self._writers.pop(fingerprint).close()
+            return remove_unused(self.segment_folder, known)
+
+    def write_packed(
+        self, space: Space, nums: NDArray[np.int64], snapshot: Snapshot
+    ) -> tuple[SegmentWriter, list[Batch]]:
+        """Write the vectors of ``nums`` into a new segment, in that order and durable; the caller commits it."""
+        part = snapshot.part_of(space.fingerprint)
+        with self.catalog.reading() as db:
+            dtype = db.execute("SELECT dtype FROM head").fetchone()[0]
+        writer = SegmentWriter.new(self.segment_folder, space.fingerprint, dtype, space.dim)
+        try:
+            for start in range(0, len(nums), COPY_ROWS):
+                assert part is not None
+                block = nums[start : start + COPY_ROWS]
+                writer.append(part.vectors_of(block), block)
+            return writer, writer.sync()
+        except BaseException:
+            abandon(writer)
+            raise
+
+    def append_rows(self, space: Space, nums: NDArray[np.int64], vectors: Any) -> None:
+        """Commit vectors of existing items in ``space`` (rollback, pending items). The items are no longer pending."""
+        rows = unit_vectors(vectors, space.dim, count=len(nums))
+        with self._append_lock:
+            writer = self.writer_for(space)
+            try:
+                writer.append(rows, nums)
+                batches = writer.sync()
+                with self.catalog.writing() as db:
+                    self.record_batches(db, writer, batches, next_epoch(db))
+                    done = json.dumps(nums.tolist())
+                    db.execute("DELETE FROM pending WHERE num IN (SELECT value FROM json_each(?))", (done,))
+            except BaseException:
+                writer.discard()
+                raise
+            writer.committed()
+
+
+def active_upgrade(db: sqlite3.Connection) -> UpgradeState | None:
+    row = db.execute(
+        "SELECT id, old, new, state, strategy, merger, order_name, plan_rows, settings, started_at FROM upgrade "
+        "WHERE state IN ('running', 'paused')"
+    ).fetchone()
+    if row is None:
+        return None
+    number, old, new, state, strategy, merger, order, plan_rows, settings, started_at = row
+    return UpgradeState(number, old, new, state, strategy, merger, order, plan_rows, json.loads(settings), started_at)
+
+
+def item_of_row(row: tuple[str, int, str | None, str | None, str | None]) -> Item:
+    item_id, num, uri, content_hash, metadata = row
+    return Item(item_id, num, uri, content_hash, json.loads(metadata) if metadata else {})
+
+
+def insert_space(db: sqlite3.Connection, space: Space, *, parent: str | None) -> None:
+    db.execute(
+        "INSERT INTO space(fingerprint, encoder, dim, metric, parent) VALUES (?, ?, ?, ?, ?)",
+        (space.fingerprint, space.encoder, space.dim, space.metric, parent),
+    )
+
+
+def check_same_space(known: Space, space: Space) -> None:
+    if known.dim != space.dim:
+        raise SpaceError(
+            f"space {space.fingerprint[:12]} has width {known.dim} in this gallery, and {space.dim} was given for it"
+        )
+
+
+def _names(spaces: Mapping[str, Space]) -> str:
+    return ", ".join(str(space) for space in spaces.values())
+
+
+def next_epoch(db: sqlite3.Connection) -> int:
+    return db.execute("UPDATE head SET epoch = epoch + 1 RETURNING epoch").fetchone()[0]
+
+
+def _committed_rows(catalog: Catalog, sid: str) -> int | None:
+    with catalog.reading() as db:
+        row = db.execute("SELECT rows FROM segment WHERE sid = ?", (sid,)).fetchone()
+    return None if row is None else row[0]
+
+
+def abandon(writer: SegmentWriter) -> None:
+    """Drop a segment that was never committed."""
+    writer.info.vector_file(writer.folder).unlink(missing_ok=True)
+    writer.info.id_file(writer.folder).unlink(missing_ok=True)
+    writer.close()

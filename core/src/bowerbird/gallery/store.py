@@ -1,0 +1,620 @@
+"""The low-level operations of an upgrade: tasks, leases, commits, finish and rollback.
+
+An upgrade moves items from the old space to the new one in tasks. A worker leases a task, encodes its items and commits
+their vectors with the task's fencing token; a worker that was too slow, or was declared dead, is refused at the commit.
+Workers share a gallery with each other, with readers and with ingest, and each appends to a segment of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import sqlite3
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bowerbird.errors import InputError, UpgradeError
+from bowerbird.gallery.catalog import DISK_FULL, disk_full
+from bowerbird.gallery.segments import IDS, SegmentInfo, crc_of, sync_folder
+from bowerbird.gallery.snapshot import Snapshot, UpgradeState
+from bowerbird.gallery.space import Item, Space
+from bowerbird.gallery.storage import (
+    Storage,
+    abandon,
+    active_upgrade,
+    check_same_space,
+    insert_space,
+    item_of_row,
+    next_epoch,
+)
+from bowerbird.gallery.vectors import unit_vectors
+
+MAX_FAILURES = 3  # then an item stays on its old vector and is listed
+
+
+class LeaseLostError(UpgradeError):
+    """The task was given to another worker, or the upgrade ended: what this worker encoded is dropped."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A leased piece of an upgrade.
+
+    Attributes:
+        token: Fencing token; a later lease of the same task has a higher one.
+        items: Live items to encode into the new space, in backfill order.
+    """
+
+    id: int
+    upgrade: int
+    token: int
+    owner: str
+    lease_until: float
+    items: tuple[Item, ...]
+
+    @property
+    def nums(self) -> NDArray[np.int64]:
+        return np.array([item.num for item in self.items], np.int64)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Counts of an upgrade.
+
+    Attributes:
+        by_space: Fingerprint -> live items that are searched in it.
+        tasks: Task state (``free``, ``leased``, ``done``, ``failed``) -> tasks.
+        queued: Items in tasks that are not done (an upper bound: deleted ones count until their task is leased).
+        failures: ``(item id, attempts, error)`` of items that could not be encoded.
+    """
+
+    by_space: Mapping[str, int]
+    tasks: Mapping[str, int]
+    queued: int
+    failures: Sequence[tuple[str, int, str]]
+
+    @property
+    def complete(self) -> bool:
+        return self.queued == 0
+
+
+class Store:
+    """The operations of an upgrade over the ``Storage`` of one gallery. Thread-safe."""
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+        self.catalog = storage.catalog
+        self.path = storage.path
+
+    def snapshot(self) -> Snapshot:
+        """The newest committed state."""
+        return self.storage.snapshot()
+
+    def items(self, nums: Iterable[int]) -> dict[int, Item]:
+        """Items by number, deleted ones included."""
+        return self.storage.items(nums)
+
+    def upgrade_state(self) -> UpgradeState | None:
+        """The upgrade that is running or paused."""
+        with self.catalog.reading() as db:
+            return active_upgrade(db)
+
+    def history(self) -> list[dict[str, Any]]:
+        """Every upgrade of this gallery, oldest first: old, new, state, strategy, started_at, ended_at."""
+        names = ("id", "old", "new", "state", "strategy", "merger", "order_name", "started_at", "ended_at")
+        with self.catalog.reading() as db:
+            rows = db.execute(f"SELECT {', '.join(names)} FROM upgrade ORDER BY id").fetchall()
+        return [dict(zip(names, row, strict=True)) for row in rows]
+
+    def begin_upgrade(
+        self,
+        to: Space,
+        *,
+        strategy: str,
+        order_name: str,
+        order: NDArray[np.int64] | None = None,
+        merger: str = "core:distance",
+        task_items: int = 1000,
+        settings: Mapping[str, Any] | None = None,
+    ) -> UpgradeState:
+        """Start to move every item to the space ``to``.
+
+        The old vectors are first written once more in backfill order, so that what is still old is one contiguous
+        stretch at every moment: that is what keeps a half-migrated gallery as fast as a whole one. Search results do
+        not change.
+
+        Args:
+            order: Item numbers in backfill order (a permutation of ``snapshot().new.nums``); items that came since are
+                appended, items that were deleted since are left out. ``None``: by number.
+            task_items: Items per task.
+            settings: Plain JSON data kept with the upgrade (and given back in ``UpgradeState.settings``).
+
+        Raises:
+            UpgradeError: If an upgrade is under way, or the gallery already serves ``to``, or has damaged rows.
+            InputError: If ``order`` has an item twice or one that never existed.
+        """
+        if task_items < 1:
+            raise InputError(f"task_items is {task_items}; it must be at least 1")
+        with self.catalog.exclusive("begin an upgrade"), self.storage.appending():
+            snapshot = self.snapshot()
+            if snapshot.upgrade is not None:
+                raise UpgradeError(
+                    f"an upgrade to {snapshot.spaces[snapshot.upgrade.new]} is {snapshot.upgrade.state}; "
+                    "finish it or roll it back before another one"
+                )
+            if to.fingerprint == snapshot.serving:
+                raise UpgradeError(f"the gallery already serves space {to}; there is nothing to upgrade")
+            old = snapshot.spaces[snapshot.serving]
+            nums = snapshot.new.nums
+            if snapshot.problems:
+                raise UpgradeError(
+                    f"the gallery has damaged rows ({snapshot.problems[0]}); replace or delete those items first"
+                )
+            queue = _complete_order(order, nums, snapshot.num_limit)
+            with self.catalog.reading() as db:
+                pending = np.array(db.execute("SELECT num FROM pending ORDER BY num").fetchall(), np.int64).ravel()
+            plan = np.concatenate([queue, pending])
+            plan_file = f"{secrets.token_hex(6)}.i64"
+            _write_durably(self.path / "plan" / plan_file, plan)
+            writer, batches = self.storage.write_packed(old, queue, snapshot)
+            try:
+                with self.catalog.writing() as db:
+                    known = db.execute(
+                        "SELECT fingerprint, encoder, dim, metric FROM space WHERE fingerprint = ?", (to.fingerprint,)
+                    ).fetchone()
+                    if known is None:
+                        insert_space(db, to, parent=old.fingerprint)
+                    else:
+                        check_same_space(Space(*known), to)
+                    epoch = next_epoch(db)
+                    # Rows of either space that are not in the repacked segment are dead or belong to an upgrade rolled
+                    # back.
+                    _forget_segments(db, (old.fingerprint, to.fingerprint))
+                    self.storage.record_batches(db, writer, batches, epoch)
+                    upgrade = db.execute(
+                        "INSERT INTO upgrade(old, new, state, strategy, merger, order_name, plan_file, plan_rows, "
+                        "settings, "
+                        "started_at) VALUES (?, ?, 'running', ?, ?, ?, ?, ?, ?, ?)",
+                        (
+                            old.fingerprint, to.fingerprint, strategy, merger, order_name, plan_file, len(plan),
+                            json.dumps(dict(settings or {})), time.time(),
+                        ),
+                    ).lastrowid  # fmt: skip
+                    assert upgrade is not None
+                    _insert_tasks(db, upgrade, plan, 0, task_items)
+            except BaseException:
+                abandon(writer)
+                (self.path / "plan" / plan_file).unlink(missing_ok=True)
+                raise
+            writer.committed()
+            writer.close()
+        self.storage.collect_garbage()
+        state = self.upgrade_state()
+        assert state is not None
+        return state
+
+    def lease_task(self, owner: str, lease_s: float = 300.0, *, now: float | None = None) -> Task | None:
+        """The next free (or expired) task, leased to ``owner`` for ``lease_s`` seconds.
+
+        Returns ``None`` where the upgrade is paused, over, or every task is done or leased: ``progress`` tells which.
+        """
+        now = time.time() if now is None else now
+        with self.catalog.writing() as db:
+            upgrade = active_upgrade(db)
+            if upgrade is None or upgrade.state != "running":
+                return None
+            while True:
+                row = db.execute(
+                    "SELECT id, lo, hi, crc, token FROM task WHERE upgrade = ? AND "
+                    "(state = 'free' OR (state = 'leased' AND lease_until < ?)) ORDER BY lo LIMIT 1",
+                    (upgrade.id, now),
+                ).fetchone()
+                if row is None:
+                    return None
+                task, lo, hi, crc, token = row
+                items = _live_items(db, self._plan(db, upgrade.id, lo, hi, crc))
+                if not items:
+                    db.execute("UPDATE task SET state = 'done', owner = NULL WHERE id = ?", (task,))
+                    continue
+                db.execute(
+                    "UPDATE task SET state = 'leased', owner = ?, token = ?, lease_until = ? WHERE id = ?",
+                    (owner, token + 1, now + lease_s, task),
+                )
+                return Task(task, upgrade.id, token + 1, owner, now + lease_s, items)
+
+    def renew(self, task: Task, lease_s: float = 300.0, *, now: float | None = None) -> None:
+        """Extend a lease while encoding. Raises ``LeaseLostError`` if the task is no longer this worker's."""
+        now = time.time() if now is None else now
+        with self.catalog.writing() as db:
+            _check_lease(db, task)
+            db.execute("UPDATE task SET lease_until = ? WHERE id = ?", (now + lease_s, task.id))
+
+    def release_task(self, task: Task) -> None:
+        """Give a task back untouched (a worker that stops)."""
+        with self.catalog.writing() as db:
+            _check_lease(db, task)
+            db.execute("UPDATE task SET state = 'free', owner = NULL, lease_until = NULL WHERE id = ?", (task.id,))
+
+    def commit_task(
+        self,
+        task: Task,
+        nums: Sequence[int] | NDArray[np.int64],
+        vectors: Any,
+        *,
+        failures: Mapping[int, str] | None = None,
+    ) -> None:
+        """Make the new vectors of a task visible, in one atomic step.
+
+        Args:
+            nums: Numbers of the items that were encoded.
+            vectors: ``(len(nums), dim)`` of the new space.
+            failures: Number -> error of the items that could not be encoded. Such an item is queued again; after
+                ``MAX_FAILURES`` it stays on its old vector and is listed by ``progress``.
+
+        Raises:
+            LeaseLostError: If another worker has the task by now, or the upgrade ended. Nothing is changed.
+            InputError: If items of the task are missing, or others are given, or vectors cannot be used.
+        """
+        failed = {int(num): str(error)[:2000] for num, error in (failures or {}).items()}
+        nums = np.asarray(nums, np.int64)
+        given = [*nums.tolist(), *failed]
+        if sorted(given) != sorted(task.nums.tolist()):
+            raise InputError(
+                f"task {task.id} has {len(task.items)} items; a commit must have a vector or an error for each, "
+                "once, and got "
+                f"{len(nums)} vectors and {len(failed)} errors"
+            )
+        with self.storage.appending():
+            with self.catalog.reading() as db:
+                _check_lease(db, task)
+                space = _space(db, db.execute("SELECT new FROM upgrade WHERE id = ?", (task.upgrade,)).fetchone()[0])
+            rows = unit_vectors(vectors, space.dim, count=len(nums))
+            writer = self.storage.writer_for(space)
+            try:
+                batches = []
+                if len(nums):
+                    writer.append(rows, nums)
+                    batches = writer.sync()
+                with self.catalog.writing() as db:
+                    _check_lease(db, task)
+                    self.storage.record_batches(db, writer, batches, next_epoch(db)) if batches else None
+                    db.execute(
+                        "UPDATE task SET state = 'done', owner = NULL, lease_until = NULL, error = NULL WHERE id = ?",
+                        (task.id,),
+                    )
+                    done = json.dumps(nums.tolist())
+                    for table in ("pending", "failure"):
+                        db.execute(f"DELETE FROM {table} WHERE num IN (SELECT value FROM json_each(?))", (done,))
+                    self._requeue_failures(db, task, failed)
+            except BaseException:
+                writer.discard()
+                raise
+            writer.committed()
+
+    def fail_task(self, task: Task, error: str) -> None:
+        """The whole task failed (not one item of it): back into the queue, or set aside after ``MAX_FAILURES``."""
+        with self.catalog.writing() as db:
+            _check_lease(db, task)
+            db.execute(
+                "UPDATE task SET attempts = attempts + 1, error = ?, owner = NULL, lease_until = NULL, "
+                "state = CASE WHEN attempts + 1 >= ? THEN 'failed' ELSE 'free' END WHERE id = ?",
+                (error[:2000], MAX_FAILURES, task.id),
+            )
+
+    def retry_failed(self) -> int:
+        """Queue every failed task and item again, with its failures forgotten. Returns how many items."""
+        with self.catalog.writing() as db:
+            upgrade = _require_upgrade(db)
+            tasks = db.execute(
+                "UPDATE task SET state = 'free', attempts = 0 WHERE upgrade = ? AND state = 'failed' RETURNING hi - lo",
+                (upgrade.id,),
+            ).fetchall()
+            nums = [
+                row[0]
+                for row in db.execute(
+                    "SELECT num FROM failure WHERE upgrade = ? AND attempts >= ?", (upgrade.id, MAX_FAILURES)
+                )
+            ]
+            db.execute("DELETE FROM failure WHERE upgrade = ? AND attempts >= ?", (upgrade.id, MAX_FAILURES))
+            if nums:
+                self.enqueue(db, np.array(nums, np.int64))
+            return len(nums) + sum(row[0] for row in tasks)
+
+    def set_state(self, state: str) -> None:
+        """``running`` or ``paused``. A paused upgrade serves; it gives out no tasks, and takes those that are out."""
+        if state not in ("running", "paused"):
+            raise InputError(f"an upgrade's state can be set to 'running' or 'paused', not {state!r}")
+        with self.catalog.writing() as db:
+            upgrade = _require_upgrade(db)
+            db.execute("UPDATE upgrade SET state = ? WHERE id = ?", (state, upgrade.id))
+            next_epoch(db)
+
+    def pause(self) -> None:
+        self.set_state("paused")
+
+    def resume(self) -> None:
+        self.set_state("running")
+
+    def progress(self) -> Progress:
+        """How far the upgrade is.
+
+        Raises:
+            UpgradeError: If none is under way.
+        """
+        snapshot = self.snapshot()
+        with self.catalog.reading() as db:
+            upgrade = _require_upgrade(db)
+            tasks = dict(
+                db.execute(
+                    "SELECT state, count(*) FROM task WHERE upgrade = ? GROUP BY state", (upgrade.id,)
+                ).fetchall()
+            )
+            queued = db.execute(
+                "SELECT coalesce(sum(hi - lo), 0) FROM task WHERE upgrade = ? AND state IN ('free', 'leased')",
+                (upgrade.id,),
+            ).fetchone()[0]
+            failures = db.execute(
+                "SELECT id, attempts, error FROM failure JOIN item USING (num) WHERE upgrade = ? AND deleted_epoch = "
+                "0 ORDER BY num",
+                (upgrade.id,),
+            ).fetchall()
+        by_space = {part.space.fingerprint: part.count for part in snapshot.parts}
+        return Progress(by_space, tasks, queued, failures)
+
+    def finish_upgrade(self, *, verified: bool, leave_pending: bool = False) -> None:
+        """Serve the new space only, and drop the old vectors. There is no way back.
+
+        Args:
+            verified: That the caller has verified the new vectors (``gallery.verify().ok``).
+            leave_pending: Items without a new vector become *pending* (see ``rollback``) instead of an error.
+
+        Raises:
+            UpgradeError: If it was not verified, or items still have no new vector; names some of them.
+        """
+        if verified is not True:
+            raise UpgradeError("finish drops the old vectors for good; verify the gallery first and pass verified=True")
+        with self.catalog.exclusive("finish the upgrade"), self.storage.appending(), self.catalog.writing() as db:
+            upgrade = _require_upgrade(db)
+            left = self._without_new_vector(db, upgrade)
+            if left and not leave_pending:
+                names = [row[0] for row in db.execute(_ITEM_IDS, (json.dumps(left[:5]),))]
+                raise UpgradeError(
+                    f"{len(left)} items have no vector of the new space yet ({', '.join(map(repr, names))}, ...). "
+                    "Run the upgrade "
+                    "to its end; items that failed can be deleted, or queued again with retry."
+                )
+            db.execute("DELETE FROM pending")
+            db.executemany("INSERT INTO pending VALUES (?)", [(num,) for num in left])
+            next_epoch(db)
+            _forget_segments(db, (upgrade.old,))
+            db.execute("UPDATE head SET serving = ?", (upgrade.new,))
+            _end(db, upgrade, "finished")
+        self._remove_plans()
+        self.storage.collect_garbage()
+
+    def rollback(
+        self,
+        *,
+        encode_old: Callable[[list[Item]], Any] | None = None,
+        leave_pending: bool = False,
+        batch_items: int = 256,
+    ) -> int:
+        """Back to the exact old state: every old vector is still there and becomes the truth again.
+
+        Items that came (or whose content changed) during the upgrade have only a new vector. They need an old one:
+
+        Args:
+            encode_old: Encodes a list of items in the *old* space, ``(N, old dim)``.
+            leave_pending: Without ``encode_old``: keep such items as *pending*. They stay in the gallery, are not
+                found by
+                searches, and are listed by ``Gallery.pending`` until ``Gallery.fill`` gives them a vector.
+            batch_items: Items per call of ``encode_old``.
+
+        Returns:
+            How many items were left pending.
+
+        Raises:
+            UpgradeError: If there are such items and neither argument is given; nothing is changed.
+        """
+        with self.catalog.exclusive("roll back the upgrade"), self.storage.appending():
+            snapshot = self.snapshot()
+            if snapshot.upgrade is None:
+                raise UpgradeError("there is no upgrade to roll back")
+            missing = self._without_old_vector(snapshot)
+            if len(missing) and encode_old is None and not leave_pending:
+                raise UpgradeError(
+                    f"{len(missing)} items were added or edited during the upgrade and have no vector of the old "
+                    "space. Give the old "
+                    "encoder (encode_old) to encode them, or leave_pending=True to keep them unsearchable until it "
+                    "is there."
+                )
+            if encode_old is not None:
+                old = snapshot.spaces[snapshot.upgrade.old]
+                for start in range(0, len(missing), batch_items):
+                    chunk = missing[start : start + batch_items]
+                    found = self.items(chunk)
+                    self.storage.append_rows(old, chunk, encode_old([found[num] for num in chunk.tolist()]))
+                missing = missing[:0]
+            with self.catalog.writing() as db:
+                upgrade = _require_upgrade(db)
+                next_epoch(db)
+                _forget_segments(db, (upgrade.new,))
+                db.execute("DELETE FROM pending")
+                # A worker may have committed after the snapshot, but only for items that had an old vector or were
+                # pending.
+                db.executemany("INSERT INTO pending VALUES (?)", [(num,) for num in missing.tolist()])
+                _end(db, upgrade, "rolled-back")
+        self._remove_plans()
+        self.storage.collect_garbage()
+        return len(missing)
+
+    def enqueue(self, db: sqlite3.Connection, nums: NDArray[np.int64]) -> None:
+        """Inside a transaction: put items at the end of the queue of the upgrade under way."""
+        upgrade = _require_upgrade(db)
+        name = db.execute("SELECT plan_file FROM upgrade WHERE id = ?", (upgrade.id,)).fetchone()[0]
+        _append_durably(self.path / "plan" / name, nums, upgrade.plan_rows)
+        db.execute("UPDATE upgrade SET plan_rows = plan_rows + ? WHERE id = ?", (len(nums), upgrade.id))
+        _insert_tasks(db, upgrade.id, nums, upgrade.plan_rows, 1000)
+
+    def _requeue_failures(self, db: sqlite3.Connection, task: Task, failed: Mapping[int, str]) -> None:
+        again = []
+        for num, error in failed.items():
+            attempts = db.execute(
+                "INSERT INTO failure VALUES (?, ?, 1, ?) ON CONFLICT DO UPDATE SET attempts = attempts + 1, error = "
+                "excluded.error "
+                "RETURNING attempts",
+                (task.upgrade, num, error),
+            ).fetchone()[0]
+            if attempts < MAX_FAILURES:
+                again.append(num)
+        if again:
+            self.enqueue(db, np.array(again, np.int64))
+
+    def _plan(self, db: sqlite3.Connection, upgrade: int, lo: int, hi: int, crc: int) -> NDArray[np.int64]:
+        name = db.execute("SELECT plan_file FROM upgrade WHERE id = ?", (upgrade,)).fetchone()[0]
+        file = self.path / "plan" / name
+        nums = np.fromfile(file, IDS, count=hi - lo, offset=lo * IDS.itemsize) if file.exists() else np.empty(0, IDS)
+        if len(nums) != hi - lo or crc_of(nums) != crc:
+            raise UpgradeError(
+                f"rows {lo} to {hi - 1} of the plan {file} are damaged; roll the upgrade back and begin it again"
+            )
+        return nums
+
+    def _without_new_vector(self, db: sqlite3.Connection, upgrade: UpgradeState) -> list[int]:
+        """Live items without an intact row of the new space, as of the transaction ``db``."""
+        has = np.zeros(db.execute("SELECT next_num FROM head").fetchone()[0], bool)
+        for row in db.execute(
+            "SELECT sid, space, dtype, dim, rows FROM segment WHERE space = ?", (upgrade.new,)
+        ).fetchall():
+            segment = self.storage.map_segment(SegmentInfo(*row))
+            has[segment.nums] = True
+        live = np.array(
+            db.execute("SELECT num FROM item WHERE deleted_epoch = 0 ORDER BY num").fetchall(), np.int64
+        ).ravel()
+        return live[~has[live]].tolist()
+
+    def _without_old_vector(self, snapshot: Snapshot) -> NDArray[np.int64]:
+        assert snapshot.upgrade is not None
+        has = np.zeros(snapshot.num_limit, bool)
+        for segment in snapshot.segments:
+            if segment.info.space == snapshot.upgrade.old:
+                has[segment.nums] = True
+        with self.catalog.reading() as db:
+            live = np.array(
+                db.execute("SELECT num FROM item WHERE deleted_epoch = 0 ORDER BY num").fetchall(), np.int64
+            ).ravel()
+        return live[~has[live]]
+
+    def _remove_plans(self) -> None:
+        with self.catalog.writing() as db:
+            active = {
+                row[0] for row in db.execute("SELECT plan_file FROM upgrade WHERE state IN ('running', 'paused')")
+            }
+            for file in (self.path / "plan").glob("*.i64"):
+                if file.name not in active:
+                    file.unlink(missing_ok=True)
+
+
+_ITEM_IDS = "SELECT id FROM item WHERE num IN (SELECT value FROM json_each(?)) ORDER BY num"
+
+
+def _require_upgrade(db: sqlite3.Connection) -> UpgradeState:
+    upgrade = active_upgrade(db)
+    if upgrade is None:
+        raise UpgradeError("no upgrade is under way in this gallery; begin one first")
+    return upgrade
+
+
+def _check_lease(db: sqlite3.Connection, task: Task) -> None:
+    row = db.execute(
+        "SELECT task.state, owner, token FROM task JOIN upgrade ON upgrade.id = task.upgrade "
+        "WHERE task.id = ? AND upgrade.state IN ('running', 'paused')",
+        (task.id,),
+    ).fetchone()
+    if row != ("leased", task.owner, task.token):
+        why = "the upgrade is over" if row is None else f"it is {row[0]} (owner {row[1]}, token {row[2]})"
+        raise LeaseLostError(f"worker {task.owner} lost task {task.id} (token {task.token}): {why}")
+
+
+def _end(db: sqlite3.Connection, upgrade: UpgradeState, state: str) -> None:
+    db.execute("UPDATE upgrade SET state = ?, ended_at = ? WHERE id = ?", (state, time.time(), upgrade.id))
+    db.execute("DELETE FROM task WHERE upgrade = ?", (upgrade.id,))
+    db.execute("DELETE FROM failure WHERE upgrade = ?", (upgrade.id,))
+
+
+def _insert_tasks(db: sqlite3.Connection, upgrade: int, nums: NDArray[np.int64], offset: int, task_items: int) -> None:
+    db.executemany(
+        "INSERT INTO task(upgrade, lo, hi, crc) VALUES (?, ?, ?, ?)",
+        [
+            (upgrade, offset + lo, offset + min(lo + task_items, len(nums)), crc_of(nums[lo : lo + task_items]))
+            for lo in range(0, len(nums), task_items)
+        ],
+    )
+
+
+def _live_items(db: sqlite3.Connection, nums: NDArray[np.int64]) -> tuple[Item, ...]:
+    rows = db.execute(
+        "SELECT id, num, uri, content_hash, metadata FROM item "
+        "WHERE num IN (SELECT value FROM json_each(?)) AND deleted_epoch = 0",
+        (json.dumps(nums.tolist()),),
+    )
+    found = {row[1]: item_of_row(row) for row in rows}
+    return tuple(found[num] for num in nums.tolist() if num in found)
+
+
+def _space(db: sqlite3.Connection, fingerprint: str) -> Space:
+    return Space(
+        *db.execute(
+            "SELECT fingerprint, encoder, dim, metric FROM space WHERE fingerprint = ?", (fingerprint,)
+        ).fetchone()
+    )
+
+
+def _forget_segments(db: sqlite3.Connection, fingerprints: Iterable[str]) -> None:
+    for fingerprint in fingerprints:
+        db.execute("DELETE FROM batch WHERE sid IN (SELECT sid FROM segment WHERE space = ?)", (fingerprint,))
+        db.execute("DELETE FROM segment WHERE space = ?", (fingerprint,))
+
+
+def _complete_order(order: Any, nums: NDArray[np.int64], num_limit: int) -> NDArray[np.int64]:
+    """``order`` without the items that are gone, and with those that it lacks appended by number."""
+    if order is None:
+        return np.sort(nums)
+    order = np.asarray(order, np.int64).ravel()
+    if len(order) and (order.min() < 0 or order.max() >= num_limit):
+        raise InputError(f"the backfill order names item numbers outside 0 to {num_limit - 1}, which no item has")
+    seen = np.zeros(num_limit, bool)
+    seen[order] = True
+    if np.count_nonzero(seen) != len(order):
+        raise InputError("the backfill order has an item twice; it must be a permutation of the gallery's item numbers")
+    live = np.zeros(num_limit, bool)
+    live[nums] = True
+    return np.concatenate([order[live[order]], np.flatnonzero(live & ~seen)])
+
+
+def _write_durably(file: Path, nums: NDArray[np.int64]) -> None:
+    _append_durably(file, nums, 0)
+    sync_folder(file.parent)
+
+
+def _append_durably(file: Path, nums: NDArray[np.int64], offset: int) -> None:
+    try:
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            data = np.ascontiguousarray(nums, IDS).tobytes()
+            if data and os.pwrite(descriptor, data, offset * IDS.itemsize) != len(data):
+                raise OSError(28, "no space left for the plan")
+            os.fdatasync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as exc:
+        if exc.errno in DISK_FULL:
+            raise disk_full(file, exc) from exc
+        raise

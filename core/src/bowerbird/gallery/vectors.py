@@ -1,0 +1,161 @@
+"""What comes in: vectors, ids and metadata, checked before anything is written. The error names the row or the id."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bowerbird.errors import DataError, InputError, SpaceError
+
+MAX_ID_CHARACTERS = 1024
+UNIT_TOLERANCE = 1e-5  # rows this near to length 1 are stored bit for bit
+
+
+def unit_vectors(
+    vectors: Any, dim: int, *, count: int | None = None, what: str = "vectors", first_row: int = 0
+) -> NDArray[np.float32]:
+    """float32 ``(N, dim)`` rows of length 1.
+
+    Args:
+        vectors: ``(N, dim)`` numbers.
+        count: N, where it is known.
+        first_row: Added to row numbers in messages.
+
+    Raises:
+        SpaceError: If the width is not ``dim``.
+        InputError: If the shape is wrong.
+        DataError: If a row is not finite or has length zero; names the row.
+    """
+    try:
+        rows = np.asarray(vectors)
+        if rows.dtype != np.float32:
+            rows = rows.astype(np.float32)
+    except (TypeError, ValueError) as exc:
+        raise InputError(f"{what} must be an array of numbers of shape (N, {dim}): {exc}") from exc
+    if rows.ndim != 2:
+        raise InputError(f"{what} must have shape (N, {dim}), got {rows.shape}")
+    if rows.shape[1] != dim:
+        raise SpaceError(f"{what} have width {rows.shape[1]}; the space has width {dim}")
+    if count is not None and len(rows) != count:
+        raise InputError(f"{len(rows)} {what} were given for {count} items; it must be one each")
+    with np.errstate(over="ignore", invalid="ignore"):
+        square = np.einsum("nd,nd->n", rows, rows)
+    off = ~(np.abs(square - 1.0) <= 2 * UNIT_TOLERANCE)  # true for NaN too
+    if not off.any():
+        return rows
+    chosen = np.flatnonzero(off)
+    wide = rows[chosen].astype(np.float64)
+    norms = np.sqrt(np.einsum("nd,nd->n", wide, wide))
+    finite = np.isfinite(norms)
+    if not finite.all():
+        row = int(chosen[np.argmin(finite)]) + first_row
+        raise DataError(
+            f"{what}: row {row} has NaN or infinity ({int((~finite).sum())} such rows); encode it again or leave it out"
+        )
+    if (norms == 0).any():
+        row = int(chosen[np.argmin(norms)]) + first_row
+        raise DataError(f"{what}: row {row} is a zero vector, which has no direction; encode it again or leave it out")
+    rows = rows.copy()
+    rows[chosen] = wide / norms[:, None]
+    return rows
+
+
+def checked_ids(ids: Any, *, what: str = "ids") -> list[str]:
+    """A list of distinct texts of 1 to ``MAX_ID_CHARACTERS`` characters.
+
+    Raises:
+        InputError: Naming the first id that is not.
+    """
+    if isinstance(ids, str | bytes) or not isinstance(ids, Sequence | np.ndarray):
+        raise InputError(f"{what} must be a list of texts, got {type(ids).__name__}")
+    names = list(ids)
+    if not all(type(name) is str for name in names):
+        for row, name in enumerate(names):
+            if not isinstance(name, str):
+                raise InputError(f"{what}: row {row} is {name!r} ({type(name).__name__}); an id is text. Use str(...).")
+        names = [str(name) for name in names]  # numpy.str_
+    lengths = list(map(len, names))
+    if names and (max(lengths) > MAX_ID_CHARACTERS or min(lengths) == 0):
+        row = next(i for i, length in enumerate(lengths) if not 1 <= length <= MAX_ID_CHARACTERS)
+        raise InputError(
+            f"{what}: row {row} has {lengths[row]} characters ({names[row][:40]!r}...); accepted: 1 to "
+            f"{MAX_ID_CHARACTERS}"
+        )
+    if len(set(names)) != len(names):
+        seen: set[str] = set()
+        twice = next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise InputError(f"{what}: {twice!r} is given twice in one call; every id must be there once")
+    joined = "".join(names)
+    if "\0" in joined:
+        raise InputError(f"{what}: row {next(i for i, n in enumerate(names) if chr(0) in n)} has a NUL character")
+    try:
+        joined.encode()
+    except UnicodeEncodeError as exc:
+        raise InputError(f"{what}: an id cannot be written as UTF-8: {exc}") from exc
+    return names
+
+
+def checked_column(values: Any, count: int, what: str) -> Sequence[str | None] | None:
+    """A column of texts or ``None``, as long as the ids."""
+    if values is None:
+        return None
+    column = list(values)
+    if len(column) != count:
+        raise InputError(f"{len(column)} {what} were given for {count} ids; it must be one each")
+    for row, value in enumerate(column):
+        if value is not None and not isinstance(value, str):
+            raise InputError(f"{what}: row {row} is {value!r} ({type(value).__name__}); it must be text or None")
+    return column
+
+
+def metadata_json(metadata: Any, count: int) -> Sequence[str | None] | None:
+    """JSON texts of a list of objects (or ``None``), as long as the ids."""
+    if metadata is None:
+        return None
+    rows = list(metadata)
+    if len(rows) != count:
+        raise InputError(f"{len(rows)} metadata were given for {count} ids; it must be one each")
+    return [None if not row else _json_object(row, position) for position, row in enumerate(rows)]
+
+
+def _json_object(row: Any, position: int) -> str:
+    if not isinstance(row, Mapping):
+        raise InputError(f"metadata: row {position} is {row!r}; it must be an object {{key: value}}")
+    for key in row:
+        check_key(key)
+    try:
+        return json.dumps(dict(row), ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as exc:
+        raise InputError(f"metadata: row {position} cannot be written as JSON: {exc}") from exc
+
+
+def check_key(key: Any) -> str:
+    if not isinstance(key, str) or not key or '"' in key or "\\" in key or "\0" in key:
+        raise InputError(f'metadata key {key!r} cannot be used: a key is text without ", \\ and NUL')
+    return key
+
+
+def filter_clause(where: Mapping[str, Any]) -> tuple[str, list[Any]]:
+    """SQL for ``{"key": value}`` (equal) and ``{"key": [values]}`` (any of them); all keys must hold. A missing key "
+    "is null."""
+    clauses, parameters = [], []
+    for key, wanted in where.items():
+        path = f'$."{check_key(key)}"'
+        values = list(wanted) if isinstance(wanted, list | tuple | set | frozenset) else [wanted]
+        for value in values:
+            if not (value is None or isinstance(value, str | int | float)):
+                raise InputError(
+                    f"filter {key!r}: {value!r} is not text, a number, true, false or null, nor a list of these"
+                )
+        parts = ["json_extract(metadata, ?) IS NULL"] if None in values else []
+        parameters.extend([path] if parts else [])
+        scalars = [value for value in values if value is not None]
+        if scalars:
+            parts.append(f"json_extract(metadata, ?) IN ({', '.join('?' * len(scalars))})")
+            parameters.extend([path, *scalars])
+        clauses.append(f"({' OR '.join(parts)})" if parts else "0")
+    return " AND ".join(clauses) if clauses else "1", parameters
