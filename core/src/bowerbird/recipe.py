@@ -261,6 +261,8 @@ def check_fit(recipe: Recipe, source: Source | None = None) -> None:
             f"{_set(objective.encoder_needs)}; encoder {encoder.name!r} gives {_set(encoder.outputs)}. "
             f"Missing: {_set(lacking)}."
         )
+    for position, component in enumerate(recipe.evaluate):
+        _check_evaluated_dataset(component, source.of(f"evaluate.{position}"))
     uncached = [key for key in objective.needs if key not in CACHED_KEYS]
     if recipe.train.cache_trunk and uncached:
         raise RecipeError(
@@ -277,6 +279,27 @@ def check_fit(recipe: Recipe, source: Source | None = None) -> None:
             f"{source.of('train.cache_trunk')}: train.cache_trunk keeps one result per item, and dataset.augment = "
             f"{recipe.dataset.augment!r} changes the item every time; set one of the two to false or 'none'"
         )
+
+
+def _check_evaluated_dataset(component: EvaluateComponent, where: str) -> None:
+    """An evaluator that measures on a data set names it in ``dataset`` and its parts in settings called ``*split``.
+
+    A typing error there would otherwise be found when the training is over.
+    """
+    name = component.settings.get("dataset")
+    if not isinstance(name, str):
+        return
+    try:
+        record = get_registry().get("dataset", name)
+    except UnknownNameError as error:
+        raise UnknownNameError(f"{where}: evaluate {component.use!r}: {error}") from error
+    assert isinstance(record, DatasetRecord)
+    for key, split in component.settings.items():
+        if key.endswith("split") and isinstance(split, str) and record.splits and split not in record.splits:
+            raise UnknownNameError(
+                f"{where}: evaluate {component.use!r}: {key} = {split!r}: dataset {record.name!r} has no such split."
+                f"{did_you_mean(split, record.splits)} Splits: {', '.join(record.splits)}."
+            )
 
 
 def recipe_schema() -> dict[str, Any]:

@@ -212,7 +212,7 @@ def save_encoder(
         raise InputError(f"{str(path)!r} already exists and is no encoder folder; choose another place")
     if classifier is not None and (classifier.ndim != 2 or len(classifier) != len(classes)):
         raise InputError(f"classifier of shape {tuple(classifier.shape)} for {len(classes)} classes; expected (C, D)")
-    stored = encoder.stored_config(config)
+    stored = encoder.stored_config(_shortest(use, config))
     fingerprint = fingerprint_of(encoder, use=use, config=stored)
     state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in encoder.state_dict().items()}
     manifest = {
@@ -283,7 +283,7 @@ def _build_from_name(ref: str, device: torch.device) -> LoadedEncoder:
     with torch.random.fork_rng(devices=[]):  # a projection without weights is the same in every process
         torch.manual_seed(0)
         encoder: Encoder = registry.load(record).build(config)
-    values = config.model_dump(mode="json", exclude_defaults=True) if config is not None else {}
+    values = _shortest(record.name, settings)
     return _ready(encoder, EncoderSpec(use=record.name, config=values), device, encoder.stored_config(values))
 
 
@@ -314,6 +314,12 @@ def _load_folder(folder: Path, device: torch.device) -> LoadedEncoder:
             f"{loaded.fingerprint[:12]}, {MANIFEST} says {manifest['fingerprint'][:12]}. The weights or settings were changed"
         )
     return loaded
+
+
+def _shortest(use: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """``config`` without values that are the default: one form, whether defaults were written out or not."""
+    model = build_config(get_registry().get("encoder", use), config, where=f"encoder {use!r}")
+    return {} if model is None else model.model_dump(mode="json", exclude_defaults=True)
 
 
 def _ready(encoder: Encoder, spec: EncoderSpec, device: torch.device, config: Mapping[str, Any]) -> LoadedEncoder:

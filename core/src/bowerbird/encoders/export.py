@@ -1,0 +1,154 @@
+"""Export an encoder: to a folder of ours, or to one that timm or transformers load; and to a hub."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import nn
+
+from bowerbird.encoders.bundle import LoadedEncoder, load_encoder, read_classifier, save_encoder
+from bowerbird.encoders.card import model_card
+from bowerbird.errors import InputError, MissingExtraError
+from bowerbird.files import atomic_folder, write_json
+
+
+def export_encoder(ref: str | Path, folder: str | Path, *, kind: str = "bowerbird") -> LoadedEncoder:
+    """Write the encoder ``ref`` (what ``load_encoder`` accepts) to ``folder`` and return it.
+
+    Args:
+        ref: A run, an exported folder, or a name with settings.
+        folder: Where to. It must not exist, or be empty; a folder of ours may be replaced by one.
+        kind: ``bowerbird``; ``timm`` (``timm.create_model("local-dir:FOLDER")``, the projection as its classifier); or
+            ``transformers`` (``AutoModel.from_pretrained``; only without a projection).
+
+    Raises:
+        InputError: The encoder has no such form, or the folder is in use.
+    """
+    loaded = load_encoder(ref, device="cpu")
+    folder = Path(folder)
+    if kind == "bowerbird":
+        source = loaded.spec.path
+        save_encoder(
+            loaded.module,
+            folder,
+            use=loaded.spec.use,
+            config=loaded.spec.config,
+            classes=loaded.spec.classes,
+            classifier=read_classifier(source) if source is not None else None,
+            card=_card_text(source),
+        )
+        return loaded
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(f"{str(folder)!r} already exists and is not empty; choose another place")
+    if kind == "timm":
+        _export_timm(loaded, folder)
+    elif kind == "transformers":
+        _export_transformers(loaded, folder)
+    else:
+        raise InputError(f"export format {kind!r} is unknown; accepted: bowerbird, timm, transformers")
+    return loaded
+
+
+def _export_timm(loaded: LoadedEncoder, folder: Path) -> None:
+    import timm
+
+    model = getattr(getattr(loaded.module, "trunk", None), "model", None)
+    head = getattr(loaded.module, "head", None)
+    preprocessing = loaded.module.preprocessing
+    architecture = getattr(model, "pretrained_cfg", {}).get("architecture")
+    if model is None or architecture is None or preprocessing is None:
+        raise InputError(
+            f"encoder {loaded.spec.use!r} is no timm model; --format timm is for core:timm and its relatives"
+        )
+    if not isinstance(head, nn.Linear | nn.Identity):
+        raise InputError("a timm model ends with one linear layer at most; this encoder has head = 'mlp'")
+    state = dict(model.state_dict())
+    width = 0
+    if isinstance(head, nn.Linear):
+        width = head.out_features
+        # timm's own classifier takes the place of the projection, so that the model's output is the embedding.
+        target = timm.create_model(architecture, num_classes=width).get_classifier()
+        name = model.pretrained_cfg.get("classifier")
+        if not isinstance(target, nn.Linear) or not isinstance(name, str):
+            raise InputError(f"timm's {architecture!r} has no plain linear classifier that could hold the projection")
+        state |= {f"{name}.weight": head.weight, f"{name}.bias": head.bias}
+    settings = {
+        "architecture": architecture,
+        "num_classes": width,
+        "num_features": loaded.module.embed_dim,
+        "pretrained_cfg": {
+            **{k: v for k, v in model.pretrained_cfg.items() if k in ("tag", "pool_size", "first_conv", "classifier")},
+            "input_size": [3, preprocessing.size, preprocessing.size],
+            "mean": list(preprocessing.mean),
+            "std": list(preprocessing.std),
+            "interpolation": preprocessing.interpolation,
+            "crop_pct": preprocessing.crop_pct,
+            "crop_mode": "squash" if preprocessing.resize == "squash" else "center",
+        },
+    }
+    with atomic_folder(folder) as temporary:
+        save_file({k: v.detach().clone().contiguous() for k, v in state.items()}, temporary / "model.safetensors")
+        write_json(temporary / "config.json", settings)
+        (temporary / "README.md").write_text(_foreign_card(loaded, folder, state))
+
+
+def _export_transformers(loaded: LoadedEncoder, folder: Path) -> None:
+    model = getattr(getattr(loaded.module, "trunk", None), "model", None)
+    if model is None or not hasattr(model, "save_pretrained"):
+        raise InputError(f"encoder {loaded.spec.use!r} is no transformers model; --format transformers does not apply")
+    if not isinstance(loaded.module.head, nn.Identity):
+        raise InputError(
+            "a transformers folder has no place for the projection of this encoder; use --format bowerbird"
+        )
+    with atomic_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer = getattr(loaded.module, "tokenizer", None)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        (temporary / "README.md").write_text(_foreign_card(loaded, folder, dict(model.state_dict())))
+
+
+def _foreign_card(loaded: LoadedEncoder, folder: Path, state: dict[str, Any]) -> str:
+    from bowerbird import __version__
+
+    preprocessing = loaded.module.preprocessing
+    manifest = {
+        "use": loaded.spec.use,
+        "config": dict(loaded.spec.config),
+        "preprocessing": dataclasses.asdict(preprocessing) if preprocessing is not None else None,
+        "dim": loaded.dim,
+        "classes": list(loaded.spec.classes),
+        "fingerprint": loaded.fingerprint,
+        "versions": {"bowerbird-core": __version__},
+    }
+    return model_card(folder.name, manifest, _card_text(loaded.spec.path), state)
+
+
+def _card_text(source: Path | None) -> str:
+    """The free text of the model card in ``source``: what stands between its title and its table."""
+    if source is None or not (source / "README.md").is_file():
+        return ""
+    body = (source / "README.md").read_text().split("\n# ", 1)[-1].split("\n", 1)[-1]
+    return body.split("\n| | |\n", 1)[0].strip()
+
+
+def push_to_hub(folder: str | Path, repository: str) -> str:
+    """Upload a folder to a hub repository (created where it does not exist) and return its address.
+
+    Uses the login of ``huggingface_hub``. Raises ``MissingExtraError`` without that package, ``InputError`` where the hub refuses.
+    """
+    try:
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    except ImportError as error:
+        raise MissingExtraError("--push-to-hub needs huggingface_hub: pip install huggingface_hub") from error
+    api = HfApi()
+    try:
+        address = api.create_repo(repository, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=str(folder))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise InputError(f"the hub did not take {repository!r}: {error}") from error
+    return str(address)
