@@ -1,7 +1,7 @@
 """In which order a gallery is backfilled. Every order is computed from the stored old vectors; no image is read.
 
-``core:random`` is the default. ``core:uncertainty`` moves those items first whose class the old encoder was least sure of
-(Zhang et al., "Hot-Refresh Model Upgrades with Regression-Alleviating Compatible Training in Image Retrieval",
+``core:random`` is the default. ``core:uncertainty`` moves those items first of whose class the old encoder was least
+sure (Zhang et al., "Hot-Refresh Model Upgrades with Regression-Alleviating Compatible Training in Image Retrieval",
 arXiv 2201.09724, backfilling section): with class centres ``c_j`` and ``p = softmax(cos(o, c_j) / temperature)``
 
     entropy             -sum_j p_j log p_j
@@ -64,7 +64,9 @@ def uncertainty_order(
         int64 ``(N,)``, a permutation of 0..N-1.
     """
     if len(ids) != len(old_vectors):
-        raise InputError(f"order 'core:uncertainty' got {len(ids)} ids for {len(old_vectors)} vectors; it needs one each")
+        raise InputError(
+            f"order 'core:uncertainty' got {len(ids)} ids for {len(old_vectors)} vectors; it needs one each"
+        )
     if len(ids) == 0:
         return np.empty(0, np.int64)
     if centers is None:

@@ -49,14 +49,16 @@ class Compatible:
     def check(self, gallery: Gallery, old: Space, new: Space) -> None:
         if not gallery.compatible(new.fingerprint, old.fingerprint):
             raise UpgradeError(
-                f"strategy 'core:compatible' needs a relation compatible({new.encoder} -> {old.encoder}), and the gallery "
-                f"has none. If the new encoder was trained for the old one, register it with "
-                f"`bowerbird gallery relate`; otherwise use a strategy that keeps the old encoder (rank-merge)."
+                f"strategy 'core:compatible' needs a relation compatible({new.encoder} -> {old.encoder}), and the "
+                "gallery has none. If the new encoder was trained for the old one, register the relation with "
+                "`bowerbird upgrade run --compatible`; otherwise use a strategy that keeps the old encoder, rank-merge"
             )
 
     def old_part_queries(self, queries: Mapping[str, np.ndarray], old: Space, new: Space) -> np.ndarray:
         if new.fingerprint not in queries:
-            raise SpaceError(f"strategy 'core:compatible' needs queries of the new space {new.fingerprint[:12]}; got none")
+            raise SpaceError(
+                f"strategy 'core:compatible' needs queries of the new space {new.fingerprint[:12]}; got none"
+            )
         return match_width(queries[new.fingerprint], old.dim)
 
 
@@ -72,7 +74,7 @@ def match_width(vectors: np.ndarray, width: int) -> np.ndarray:
 
 
 def load_strategy(name: str) -> tuple[str, Strategy]:
-    """``(full name, strategy)`` of a strategy by name; ``rank-merge`` means the only record that ends in ``:rank-merge``.
+    """``(full name, strategy)`` by name; ``rank-merge`` means the only record that ends in ``:rank-merge``.
 
     Raises:
         UnknownNameError: If there is none; suggests close names.
@@ -81,7 +83,9 @@ def load_strategy(name: str) -> tuple[str, Strategy]:
     registry = get_registry()
     record = registry.get("retriever", name, role="upgrade")
     strategy: Any = registry.load(record)()
-    missing = [part for part in ("needs_old_encoder", "merger", "check", "old_part_queries") if not hasattr(strategy, part)]
+    missing = [
+        part for part in ("needs_old_encoder", "merger", "check", "old_part_queries") if not hasattr(strategy, part)
+    ]
     if missing:
         raise PluginError(f"strategy {record.name!r} ({record.target}) lacks {', '.join(missing)}")
     return record.name, strategy

@@ -1,0 +1,137 @@
+"""``Upgrade``: the five verbs on one object. Each is a function of its own module; this only remembers the encoders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from bowerbird.errors import InputError
+from bowerbird.gallery.gallery import Gallery
+from bowerbird.upgrade import plan as _plan
+from bowerbird.upgrade import run as _run
+from bowerbird.upgrade import serve as _serve
+from bowerbird.upgrade import state as _state
+from bowerbird.upgrade import watch as _watch
+from bowerbird.upgrade.encoding import ItemEncoder
+from bowerbird.upgrade.queries import QuerySet, watch_set
+
+if TYPE_CHECKING:
+    from bowerbird.gallery.snapshot import UpgradeState
+    from bowerbird.gallery.space import Space
+
+
+class Upgrade:
+    """Moves a gallery to another encoder while it serves.
+
+    Args:
+        gallery: Open, or the path of one (then closed by ``close`` or at the end of a ``with`` block).
+        new: The new encoder: a ``LoadedEncoder``, or a function of a list of items that returns ``(N, D)``.
+        old: The old encoder, where it is at hand; needed to serve images under ``rank-merge``.
+        space: Of the new vectors, where ``new`` is a function.
+        old_space: Of the old vectors, where ``old`` is a function; default: what the gallery serves.
+        batch_size: Items per call of an encoder.
+    """
+
+    def __init__(
+        self,
+        gallery: Gallery | str | Path,
+        new: Any = None,
+        *,
+        old: Any = None,
+        space: Space | None = None,
+        old_space: Space | None = None,
+        batch_size: int = 64,
+    ) -> None:
+        self._owns = not isinstance(gallery, Gallery)
+        self.gallery = gallery if isinstance(gallery, Gallery) else Gallery.open(gallery)
+        self.new = None if new is None else _wrap(new, space, batch_size)
+        self.old = None if old is None else _wrap(old, old_space or self._old_space(old), batch_size)
+
+    def _old_space(self, old: Any) -> Space | None:
+        if isinstance(old, ItemEncoder) or hasattr(old, "fingerprint"):
+            return None
+        snapshot = self.gallery.snapshot()
+        return snapshot.spaces[snapshot.upgrade.old if snapshot.upgrade else snapshot.serving]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._owns:
+            self.gallery.close()
+
+    def plan(self, **settings: Any) -> _plan.Plan:
+        """Whether to upgrade, by which strategy, and what it costs; see ``bowerbird.upgrade.plan``."""
+        return _plan.plan(self.gallery, self.new, old_encoder=self.old, **settings)
+
+    def begin(self, **settings: Any) -> UpgradeState:
+        """Start the upgrade without moving an item; see ``bowerbird.upgrade.run.begin``."""
+        return _run.begin(self.gallery, self._needs_new("begin").space, **self._begin_settings(settings))
+
+    def run(self, **settings: Any) -> _run.RunReport:
+        """Work on the upgrade; begins it where none is under way; see ``bowerbird.upgrade.run``.
+
+        Besides its arguments: ``queries`` (a ``QuerySet``) or, with ``label_key``, sampled items of the gallery become
+        the watch set when this call begins the upgrade and ``watch_every`` or ``max_nfr`` is given.
+        """
+        encoder = self._needs_new("run")
+        wants_watch = settings.get("watch_every") is not None or settings.get("max_nfr") is not None
+        if self.gallery.store.upgrade_state() is None:
+            settings = self._begin_settings(settings, watch=wants_watch)
+        else:
+            for name in ("queries", "watch_set"):
+                settings.pop(name, None)
+        return _run.run(self.gallery, encoder, **settings)
+
+    def serve(self, *, loader: _serve.EncoderLoader | None = None) -> _serve.SearchService:
+        """A search object valid at every moment; see ``bowerbird.upgrade.serve``."""
+        return _serve.serve(self.gallery, [e for e in (self.old, self.new) if e is not None], loader=loader)
+
+    def watch(self, *, max_nfr: float | None = None) -> _watch.WatchEntry:
+        """Measure once on the frozen queries; see ``bowerbird.upgrade.watch``."""
+        return _watch.watch(self.gallery, max_nfr=max_nfr)
+
+    def history(self) -> list[dict[str, Any]]:
+        return _watch.history(self.gallery)
+
+    def finish(self, *, accept_failed: bool = False) -> dict[str, Any]:
+        """Drop the old side, after verification; see ``bowerbird.upgrade.state.finish``."""
+        return _state.finish(self.gallery, encoder=self.new, accept_failed=accept_failed)
+
+    def rollback(self, *, leave_pending: bool = False) -> int:
+        """Back to the exact old state; see ``bowerbird.upgrade.state.rollback``."""
+        return _state.rollback(self.gallery, encode_old=self.old, leave_pending=leave_pending)
+
+    def status(self) -> _state.UpgradeStatus:
+        return _state.status(self.gallery)
+
+    def pause(self) -> _state.UpgradeStatus:
+        return _state.pause(self.gallery)
+
+    def resume(self) -> _state.UpgradeStatus:
+        return _state.resume(self.gallery)
+
+    def _needs_new(self, verb: str) -> ItemEncoder:
+        if self.new is None:
+            raise InputError(f"{verb} needs the new encoder: Upgrade(gallery, new=load_encoder(...))")
+        return self.new
+
+    def _begin_settings(self, settings: dict[str, Any], *, watch: bool = False) -> dict[str, Any]:
+        out = {"old_encoder": self.old, **settings}
+        queries, label_key = out.pop("queries", None), out.get("label_key")
+        if queries is None and watch and out.get("watch_set") is None:
+            queries = QuerySet.from_gallery(self.gallery, label_key, seed=out.get("seed", 0))
+        if queries is not None:
+            out["watch_set"] = watch_set(
+                self.gallery, queries, self._needs_new("watch"), old_encoder=self.old, label_key=label_key
+            )
+        return out
+
+
+def _wrap(encoder: Any, space: Space | None, batch_size: int) -> ItemEncoder:
+    if isinstance(encoder, ItemEncoder):
+        return encoder
+    return ItemEncoder(encoder, space=space, batch_size=batch_size)
