@@ -174,7 +174,8 @@ def open_image(
 
     Args:
         source: A path, the bytes of a file, or an open Pillow image.
-        max_pixels: Limit of width x height, checked in the header before any pixel is decoded.
+        max_pixels: Limit of width x height, checked in the header before any pixel is decoded. Pillow's own limit,
+            twice ``PIL.Image.MAX_IMAGE_PIXELS``, holds as well.
         max_bytes: Limit of the file's size.
         name: What to call the image in errors; by default its path.
 
@@ -356,7 +357,9 @@ def decode_batches(
 
     def inline() -> Iterator[tuple[Any, Any]]:
         for first, images in batches():
-            yield finished(first, images, fill(first, images))
+            pair = finished(first, images, fill(first, images))
+            if len(pair[0]):
+                yield pair
 
     def threaded() -> Iterator[tuple[Any, Any]]:
         pool = ThreadPoolExecutor(workers, thread_name_prefix="bowerbird-decode")
@@ -377,8 +380,10 @@ def decode_batches(
                 submit()
                 first, images, chunks = pending.popleft()
                 bad = {position: error for chunk in chunks for position, error in chunk.result().items()}
-                yield finished(first, images, bad)
+                pair = finished(first, images, bad)
+                if len(pair[0]):
+                    yield pair
         finally:  # also where the caller stops early or an image raises
             pool.shutdown(wait=True, cancel_futures=True)
 
-    return (pair for pair in (threaded() if workers else inline()) if len(pair[0]))
+    return threaded() if workers else inline()
