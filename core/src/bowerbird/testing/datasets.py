@@ -76,7 +76,7 @@ class DatasetContract(Contract):
     def build(self, split: str | None) -> Dataset:
         return self.target.build(self.make_config(), split)
 
-    def tested_splits(self) -> Sequence[str | None]:
+    def splits_to_read(self) -> Sequence[str | None]:
         return self.splits or self.dataset_record.splits or (None,)
 
     def positions(self, dataset: Dataset) -> list[int]:
@@ -84,7 +84,7 @@ class DatasetContract(Contract):
 
     def test_item_ids_are_unique_text_and_the_same_in_every_build(self) -> None:
         """Fix: make ids from what identifies an item (a path, a key), never from its position in a shuffled list."""
-        for split in self.tested_splits():
+        for split in self.splits_to_read():
             first, second = self.build(split), self.build(split)
             ids = list(first.item_ids)
             assert len(first) == len(ids) > 0, f"split {split!r}: {len(first)} items, {len(ids)} ids"
@@ -95,7 +95,7 @@ class DatasetContract(Contract):
     def test_items_have_the_keys_and_types_of_the_record(self) -> None:
         """Fix: ``image`` is an RGB PIL image, ``label`` a class index, ``item_id`` the id, ``domain`` an index."""
         wanted = set(self.dataset_record.provides) - {"index"}  # the loader numbers items itself
-        for split in self.tested_splits():
+        for split in self.splits_to_read():
             dataset = self.build(split)
             for i in self.positions(dataset):
                 item = dataset[i]
@@ -113,7 +113,7 @@ class DatasetContract(Contract):
 
     def test_an_item_is_the_same_whenever_it_is_read(self) -> None:
         """Fix: no augmentation in the data set; that is the recipe's job."""
-        for split in self.tested_splits():
+        for split in self.splits_to_read():
             first, second = self.build(split), self.build(split)
             for i in self.positions(first):
                 one, two = first[i], second[i]
@@ -130,7 +130,7 @@ class DatasetContract(Contract):
         """Fix: ``labels()`` and ``self[i]['label']`` must come from one place."""
         if "label" not in self.dataset_record.provides:
             return
-        for split in self.tested_splits():
+        for split in self.splits_to_read():
             dataset = self.build(split)
             labels = dataset.labels()
             assert len(labels) == len(dataset), f"split {split!r}: {len(labels)} labels of {len(dataset)} items"
@@ -148,12 +148,12 @@ class DatasetContract(Contract):
 
     def test_a_position_outside_the_data_set_is_refused(self) -> None:
         """Fix: let ``self[len(self)]`` raise IndexError; plain iteration relies on it."""
-        dataset = self.build(self.tested_splits()[0])
+        dataset = self.build(self.splits_to_read()[0])
         must_raise(lambda: dataset[len(dataset)], f"position {len(dataset)} of {len(dataset)} items")
 
     def test_it_can_be_sent_to_a_worker_process(self) -> None:
         """Fix: open files lazily and leave handles out of the state; loaders start workers with a copy."""
-        dataset = self.build(self.tested_splits()[0])
+        dataset = self.build(self.splits_to_read()[0])
         copy = pickle.loads(pickle.dumps(dataset))
         assert list(copy.item_ids) == list(dataset.item_ids)
         assert copy[0].keys() == dataset[0].keys()

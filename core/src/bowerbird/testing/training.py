@@ -5,6 +5,7 @@ B batch, D embedding width, N tokens, C classes.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -346,7 +347,7 @@ class ObjectiveContract(Contract):
         resumed = self.build(seed=6).train()
         resumed.load_state_dict(saved, strict=True)
         resumed_optimizer = self.optimizer(resumed)
-        resumed_optimizer.load_state_dict(optimizer.state_dict())
+        resumed_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # it would share the tensors
 
         undisturbed = self.train_steps(objective, optimizer, range(2, 4))
         again = self.train_steps(resumed, resumed_optimizer, range(2, 4))
