@@ -176,10 +176,10 @@ def _scan(
 ) -> None:
     """One pass over ``vectors`` in growing blocks; only scores at or above the k-th best so far are looked at."""
     (num_queries, k), n = out_ids.shape, len(vectors)
-    largest = max(4096, min(32768, 2**21 // num_queries), k)
+    largest = max(4096, min(2**17, 2**21 // num_queries), k)
     buffer = np.empty((min(largest, n), num_queries), np.float32)
     columns = np.ascontiguousarray(queries.T)
-    start, size = 0, max(1024, 4 * k)
+    start, size = 0, max(2048, 4 * k)
     while start < n:
         stop = min(n, start + min(size, largest))
         block = vectors[start:stop]
@@ -201,7 +201,7 @@ def _scan(
                 row, query, score = row[kept], query[kept], score[kept]
             found = row + start if ids is None else ids[row + start]
             _merge(out_ids, out_distances, query, found, 1 - score.astype(np.float64))
-        start, size = stop, size * 2
+        start, size = stop, size * 8
 
 
 def _kth_largest(scores: NDArray[np.float32], k: int) -> NDArray[np.float32]:
