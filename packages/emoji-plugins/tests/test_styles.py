@@ -20,7 +20,7 @@ from bowerbird_emoji.styles import EmojiStyles
 
 
 def build(split: str | None = None, **settings: object) -> EmojiStyles:
-    return EmojiStyles.build(EmojiStylesConfig(**settings), split)  # type: ignore[arg-type]
+    return EmojiStyles.build(EmojiStylesConfig(**settings), split)
 
 
 def names(dataset: EmojiStyles) -> set[str]:
@@ -129,7 +129,7 @@ def test_a_gallery_without_a_style_is_refused() -> None:
 )
 def test_wrong_settings_are_refused(settings: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
-        EmojiStylesConfig(**settings)  # type: ignore[arg-type]
+        EmojiStylesConfig(**settings)
 
 
 def test_an_item_says_the_same_as_the_lists() -> None:
