@@ -1,7 +1,6 @@
 """Run with the Python of an environment that holds only bowerbird-emoji and core: the pictures are in the wheel."""
 
 from bowerbird.recipe import build_config
-
 from bowerbird.registry import get_registry
 
 registry = get_registry()
