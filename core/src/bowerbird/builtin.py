@@ -21,6 +21,15 @@ def bowerbird_encoders() -> Iterable[EncoderRecord]:
         extras={"torch": "bowerbird-core[torch]", "timm": "bowerbird-core[torch]"},
     )
     yield EncoderRecord(
+        name="core:transformers",
+        target="bowerbird.encoders.transformers_encoder:TransformersEncoder",
+        config="bowerbird.encoders.transformers_encoder:TransformersConfig",
+        summary="The vision or the text tower of a transformers model, from a folder, the hub or fresh.",
+        inputs=(),  # image or text, as the setting tower says
+        outputs=("pooled", "tokens"),
+        extras={"torch": "bowerbird-core[torch]", "transformers": "bowerbird-core[transformers]"},
+    )
+    yield EncoderRecord(
         name="core:efficientnet-lite",
         target="bowerbird.encoders.lite:EfficientNetLite",
         config="bowerbird.encoders.lite:LiteConfig",
