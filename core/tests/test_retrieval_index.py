@@ -321,3 +321,24 @@ def test_exact_search_imports_neither_faiss_nor_torch():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=Path.cwd())
     assert done.stdout.strip() == "[]"
+
+
+@needs_faiss
+def test_inverted_lists_take_new_items_after_removals_under_any_id(tmp_path):
+    rng = np.random.default_rng(0)
+    vectors = unit(rng, 300, 8)
+    index = FaissIndex("ivf", nprobe=1000)  # all lists: exact
+    index.add(np.arange(200), vectors[:200])
+    index.remove(np.arange(0, 200, 3))
+    index.add(np.arange(0, 30, 3), vectors[290:])  # ids that were removed are free again
+    index.add(np.arange(1000, 1090), vectors[200:290])
+    index.save(tmp_path / "i")
+    for each in (index, FaissIndex.load(tmp_path / "i")):
+        exact = ExactIndex()
+        kept = np.arange(200)[np.arange(200) % 3 > 0]
+        exact.add(kept, vectors[kept])
+        exact.add(np.arange(0, 30, 3), vectors[290:])
+        exact.add(np.arange(1000, 1090), vectors[200:290])
+        assert len(each) == len(exact) == len(each.ids)
+        assert sorted(each.ids) == sorted(exact.ids)
+        assert np.array_equal(each.search(vectors, 5).ids, exact.search(vectors, 5).ids)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 KINDS = ("flat", "ivf", "hnsw")
 PAD_ID = -1
+SAMPLE = 200  # vectors with which the recall of an approximate index is measured
 UNIT_TOLERANCE = 1e-4  # rows whose norm is nearer to 1 than this are used as they are
 
 
@@ -439,7 +440,8 @@ class FaissIndex:
         self.ef_construction, self.ef_search, self.target_recall = ef_construction, ef_search, target_recall
         self.threads, self.device, self.seed = threads, device, seed
         self.measured_recall: float | None = None
-        self._ids: NDArray[np.int64] = np.empty(0, np.int64)  # of row i of the FAISS index
+        self._ids: NDArray[np.int64] = np.empty(0, np.int64)  # of row i of the FAISS index; -1: removed (ivf)
+        self._sample: NDArray[np.float32] | None = None  # some of the vectors, to measure recall with
         self._index: Any = None
         self._on_gpu: Any = None
         self._measured_at = 0
@@ -450,12 +452,12 @@ class FaissIndex:
         return cls(**config.model_dump()) if config is not None else cls()
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return 0 if self._index is None else int(self._index.ntotal)
 
     @property
     def ids(self) -> NDArray[np.int64]:
-        """int64 (N,) ids of the stored items, in no particular order. Not a copy: leave it as it is."""
-        return self._ids
+        """int64 (N,) ids of the stored items, in no particular order. Not to be written to."""
+        return self._ids if len(self._ids) == len(self) else self._ids[self._ids != PAD_ID]
 
     @property
     def dim(self) -> int | None:
@@ -476,28 +478,36 @@ class FaissIndex:
         with _tuned(rows.shape[1], self.threads):
             if self._index is None:
                 self._index = self._create(rows)
-            self._index.add(rows)
+            self._keep_sample(rows)
+            if self.kind == "ivf":  # rows keep their numbers when others are removed
+                self._index.add_with_ids(rows, np.arange(len(self._ids), len(self._ids) + len(rows)))
+            else:
+                self._index.add(rows)
         self._ids = np.concatenate([self._ids, new])
         self._on_gpu = None
 
     def remove(self, ids: ArrayLike) -> int:
         """Remove items; ids that are not stored are ignored. Returns how many were removed.
 
-        ``flat`` is compacted. ``ivf`` and ``hnsw`` are built again from the vectors that remain: FAISS cannot take
-        nodes out of a graph, and removing from inverted lists by position would renumber the rest.
+        Removing from ``flat`` and ``ivf`` costs one pass over the index. ``hnsw`` is built again from the vectors that
+        remain: nothing can be taken out of a graph.
         """
-        gone = np.isin(self._ids, np.asarray(ids, np.int64))
-        if not gone.any():
+        gone = np.isin(self._ids, np.asarray(ids, np.int64)) & (self._ids != PAD_ID)
+        count = int(gone.sum())
+        if not count:
             return 0
-        if self.kind == "flat":
-            self._index.remove_ids(np.flatnonzero(gone))
-            self._ids = self._ids[~gone]
-            self._on_gpu = None
-        else:
-            kept, rows = self._ids[~gone], self._stored_rows()[~gone]
-            self._ids, self._index, self._on_gpu, self._measured_at = np.empty(0, np.int64), None, None, 0
+        self._on_gpu = None
+        if self.kind == "hnsw":
+            kept, rows = self._ids[~gone], self._flat_rows()[~gone]
+            self._ids, self._index, self._measured_at = np.empty(0, np.int64), None, 0
             self.add(kept, rows)
-        return int(gone.sum())
+            return count
+        self._index.remove_ids(np.flatnonzero(gone))
+        if self.kind == "flat":
+            self._ids = self._ids[~gone]
+        else:
+            self._ids[gone] = PAD_ID
+        return count
 
     def search(self, queries: ArrayLike, k: int = 10) -> Hits:
         """The k nearest items of ``queries`` (Q, D) or (D,); approximate for ``ivf`` and ``hnsw``."""
@@ -508,7 +518,7 @@ class FaissIndex:
         if self._measured_at * 2 <= len(self) and len(self):
             self._choose_effort()
         scores, rows = self._raw_search(np.ascontiguousarray(batch), min(k + 1, max(len(self), 1)))
-        ids = np.where(rows >= 0, self._ids[rows], PAD_ID) if len(self) else rows
+        ids = np.where(rows >= 0, self._ids[rows], PAD_ID) if len(self) else np.full_like(rows, PAD_ID)
         distances = np.where(rows >= 0, 1 - scores.astype(np.float64), np.inf)
         if rows.shape[1] < k:
             pad = ((0, 0), (0, k - rows.shape[1]))
@@ -546,9 +556,13 @@ class FaissIndex:
             "dim": self.dim or 0,
             "settings": settings,
             "measured": [self._measured_at, self.measured_recall],
+            "rows": len(self._ids),
+            "sample": 0 if self._sample is None else len(self._sample),
         }
         with _index_file(path, header) as write:
             write(_bytes(self._ids))
+            if self._sample is not None:
+                write(_bytes(self._sample))
             if self._index is not None:
                 faiss = load_faiss()
                 faiss.write_index(self._index, faiss.PyCallbackIOWriter(write))
@@ -559,7 +573,9 @@ class FaissIndex:
         with _read_index(path, KINDS) as (header, stream):
             index = cls(header["kind"], **header["settings"])
             if header["dim"]:
-                index._ids = np.frombuffer(stream.read(8 * header["count"]), np.int64).copy()
+                index._ids = np.frombuffer(stream.read(8 * header["rows"]), np.int64).copy()
+                sample = np.frombuffer(stream.read(4 * header["sample"] * header["dim"]), np.float32)
+                index._sample = sample.reshape(-1, header["dim"])
                 faiss = load_faiss()
                 index._index = faiss.read_index(faiss.PyCallbackIOReader(stream.read))
                 index._measured_at, index.measured_recall = header["measured"]
@@ -585,7 +601,6 @@ class FaissIndex:
         lists.cp.seed = self.seed + 1
         sample = np.random.default_rng(self.seed).permutation(n)[: max(64 * nlist, 4096)]
         lists.train(rows[np.sort(sample)])
-        lists.make_direct_map()  # row number -> place, so that rows can be read back
         return lists
 
     def _raw_search(
@@ -608,12 +623,20 @@ class FaissIndex:
         return self._on_gpu
 
     def _flat_rows(self) -> NDArray[np.float32]:
-        """The vectors inside a flat index, not copied."""
+        """The vectors inside a flat index or a graph, not copied."""
         faiss = load_faiss()
-        return faiss.rev_swig_ptr(self._index.get_xb(), len(self) * self._index.d).reshape(len(self), -1)
+        store = faiss.downcast_index(self._index.storage) if self.kind == "hnsw" else self._index
+        return faiss.rev_swig_ptr(store.get_xb(), len(self) * store.d).reshape(len(self), -1)
 
-    def _stored_rows(self) -> NDArray[np.float32]:
-        return self._index.reconstruct_n(0, len(self))
+    def _keep_sample(self, rows: NDArray[np.float32]) -> None:
+        """Mix the new rows into the sample by their share of the index."""
+        if self.kind == "flat":
+            return
+        total = len(self) + len(rows)
+        size = min(SAMPLE, total)
+        fresh = -(-size * len(rows) // total)
+        new = rows[np.random.default_rng(self.seed + total).permutation(len(rows))[:fresh]]
+        self._sample = new if self._sample is None else np.concatenate([self._sample[: size - fresh], new])
 
     def _set_effort(self, effort: int) -> None:
         if self.kind == "ivf":
@@ -633,15 +656,21 @@ class FaissIndex:
         if given is not None:
             self._set_effort(min(given, most))
             return
-        rng = np.random.default_rng(self.seed)
-        rows = self._stored_rows()
-        items = rows[np.sort(rng.permutation(len(self))[:200])]
+        assert self._sample is not None
         neighbours = min(10, len(self))
-        radius = np.sqrt(np.maximum(2 * exact_search(rows, items, neighbours).distances[:, -1:], 0))
-        direction = rng.standard_normal(items.shape)
+
+        def exact(queries: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+            if self.kind == "ivf":
+                self._set_effort(most)
+                return self._raw_search(queries, neighbours)
+            hits = exact_search(self._flat_rows(), queries, neighbours)
+            return (1 - hits.distances).astype(np.float32), hits.ids
+
+        radius = np.sqrt(np.maximum(2 - 2 * exact(self._sample)[0][:, -1:], 0))  # |a - b|^2 = 2 - 2 cosine
+        direction = np.random.default_rng(self.seed).standard_normal(self._sample.shape)
         direction /= np.linalg.norm(direction, axis=1, keepdims=True)
-        queries = unit_rows(items + radius * direction)
-        truth = exact_search(rows, queries, neighbours).ids
+        queries = unit_rows(self._sample + radius * direction)
+        truth = exact(queries)[1]
 
         def recall(effort: int) -> float:
             self._set_effort(effort)
