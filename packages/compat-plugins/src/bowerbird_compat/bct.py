@@ -188,8 +188,8 @@ class BCTConfig(BaseModel):
 
     @model_validator(mode="after")
     def _one_old_model(self) -> Self:
-        if (self.old_run is None) == (self.old_encoder is None):
-            raise ValueError("give exactly one of old_run and old_encoder")
+        if self.old_run is not None and self.old_encoder is not None:
+            raise ValueError("give old_run or old_encoder, not both")
         return self
 
 
@@ -236,8 +236,11 @@ class BCTObjective(Objective):
     def build(cls, config: BCTConfig, encoder: Encoder, context: BuildContext) -> Self:
         """Loads the old model, matches its classes with ``context.classes`` by name, makes the old classifier.
 
-        Raises ``RecipeError`` where the training split has no classes or the old model has no such classifier.
+        Raises ``RecipeError`` where no old model is named, the training split has no classes, or the old model has no
+        such classifier.
         """
+        if config.old_run is None and config.old_encoder is None:
+            raise RecipeError("compat:bct needs the old model: set objective.old_run to the folder of its run.")
         if not context.classes:
             raise RecipeError("compat:bct needs a data set with labels; the training split has no classes.")
         old = OldModel.load(config.old_run, config.old_encoder, context)
