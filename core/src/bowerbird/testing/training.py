@@ -233,6 +233,7 @@ class ObjectiveContract(Contract):
     """Set ``name`` and ``config``; override ``make_encoder``, ``make_context`` or ``make_batch`` where needed."""
 
     kind = "objective"
+    encoder_inputs: ClassVar[Sequence[str]] = ("image",)  # batch keys of make_encoder's encoder
     num_classes: ClassVar[int] = 3
     batch_size: ClassVar[int] = 12
     image_size: ClassVar[int] = 8
@@ -249,7 +250,7 @@ class ObjectiveContract(Contract):
         record = self.record
         assert isinstance(record, ObjectiveRecord)
         return make_batch(
-            record.needs,
+            [*dict.fromkeys([*self.encoder_inputs, *record.needs])],
             batch_size=self.batch_size,
             image_size=self.image_size,
             num_classes=self.num_classes,
