@@ -32,7 +32,15 @@ if TYPE_CHECKING:
 
 THREAD_FROM_ROWS = 8192  # below, threads cost more than they give
 
-_INSERT = "INSERT INTO item(num, id, uri, content_hash, metadata, added_epoch) VALUES (?, ?, ?, ?, ?, ?)"
+# One statement for many rows, given as JSON: three times cheaper than binding every row from Python, and SQLite works
+# through it without the interpreter, beside the thread that writes vectors.
+_INSERT_IDS = "INSERT INTO item(num, id, added_epoch) SELECT key + ?, value, ? FROM json_each(?) WHERE true"
+_INSERT_ROWS = """
+INSERT INTO item(num, id, uri, content_hash, metadata, added_epoch)
+SELECT key + ?1, json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]'),
+    json_extract(value, '$[3]'), ?2 FROM json_each(?3) WHERE true
+"""
+INSERT_ROWS = 50_000  # per statement: bounds the memory of the JSON text
 _BY_ID = "SELECT id, num FROM item WHERE deleted_epoch = 0 AND id IN (SELECT value FROM json_each(?))"
 
 
@@ -100,15 +108,13 @@ def _commit(
         epoch, first = db.execute("SELECT epoch + 1, next_num FROM head").fetchone()
         replaced = _bury(db, names, epoch) if replace else 0
         nums = np.arange(first, first + len(names), dtype=np.int64)
-        uris, hashes, metadata = (repeat(None) if column is None else column for column in columns)
-        rows = zip(range(first, first + len(names)), names, uris, hashes, metadata, repeat(epoch), strict=False)
         try:
             if len(names) < THREAD_FROM_ROWS:
-                db.executemany(_INSERT, rows)
+                _insert(db, names, columns, first, epoch)
                 _append(writer, vectors, nums, target, None, None)
             else:
                 with ThreadPoolExecutor(2, thread_name_prefix="gallery-add") as pool:
-                    inserted = pool.submit(db.executemany, _INSERT, rows)
+                    inserted = pool.submit(_insert, db, names, columns, first, epoch)
                     try:
                         _append(writer, vectors, nums, target, pool, inserted)
                     except BaseException:
@@ -126,6 +132,21 @@ def _commit(
         if upgrade is not None and target.fingerprint != upgrade[0]:
             store.enqueue(db, nums)
         return nums
+
+
+def _insert(
+    db: sqlite3.Connection, names: list[str], columns: tuple[Sequence[str | None] | None, ...], first: int, epoch: int
+) -> None:
+    """The item rows, numbered from ``first``."""
+    plain = all(column is None for column in columns)
+    for start in range(0, len(names), INSERT_ROWS):
+        part = slice(start, start + INSERT_ROWS)
+        if plain:
+            db.execute(_INSERT_IDS, (first + start, epoch, json.dumps(names[part])))
+        else:
+            given = (repeat(None) if column is None else column[part] for column in columns)
+            rows = list(zip(names[part], *given, strict=False))
+            db.execute(_INSERT_ROWS, (first + start, epoch, json.dumps(rows)))
 
 
 def _append(

@@ -109,6 +109,8 @@ def checked_column(values: Any, count: int, what: str) -> Sequence[str | None] |
     for row, value in enumerate(column):
         if value is not None and not isinstance(value, str):
             raise InputError(f"{what}: row {row} is {value!r} ({type(value).__name__}); it must be text or None")
+        if value and "\0" in value:
+            raise InputError(f"{what}: row {row} has a NUL character")
     return column
 
 
