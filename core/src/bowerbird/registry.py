@@ -292,9 +292,7 @@ class Registry:
 
     def _add(self, status: PluginStatus, import_plugin: Callable[[], Any]) -> PluginStatus:
         if status.name in _names_in("BOWERBIRD_DISABLE_PLUGINS"):
-            status = replace(status, state="disabled", detail="named in BOWERBIRD_DISABLE_PLUGINS")
-            self._statuses[status.name] = status
-            return status
+            return self._keep_disabled(status)
         before = {module for module in HEAVY_MODULES if module in sys.modules}
         try:
             if not PLUGIN_NAME.fullmatch(status.name):
@@ -311,6 +309,11 @@ class Registry:
         if heavy:
             detail = f"imports {', '.join(heavy)} at discovery, which slows every start; import it where it is used"
             status = replace(status, detail=detail)
+        self._statuses[status.name] = status
+        return status
+
+    def _keep_disabled(self, status: PluginStatus) -> PluginStatus:
+        status = replace(status, state="disabled", detail="named in BOWERBIRD_DISABLE_PLUGINS")
         self._statuses[status.name] = status
         return status
 
@@ -334,7 +337,10 @@ class Registry:
         """Keep a contender for a taken name under ``name (distribution)``, so that each culprit is listed."""
         key = entry.name if entry.name not in self._statuses else f"{entry.name} ({entry.distribution})"
         status = PluginStatus(name=key, distribution=entry.distribution, version=entry.version)
-        self._keep_failure(status, PluginError(reason))
+        if entry.name in _names_in("BOWERBIRD_DISABLE_PLUGINS"):
+            self._keep_disabled(status)
+        else:
+            self._keep_failure(status, PluginError(reason))
 
     def _register_hooks(self, plugin: Any, name: str) -> None:
         self._manager.register(plugin, name=name)  # checks the arguments of every hook

@@ -16,7 +16,7 @@ class ExactConfig(BaseModel):
 class FaissConfig(BaseModel):
     """``core:faiss``."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     kind: Literal["flat", "ivf", "hnsw"] = "flat"
     """flat is exact; ivf for more than about 1e5 vectors; hnsw for galleries that hardly change."""
@@ -43,7 +43,7 @@ class FaissConfig(BaseModel):
 class _OnDataset(BaseModel):
     """What the evaluators have in common."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     dataset: str
     """Name of a data set, for example emoji:styles."""

@@ -89,6 +89,5 @@ def _array(value: Any) -> np.ndarray:
 def _worst(got: np.ndarray, wanted: np.ndarray, wrong: np.ndarray) -> int:
     if got.dtype.kind in "fc":
         gap = np.abs(got - wanted)
-        gap[np.isnan(gap)] = np.inf
-        return int(np.where(wrong, gap, -1).argmax())
+        return int(np.where(wrong, np.where(np.isnan(gap), np.inf, gap), -1).argmax())
     return int(wrong.argmax())

@@ -1,0 +1,11 @@
+"""No Python."""
+
+from bowerbird.hookspecs import hookimpl
+from bowerbird.records import EncoderRecord
+
+BOWERBIRD_API = "1.0"
+
+
+@hookimpl
+def bowerbird_encoders()
+    yield EncoderRecord(name="syntax-error:tiny", target="json:JSONDecoder", summary="A tiny encoder.")
