@@ -174,7 +174,8 @@ class Forecaster:
 
     def _measure(self, ranking: RankedList) -> tuple[PerQuery, PerQuery]:
         """``(quality, right at rank 1)`` of each query."""
-        right = cmc(ranking, self._relevance, 1)
+        # The first two are enough to know the first result, also where the very first is the query itself.
+        right = cmc(RankedList(ranking.ids[:, :2], ranking.scores[:, :2]), self._relevance, 1)
         return (right if self.metric == "r1" else average_precision(ranking, self._relevance)), right
 
 

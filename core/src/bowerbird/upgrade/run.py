@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 LEASE_SECONDS = 120.0
 TASK_ITEMS = 512
+WATCH_EVERY = 0.05
 
 
 @dataclass(frozen=True)
@@ -238,7 +239,7 @@ def run(
         rate: At most so many items per second.
         stop_after: End once this call has committed so many items (at the end of the task that reaches it).
         stop_at_share: End once this share of the live items is new.
-        watch_every: Measure the watch set after each such share of the gallery (0.05 = 20 times).
+        watch_every: Measure the watch set after each such share of the gallery; 0.05 where only ``max_nfr`` is given.
         max_nfr: Pause the upgrade once a measurement shows a higher rate of negative flips against the old system.
         progress: Called after every batch with (items of this batch, status at the last commit), and after every commit
             with (0, status).
@@ -249,6 +250,8 @@ def run(
         SpaceError: If the encoder is not the one of the upgrade's new space, or stops reproducing its space.
     """
     limits = _Limits(stop_after, stop_at_share, rate)
+    if watch_every is None and max_nfr is not None:
+        watch_every = WATCH_EVERY  # a rule that is never looked at would stop nothing
     if watch_every is not None and not 0 < watch_every <= 1:
         raise InputError(f"watch_every is {watch_every}; it is a share of the gallery, above 0 and at most 1")
     state = gallery.store.upgrade_state()

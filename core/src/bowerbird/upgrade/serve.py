@@ -133,8 +133,8 @@ class SearchService:
         space = snapshot.spaces[fingerprint]
         if images is None:
             raise SpaceError(
-                f"searching now needs query vectors of space {space}; vectors of {', '.join(f[:12] for f in given)} were "
-                "given. Give those of the needed space, or images"
+                f"searching now needs query vectors of space {space}; those of {', '.join(f[:12] for f in given)} were "
+                "given. Give vectors of the needed space, or images"
             )
         if fingerprint not in self._encoders:
             if self._loader is None:

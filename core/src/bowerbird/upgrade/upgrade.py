@@ -74,16 +74,15 @@ class Upgrade:
     def run(self, **settings: Any) -> _run.RunReport:
         """Work on the upgrade; begins it where none is under way; see ``bowerbird.upgrade.run``.
 
-        Besides its arguments: ``queries`` (a ``QuerySet``) or, with ``label_key``, sampled items of the gallery become
-        the watch set when this call begins the upgrade and ``watch_every`` or ``max_nfr`` is given.
+        Besides its arguments: ``queries`` (a ``QuerySet``). The call that begins the upgrade freezes them as the watch
+        set; without them, sampled items of the gallery where ``label_key``, ``watch_every`` or ``max_nfr`` is given.
         """
         encoder = self._needs_new("run")
-        wants_watch = settings.get("watch_every") is not None or settings.get("max_nfr") is not None
+        wants_watch = any(settings.get(name) is not None for name in ("label_key", "watch_every", "max_nfr"))
         if self.gallery.store.upgrade_state() is None:
             settings = self._begin_settings(settings, watch=wants_watch)
         else:
-            for name in ("queries", "watch_set"):
-                settings.pop(name, None)
+            settings.pop("queries", None)
         return _run.run(self.gallery, encoder, **settings)
 
     def serve(self, *, loader: _serve.EncoderLoader | None = None) -> _serve.SearchService:

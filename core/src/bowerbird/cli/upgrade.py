@@ -1,0 +1,517 @@
+"""``bowerbird upgrade``: plan, serve, run, watch, finish, rollback; and status, pause, resume."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from bowerbird.cli import examples
+
+if TYPE_CHECKING:
+    from bowerbird.gallery import Gallery, Space
+    from bowerbird.upgrade import ItemEncoder, QuerySet, UpgradeStatus
+
+gallery_argument = click.argument("gallery", type=click.Path(file_okay=False))
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")
+device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:0.")
+batch_option = click.option(
+    "--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Images per call of an encoder."
+)
+old_option = click.option("--old", metavar="ENCODER", help="The old encoder; default: what the gallery's space names.")
+label_option = click.option("--label-key", metavar="KEY", help="Metadata key that holds the label of an item.")
+queries_option = click.option(
+    "--queries", metavar="SOURCE", help="Labelled queries: a folder with one subfolder per label, or a data set's name."
+)
+split_option = click.option("--split", help="Split of the data set with the queries.")
+seed_option = click.option("--seed", type=int, default=0, show_default=True)
+
+
+@click.group(
+    "upgrade",
+    epilog=examples(
+        "bowerbird upgrade plan photos --to runs/new --label-key label",
+        "bowerbird upgrade run photos --to runs/new --strategy rank-merge",
+        "bowerbird upgrade serve photos --image query.png",
+        "bowerbird upgrade finish photos",
+    ),
+)
+def command() -> None:
+    """Move a gallery to another encoder while it serves.
+
+    Plan it (reads only), run it (resumable, as many workers as you like), serve and watch meanwhile; then finish it, or
+    roll it back to the exact old state.
+    """
+
+
+@command.command(
+    epilog=examples(
+        "bowerbird upgrade plan photos --to runs/new --label-key label",
+        "bowerbird upgrade plan photos --to runs/new --queries labelled/ --label-key label --sample 2000",
+        "bowerbird upgrade plan photos --to runs/new --label-key label --price-per-hour 1.20 --out plan.json",
+    )
+)
+@gallery_argument
+@click.option("--to", "to", required=True, metavar="ENCODER", help="The new encoder.")
+@old_option
+@label_option
+@queries_option
+@split_option
+@click.option("--sample", type=click.IntRange(min=1), default=1000, show_default=True, help="Items to encode.")
+@click.option(
+    "--num-queries", type=click.IntRange(min=1), default=300, show_default=True, help="Sampled items as queries."
+)
+@click.option("--strategy", "strategies", multiple=True, help="A strategy to forecast; default: all.")
+@click.option("--order", default="core:random", show_default=True, help="Backfill order of the forecast.")
+@click.option("--metric", type=click.Choice(["map", "r1"]), default="map", show_default=True)
+@click.option("--price-per-hour", type=click.FloatRange(min=0), help="Of the machine that encodes, in any currency.")
+@seed_option
+@batch_option
+@device_option
+@click.option(
+    "--out", type=click.Path(dir_okay=False), help="Where to save the plan as JSON. [default: GALLERY/plan/latest.json]"
+)
+@json_option
+def plan(gallery: str, to: str, old: str | None, queries: str | None, split: str | None, batch_size: int, device: str,
+         out: str | None, as_json: bool, strategies: tuple[str, ...], **settings: Any) -> None:  # fmt: skip
+    """Whether to upgrade, by which strategy, and what it costs. Changes nothing.
+
+    A sample is encoded by the new encoder; labelled queries (or sampled items, each without itself) then measure both
+    systems and forecast every strategy. Ends with one recommendation, which may be not to upgrade.
+    """
+    from bowerbird.upgrade.plan import plan as make_plan
+
+    with _open(gallery, readonly=True) as opened:
+        new_encoder = _encoder(to, batch_size, device)
+        old_encoder = _old_encoder(opened, old, batch_size, device, required=queries is not None)
+        made = make_plan(
+            opened,
+            new_encoder,
+            old_encoder=old_encoder,
+            queries=_queries(queries, split),
+            strategies=strategies or None,
+            **settings,
+        )
+        made.save(out or opened.path / "plan" / "latest.json")
+    if as_json:
+        click.echo(json.dumps(made.to_dict()))
+        return
+    from bowerbird.upgrade.tables import plan_table, show
+
+    show(plan_table(made))
+
+
+@command.command(
+    epilog=examples(
+        "bowerbird upgrade serve photos --image query.png",
+        "bowerbird upgrade serve photos --image a.png --image b.png --k 5 --where year=2024 --json",
+        "bowerbird upgrade serve photos --image query.png --watch",
+    )
+)
+@gallery_argument
+@click.option("--image", "images", multiple=True, required=True, type=click.Path(dir_okay=False), help="A query image.")
+@click.option("--k", "-k", type=click.IntRange(min=1), default=10, show_default=True, help="Results per query.")
+@click.option("--where", multiple=True, metavar="KEY=VALUE", help="Only items with this metadata.")
+@click.option("--old", metavar="ENCODER", help="The old encoder; default: what its space names.")
+@click.option("--to", "to", metavar="ENCODER", help="The new encoder; default: what its space names.")
+@click.option("--watch", "follow", is_flag=True, help="Search again whenever the gallery changed, until Ctrl-C.")
+@batch_option
+@device_option
+@json_option
+def serve(gallery: str, images: tuple[str, ...], k: int, where: tuple[str, ...], old: str | None, to: str | None,
+          follow: bool, batch_size: int, device: str, as_json: bool) -> None:  # fmt: skip
+    """Search a gallery with images, before, during and after an upgrade.
+
+    Each result is shown with the side that found it: old or new.
+    """
+    from bowerbird.upgrade.serve import serve as make_service
+
+    filters = _where(where)
+    with _open(gallery, readonly=True) as opened:
+        given = [_encoder(ref, batch_size, device) for ref in (old, to) if ref is not None]
+        service = make_service(opened, given, loader=lambda space: _encoder(space.encoder, batch_size, device, space))
+        seen = -1
+        while True:
+            state = service.state()
+            if state.epoch != seen:
+                found = service.search(list(images), k=k, where=filters)
+                _print_results(images, found, state, as_json)
+                seen = state.epoch
+            if not follow:
+                return
+            time.sleep(0.5)
+
+
+@command.command(
+    epilog=examples(
+        "bowerbird upgrade run photos --to runs/new",
+        "bowerbird upgrade run photos --to runs/new --order uncertainty --label-key label --stop-at-share 0.5",
+        "bowerbird upgrade run photos --to runs/new --label-key label --watch-every 0.05 --max-nfr 0.02",
+        "bowerbird upgrade run photos --rate 50      (goes on with the upgrade under way)",
+    )
+)
+@gallery_argument
+@click.option("--to", "to", metavar="ENCODER", help="The new encoder; may be left out once the upgrade is under way.")
+@old_option
+@click.option("--strategy", help="How the old part is searched. [default: rank-merge]")
+@click.option("--compatible", is_flag=True, help="The new encoder was trained for the old one: register that relation.")
+@click.option("--order", help="What is moved first. [default: core:random]")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A setting of the order (TOML).")
+@click.option("--seed", type=int, help="Of the order. [default: 0]")
+@click.option("--task-items", type=click.IntRange(min=1), help="Items per commit. [default: 512]")
+@label_option
+@queries_option
+@split_option
+@click.option("--rate", type=float, help="At most so many items per second.")
+@click.option("--stop-after", type=int, help="End once so many items are moved.")
+@click.option("--stop-at-share", type=float, help="End once this share of the gallery is moved, 0 to 1.")
+@click.option("--watch-every", type=float, help="Measure after each such share of the gallery, such as 0.05.")
+@click.option("--max-nfr", type=float, help="Pause above this rate of negative flips against the old system.")
+@click.option("--retry-failed", is_flag=True, help="Try items again that failed three times.")
+@batch_option
+@device_option
+@json_option
+def run(gallery: str, to: str | None, old: str | None, compatible: bool, overrides: tuple[str, ...],
+        queries: str | None, split: str | None, retry_failed: bool, batch_size: int, device: str, as_json: bool,
+        rate: float | None, stop_after: int | None, stop_at_share: float | None, watch_every: float | None,
+        max_nfr: float | None, **begin_settings: Any) -> None:  # fmt: skip
+    """Move the gallery to the new encoder. Begins the upgrade if none is under way.
+
+    Safe to stop at any moment and to start again: Ctrl-C gives the task in hand back, a kill loses one task of
+    encoding. Start it in several terminals to share the work.
+    """
+    from bowerbird.errors import InputError
+    from bowerbird.upgrade import Upgrade
+    from bowerbird.upgrade.tables import show, watch_table
+
+    begin_settings = {name: value for name, value in begin_settings.items() if value is not None}
+    with _open(gallery) as opened:
+        state = opened.store.upgrade_state()
+        if state is None and to is None:
+            raise InputError(f"no upgrade is under way in {gallery}: name the new encoder, --to ENCODER")
+        space = None if state is None or to is not None else opened.snapshot().spaces[state.new]
+        new_encoder = _encoder(to or (space.encoder if space else ""), batch_size, device, space)
+        settings: dict[str, Any] = {}
+        old_encoder = None
+        if state is None:
+            old_encoder = _old_encoder(opened, old, batch_size, device, required=queries is not None)
+            settings = {**begin_settings, "order_settings": _settings(overrides)}
+            if queries is not None:
+                settings["queries"] = _queries(queries, split)
+            if compatible:
+                serving = opened.snapshot().serving
+                opened.register_space(new_encoder.space)
+                opened.relate(new_encoder.space.fingerprint, serving, evidence={"declared": "upgrade run --compatible"})
+        elif begin_settings.get("strategy"):
+            settings = {"strategy": begin_settings["strategy"]}
+        upgrade = Upgrade(opened, new_encoder, old=old_encoder)
+        if retry_failed:
+            upgrade.status()
+            opened.store.retry_failed()
+        with _bar(show_it=sys.stderr.isatty() and not as_json) as progress:
+            report = upgrade.run(
+                rate=rate, stop_after=stop_after, stop_at_share=stop_at_share, watch_every=watch_every, max_nfr=max_nfr,
+                progress=progress, **settings,
+            )  # fmt: skip
+    if as_json:
+        click.echo(json.dumps(report.to_dict()))
+        return
+    if report.watched:
+        show(watch_table(report.watched))
+    click.echo(
+        f"{report.reason}: moved {report.encoded} items in {report.seconds:.1f} s ({report.rate:.1f} items/s); "
+        f"{report.share:.1%} of the gallery is new"
+    )
+    for item, attempts, error in report.failures[:10]:
+        click.echo(f"failed ({attempts} of 3 attempts): {item}: {error}", err=True)
+    follow = {
+        "complete": f"bowerbird upgrade finish {gallery}",
+        "stop-rule": f"bowerbird upgrade rollback {gallery}, or resume",
+    }.get(report.reason)
+    if follow:
+        click.echo(f"next: {follow}")
+
+
+@command.command(
+    epilog=examples(
+        "bowerbird upgrade watch photos",
+        "bowerbird upgrade watch photos --max-nfr 0.02 --every 60",
+        "bowerbird upgrade watch photos --history --json",
+    )
+)
+@gallery_argument
+@click.option("--max-nfr", type=click.FloatRange(0, 1), help="Pause the upgrade above this rate of negative flips.")
+@click.option(
+    "--every", type=click.FloatRange(min=0, min_open=True), help="Measure every so many seconds until it ends."
+)
+@click.option("--history", "only_history", is_flag=True, help="Show what was measured so far, and measure nothing.")
+@json_option
+def watch(gallery: str, max_nfr: float | None, every: float | None, only_history: bool, as_json: bool) -> None:
+    """Measure quality, flips, churn and calibration on the queries that were frozen when the upgrade began.
+
+    Works beside `run` in another process; above --max-nfr the upgrade is paused and workers stop after their task.
+    """
+    from bowerbird.upgrade.tables import show, watch_table
+    from bowerbird.upgrade.watch import history
+    from bowerbird.upgrade.watch import watch as measure
+
+    with _open(gallery, readonly=only_history) as opened:
+        if only_history:
+            entries = history(opened)
+            click.echo(json.dumps(entries)) if as_json else show(watch_table(entries))
+            return
+        while True:
+            entry = measure(opened, max_nfr=max_nfr)
+            click.echo(json.dumps(entry.to_dict())) if as_json else show(watch_table([entry]))
+            if every is None or entry.stopped or entry.share >= 1:
+                break
+            time.sleep(every)
+            if opened.store.upgrade_state() is None:
+                break
+    if entry.stopped:
+        click.echo(f"paused: {entry.nfr:.2%} negative flips, more than {max_nfr:.2%}", err=True)
+
+
+@command.command(
+    epilog=examples("bowerbird upgrade finish photos", "bowerbird upgrade finish photos --accept-failed --json")
+)
+@gallery_argument
+@click.option("--accept-failed", is_flag=True, help="Items that could not be encoded are no longer found by searches.")
+@click.option("--skip-canary", is_flag=True, help="Do not load the new encoder to check a sample of the new vectors.")
+@click.option("--to", "to", metavar="ENCODER", help="The new encoder; default: what its space names.")
+@batch_option
+@device_option
+@json_option
+def finish(gallery: str, accept_failed: bool, skip_canary: bool, to: str | None, batch_size: int, device: str,
+           as_json: bool) -> None:  # fmt: skip
+    """Serve the new encoder only and drop the old vectors. There is no way back.
+
+    Refused until every item is new, every checksum holds, and the new encoder reproduces a sample of the new vectors.
+    """
+    from bowerbird.upgrade import finish as finish_it
+    from bowerbird.upgrade import status as status_of
+
+    with _open(gallery) as opened:
+        now = status_of(opened)
+        space = opened.snapshot().spaces[now.new["fingerprint"]]
+        encoder = None if skip_canary else _encoder(to or space.encoder, batch_size, device, space)
+        ended = finish_it(opened, encoder=encoder, accept_failed=accept_failed)
+    if as_json:
+        click.echo(json.dumps(ended))
+        return
+    click.echo(f"finished: {ended['items']} items are served by {now.new['encoder']}; the old vectors are gone")
+    if ended["pending"]:
+        click.echo(f"{ended['pending']} items have no vector and are not found until they get one", err=True)
+
+
+@command.command(
+    epilog=examples("bowerbird upgrade rollback photos", "bowerbird upgrade rollback photos --old runs/old")
+)
+@gallery_argument
+@click.option("--old", metavar="ENCODER", help="The old encoder, for items that were added during the upgrade.")
+@click.option("--leave-pending", is_flag=True, help="Leave such items without a vector instead.")
+@batch_option
+@device_option
+@json_option
+def rollback(gallery: str, old: str | None, leave_pending: bool, batch_size: int, device: str, as_json: bool) -> None:
+    """Back to the exact old state, at any time before finish: same vectors, same results, bit for bit."""
+    from bowerbird.upgrade import rollback as roll_back
+    from bowerbird.upgrade import status as status_of
+
+    with _open(gallery) as opened:
+        now = status_of(opened)
+        space = opened.snapshot().spaces[now.old["fingerprint"]]
+        encoder = None if old is None else _encoder(old, batch_size, device, space)
+        pending = roll_back(opened, encode_old=encoder, leave_pending=leave_pending)
+    if as_json:
+        click.echo(json.dumps({"items": now.items, "pending": pending}))
+        return
+    click.echo(f"rolled back: {now.items - pending} items are served by {now.old['encoder']}")
+    if pending:
+        click.echo(f"{pending} items have no vector of it and are not found until they get one", err=True)
+
+
+@command.command(epilog=examples("bowerbird upgrade status photos", "bowerbird upgrade status photos --json"))
+@gallery_argument
+@json_option
+def status(gallery: str, as_json: bool) -> None:
+    """How far the upgrade is, and which items failed."""
+    from bowerbird.upgrade import status as status_of
+
+    with _open(gallery, readonly=True) as opened:
+        _print_status(status_of(opened), as_json)
+
+
+@command.command(epilog=examples("bowerbird upgrade pause photos"))
+@gallery_argument
+@json_option
+def pause(gallery: str, as_json: bool) -> None:
+    """Let workers stop after the task in hand. Serving goes on."""
+    from bowerbird.upgrade import pause as pause_it
+
+    with _open(gallery) as opened:
+        _print_status(pause_it(opened), as_json)
+
+
+@command.command(epilog=examples("bowerbird upgrade resume photos"))
+@gallery_argument
+@json_option
+def resume(gallery: str, as_json: bool) -> None:
+    """Let workers take tasks again; `bowerbird upgrade run` starts one."""
+    from bowerbird.upgrade import resume as resume_it
+
+    with _open(gallery) as opened:
+        _print_status(resume_it(opened), as_json)
+
+
+# ------------------------------------------------------------------------------------------------------- helpers
+
+
+def _open(path: str, *, readonly: bool = False) -> Gallery:
+    from bowerbird.gallery import Gallery
+
+    return Gallery.open(path, readonly=readonly)
+
+
+def _load(ref: str, device: str) -> Any:
+    from bowerbird.encoders import load_encoder
+
+    return load_encoder(ref, device=device)
+
+
+def _encoder(ref: str, batch_size: int, device: str, space: Space | None = None) -> ItemEncoder:
+    from bowerbird.upgrade import ItemEncoder
+
+    return ItemEncoder(_load(ref, device), space=space, batch_size=batch_size)
+
+
+def _old_encoder(
+    gallery: Gallery, ref: str | None, batch_size: int, device: str, *, required: bool
+) -> ItemEncoder | None:
+    """The encoder of the serving space. Where it is not named and not needed, its absence is only said."""
+    from bowerbird.errors import BowerbirdError, SpaceError
+
+    snapshot = gallery.snapshot()
+    space = snapshot.spaces[snapshot.serving]
+    try:
+        return _encoder(ref or space.encoder, batch_size, device, space)
+    except BowerbirdError as exc:
+        if ref is not None or required or isinstance(exc, SpaceError):
+            raise
+        click.echo(f"note: the old encoder is not checked, because it cannot be loaded: {exc}", err=True)
+        return None
+
+
+def _queries(source: str | None, split: str | None) -> QuerySet | None:
+    if source is None:
+        return None
+    from pathlib import Path
+
+    from bowerbird.data import images_of
+    from bowerbird.errors import InputError
+    from bowerbird.recipe import build_config
+    from bowerbird.registry import get_registry
+    from bowerbird.upgrade import QuerySet
+
+    registry = get_registry()
+    is_folder = Path(source).is_dir()
+    if not is_folder and ":" not in source:
+        raise InputError(
+            f"queries {source!r}: there is no such folder; expected one, or a data set such as core:digits"
+        )
+    record = registry.get("dataset", "core:image-folder" if is_folder else source)
+    config = build_config(record, {"root": source} if is_folder else {}, where=f"dataset {record.name!r}")
+    dataset = registry.load(record).build(config, split)
+    labels = [dataset.classes[label] if dataset.classes else label for label in dataset.labels()]
+    return QuerySet(labels, images=images_of(dataset))
+
+
+def _settings(overrides: tuple[str, ...]) -> dict[str, Any]:
+    if not overrides:
+        return {}
+    from bowerbird.recipe import apply_override
+
+    settings: dict[str, Any] = {}
+    for override in overrides:
+        apply_override(settings, override)
+    return settings
+
+
+def _where(pairs: tuple[str, ...]) -> dict[str, Any] | None:
+    from bowerbird.errors import InputError
+    from bowerbird.recipe import parse_value
+
+    filters: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise InputError(f"--where {pair!r}: expected KEY=VALUE")
+        filters[key] = parse_value(value)
+    return filters or None
+
+
+def _print_results(images: tuple[str, ...], found: Any, state: Any, as_json: bool) -> None:
+    sides = {0: "old", 1: "new"}
+    results = [
+        {
+            "image": image,
+            "share": state.share,
+            "results": [
+                {"id": item, "distance": float(distance), "side": sides[int(side)]}
+                for item, distance, side in zip(ids, distances, row, strict=False)
+            ],
+        }
+        for image, ids, distances, row in zip(images, found.ids, found.distances, found.sides, strict=True)
+    ]
+    if as_json:
+        click.echo(json.dumps(results))
+        return
+    strategy = f", strategy {state.strategy}" if state.strategy else ""
+    click.echo(f"{state.share:.1%} of the gallery is new{strategy}")
+    for result in results:
+        click.echo(result["image"])
+        for rank, hit in enumerate(result["results"], start=1):
+            click.echo(f"  {rank:>3}  {hit['distance']:.4f}  {hit['side']}  {hit['id']}")
+
+
+def _print_status(status: UpgradeStatus, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(status.to_dict()))
+        return
+    from bowerbird.upgrade.tables import show, status_text
+
+    show(status_text(status))
+
+
+@contextmanager
+def _bar(*, show_it: bool) -> Iterator[Callable[[int, UpgradeStatus], None] | None]:
+    """A bar with rate and time left on standard error."""
+    if not show_it:
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(f"{task.speed:.1f} items/s" if task.speed else "")
+
+    bar = Progress(
+        "upgrading", BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn(), console=Console(stderr=True)
+    )
+    with bar:
+        task = bar.add_task("upgrading", total=None)
+
+        def advance(count: int, status: UpgradeStatus) -> None:
+            if count:
+                bar.advance(task, count)
+            else:
+                bar.update(task, total=status.items, completed=status.new_items)
+
+        yield advance

@@ -1,0 +1,136 @@
+"""How the command line shows a plan, a status and measurements."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from bowerbird.retrieval.intervals import Interval
+    from bowerbird.upgrade.plan import Plan
+    from bowerbird.upgrade.state import UpgradeStatus
+    from bowerbird.upgrade.watch import WatchEntry
+
+METRIC_NAMES = {"map": "mAP", "r1": "R@1"}
+SHOWN_SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+
+
+def show(*parts: RenderableType) -> None:
+    """To standard output; at least 100 characters wide where that is no terminal."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=max(console.width, 120))
+    console.print(Group(*parts))
+
+
+def plan_table(plan: Plan) -> RenderableType:
+    facts = Table.grid(padding=(0, 2))
+    for name, space in (("old", plan.old), ("new", plan.new)):
+        facts.add_row(name, f"{space['encoder']}", f"{space['dim']}-d", f"fingerprint {space['fingerprint'][:12]}")
+    canary = plan.old["canary"]
+    facts.add_row(
+        "canary",
+        "not checked" if canary is None else f"median cosine {canary:.4f}",
+        "",
+        "old encoder against stored vectors",
+    )
+    failed = f", {plan.sample_failed} could not be encoded" if plan.sample_failed else ""
+    facts.add_row("sample", f"{plan.sample} of {plan.items} items{failed}", "", f"{plan.queries} queries")
+    if plan.items_per_second is not None and plan.hours is not None:
+        facts.add_row(
+            "time", f"{_hours(plan.hours)} for one worker", "", f"{plan.items_per_second:.1f} items/s measured here"
+        )
+    facts.add_row(
+        "disk", f"{_bytes(plan.vector_bytes)} new vectors", "", f"at most {_bytes(plan.peak_bytes)} until finish"
+    )
+    if plan.price is not None:
+        facts.add_row("price", f"{plan.price:.2f}", "", "")
+    parts: list[RenderableType] = [facts, Text()]
+
+    metric = METRIC_NAMES[plan.metric]
+    if plan.old_old is not None:
+        quality = Table(title=f"{metric} on the sample, 95 % interval", title_justify="left")
+        for column in ("queries/gallery", metric, "low", "high"):
+            quality.add_column(column, justify="left" if column == "queries/gallery" else "right")
+        rows: tuple[tuple[str, Interval | None], ...] = (
+            ("old/old", plan.old_old),
+            ("new/new", plan.new_new),
+            ("new/old", plan.new_old),
+            ("gain (paired)", plan.gain),
+        )
+        for name, interval in rows:
+            if interval is not None:
+                quality.add_row(name, f"{interval.mean:.4f}", f"{interval.low:.4f}", f"{interval.high:.4f}")
+        curves = Table(title=f"forecast of {metric} by share of moved items, order {plan.order}", title_justify="left")
+        curves.add_column("strategy")
+        for share in SHOWN_SHARES:
+            curves.add_column(f"{share:.0%}", justify="right")
+        for column in ("area", "worst flips"):
+            curves.add_column(column, justify="right")
+        refused = []
+        for curve in plan.curves:
+            if curve.unavailable:
+                refused.append(Text(f"{curve.name}: {curve.unavailable}", style="dim"))
+                continue
+            values = dict(zip(curve.shares, curve.quality, strict=True))
+            shown = [f"{values[share]:.3f}" if share in values else "" for share in SHOWN_SHARES]
+            curves.add_row(curve.name, *shown, f"{curve.area:.4f}", f"{curve.max_nfr:.1%}")
+        parts += [quality, Text(), curves, *refused, Text()]
+    verdict = plan.recommendation
+    headline = {
+        "upgrade": f"upgrade by {verdict.strategy}",
+        "do-not-upgrade": "do not upgrade",
+        "no-verdict": "no verdict",
+    }
+    parts.append(Text(f"Recommendation: {headline[verdict.decision]}", style="bold"))
+    parts.append(Text(verdict.reason))
+    return Group(*parts)
+
+
+def status_text(status: UpgradeStatus) -> RenderableType:
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("upgrade", f"{status.id}, {status.state}{', every task done' if status.complete else ''}")
+    for name, space in (("from", status.old), ("to", status.new)):
+        facts.add_row(name, f"{space['encoder']} ({space['dim']}-d, {space['fingerprint'][:12]})")
+    facts.add_row("strategy", f"{status.strategy}, order {status.order}")
+    facts.add_row("moved", f"{status.new_items} of {status.items} items ({status.share:.1%})")
+    for item, attempts, error in status.failures[:10]:
+        facts.add_row("failed", f"{item} ({attempts} of 3 attempts): {error}")
+    if len(status.failures) > 10:
+        facts.add_row("", f"and {len(status.failures) - 10} more")
+    return facts
+
+
+def watch_table(entries: Sequence[WatchEntry | dict[str, Any]]) -> RenderableType:
+    table = Table()
+    for column in ("moved", "mAP@100", "R@1", "negative flips", "positive flips", "churn@10", "d(old)", "d(new)", ""):
+        table.add_column(column, justify="right")
+    for entry in entries:
+        row = entry if isinstance(entry, dict) else entry.to_dict()
+        table.add_row(
+            f"{row['share']:.1%}",
+            *("-" if row[key] is None else f"{row[key]:.4f}" for key in ("quality", "r1")),
+            *(f"{row[key]:.2%}" for key in ("nfr", "pfr", "churn")),
+            *(f"{row[key][1]:.3f}" if row[key] else "-" for key in ("old_distances", "new_distances")),
+            "paused" if row["stopped"] else "",
+        )
+    return table
+
+
+def _hours(hours: float) -> str:
+    if hours < 1 / 60:
+        return f"{hours * 3600:.1f} s"
+    return f"{hours * 60:.1f} min" if hours < 1 else f"{hours:.1f} h"
+
+
+def _bytes(count: int) -> str:
+    value, unit = float(count), "B"
+    for bigger in ("kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, bigger
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
