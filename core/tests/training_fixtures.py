@@ -18,7 +18,8 @@ from bowerbird.batch import Batch
 from bowerbird.data.images import Preprocessing
 from bowerbird.errors import UnknownNameError
 from bowerbird.hookspecs import hookimpl
-from bowerbird.objectives.softmax import Softmax, SoftmaxConfig
+from bowerbird.objectives.configs import SoftmaxConfig
+from bowerbird.objectives.softmax import Softmax
 from bowerbird.protocols import BuildContext, Dataset, Encoder, Features, LossOutput, Modifier
 from bowerbird.records import DatasetRecord, EncoderRecord, ModifierRecord, ObjectiveRecord
 

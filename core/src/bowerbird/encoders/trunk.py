@@ -6,52 +6,14 @@ B batch, F width of the trunk, D ``embed_dim``, N tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from bowerbird.batch import Batch
 from bowerbird.data.images import Preprocessing
+from bowerbird.encoders.configs import HeadConfig
 from bowerbird.protocols import Encoder, Features, freeze
-
-
-class HeadConfig(BaseModel):
-    """Settings of the projection after the trunk."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    embed_dim: int | None = Field(default=None, ge=1, description="Width of the embedding; none: that of the trunk.")
-    head: Literal["linear", "mlp", "none"] | None = Field(
-        default=None, description="Projection after the trunk; by default linear where embed_dim is given, else none."
-    )
-    freeze_trunk: bool = Field(default=False, description="Train the projection only; statistics of norms stay fixed.")
-
-    @model_validator(mode="after")
-    def _head_and_width_agree(self) -> Self:
-        if self.head == "none" and self.embed_dim is not None:
-            raise ValueError("head = 'none' keeps the width of the trunk: leave out embed_dim, or choose linear or mlp")
-        if self.head in ("linear", "mlp") and self.embed_dim is None:
-            raise ValueError(f"head = {self.head!r} needs embed_dim")
-        return self
-
-
-class ImageConfig(HeadConfig):
-    """Settings of how a picture is prepared; what is left out is what the weights were trained with."""
-
-    image_size: int | None = Field(default=None, ge=8, le=2048, description="Side of the square input in pixels.")
-    resize: Literal["squash", "crop"] | None = Field(
-        default=None, description="squash: the whole picture; crop: shorter side, then the centre."
-    )
-
-    def prepared(self, default: Preprocessing) -> Preprocessing:
-        """``default`` with the settings that were given."""
-        values = default.to_dict()
-        if self.image_size is not None:
-            values["size"] = self.image_size
-        if self.resize is not None:
-            values["resize"] = self.resize
-        return Preprocessing.from_dict(values)
 
 
 class TrunkEncoder(Encoder):

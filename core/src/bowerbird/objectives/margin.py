@@ -8,35 +8,16 @@ pytorch-metric-learning; the class vectors are kept as ``classifier.weight (C, D
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, Self
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pytorch_metric_learning.losses import ArcFaceLoss, CosFaceLoss
 from torch import nn
 from torch.nn import functional
 
 from bowerbird.batch import Batch
+from bowerbird.objectives.configs import MarginConfig
 from bowerbird.objectives.softmax import accuracy, class_count
 from bowerbird.protocols import BuildContext, Encoder, LossOutput, Objective
-
-
-class MarginConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    kind: Literal["arcface", "cosface"] = "arcface"
-    margin: float | None = Field(
-        default=None,
-        ge=0,
-        description="Radians below pi/2 for arcface (default 0.5), cosine for cosface (default 0.35).",
-    )
-    scale: float = Field(default=64.0, gt=0, description="Factor of all logits.")
-
-    @model_validator(mode="after")
-    def _margin_in_range(self) -> Self:
-        limit = math.pi / 2 if self.kind == "arcface" else 2.0
-        if self.margin is not None and self.margin >= limit:
-            raise ValueError(f"margin = {self.margin} of {self.kind} must be below {limit:.4f}")
-        return self
 
 
 class Margin(Objective):

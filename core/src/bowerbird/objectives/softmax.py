@@ -10,27 +10,13 @@ from __future__ import annotations
 from typing import Any, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
 from bowerbird.batch import Batch
 from bowerbird.errors import RecipeError
+from bowerbird.objectives.configs import SoftmaxConfig
 from bowerbird.protocols import BuildContext, Encoder, LossOutput, Objective
-
-
-class SoftmaxConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="Share of the target spread over all classes.")
-    cosine: bool = Field(default=False, description="Compare directions: unit features and unit class vectors.")
-    scale: float | None = Field(default=None, gt=0, description="With cosine: factor of the cosine, by default 16.")
-
-    @model_validator(mode="after")
-    def _scale_has_an_effect(self) -> Self:
-        if self.scale is not None and not self.cosine:
-            raise ValueError("scale is a setting of cosine = true")
-        return self
 
 
 class Softmax(Objective):

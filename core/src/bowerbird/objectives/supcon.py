@@ -10,17 +10,11 @@ from __future__ import annotations
 from typing import Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from pytorch_metric_learning.losses import SupConLoss
 
 from bowerbird.batch import Batch
+from bowerbird.objectives.configs import SupConConfig
 from bowerbird.protocols import BuildContext, Encoder, LossOutput, Objective
-
-
-class SupConConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    temperature: float = Field(default=0.1, gt=0, description="Divisor of the cosine.")
 
 
 class SupCon(Objective):
