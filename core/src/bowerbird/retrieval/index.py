@@ -387,9 +387,9 @@ class FaissIndex:
 
     ``ivf`` is trained on a sample of the first vectors added. How much of it is searched (``nprobe``; ``ef_search`` for
     ``hnsw``) is chosen by measured recall unless given: the least effort with which the 10 nearest neighbours of sample
-    queries are found with ``target_recall``. A sample query is a stored item moved in a random direction by the
-    distance to its tenth neighbour (stored items themselves would be too easy: a graph links them). It is measured at
-    the first search and again when the index has doubled; ``measured_recall`` keeps the result.
+    queries are found with ``target_recall``. A sample query is a stored item moved in a random direction by 1.5
+    times the distance to its tenth neighbour: stored items themselves would be too easy, since a graph links them. It
+    is measured at the first search and again when the index has doubled; ``measured_recall`` keeps the result.
 
     Args:
         kind: ``flat``, ``ivf`` or ``hnsw``.
@@ -659,28 +659,32 @@ class FaissIndex:
         assert self._sample is not None
         neighbours = min(10, len(self))
 
-        def exact(queries: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        def nearest(queries: NDArray[np.float32], lists: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
             if self.kind == "ivf":
-                self._set_effort(most)
+                self._set_effort(lists)
                 return self._raw_search(queries, neighbours)
             hits = exact_search(self._flat_rows(), queries, neighbours)
             return (1 - hits.distances).astype(np.float32), hits.ids
 
-        radius = np.sqrt(np.maximum(2 - 2 * exact(self._sample)[0][:, -1:], 0))  # |a - b|^2 = 2 - 2 cosine
+        cosines = nearest(self._sample, -(-most // 8))[0][:, -1:]  # of about the tenth neighbour
+        radius = 1.5 * np.sqrt(np.clip(2 - 2 * cosines, 0, 4))  # |a - b|^2 = 2 - 2 cosine
         direction = np.random.default_rng(self.seed).standard_normal(self._sample.shape)
         direction /= np.linalg.norm(direction, axis=1, keepdims=True)
         queries = unit_rows(self._sample + radius * direction)
-        truth = exact(queries)[1]
+        truth = nearest(queries, most)[1]
 
         def recall(effort: int) -> float:
             self._set_effort(effort)
             _, found = self._raw_search(queries, neighbours)
             return float((found[:, :, None] == truth[:, None, :]).any(axis=1).mean())
 
-        effort = 1 if self.kind == "ivf" else 16
+        least = effort = 1 if self.kind == "ivf" else 16
         while (reached := recall(effort)) < self.target_recall and effort < most:
             effort = min(effort * 2, most)
-        low, high = effort // 2, effort  # the target is missed at low and reached at high (or high is all there is)
+        low, high = (
+            max(effort // 2, least - 1),
+            effort,
+        )  # the target is missed at low and reached at high (or high is all there is)
         while high - low > max(1, low // 8):
             middle = (low + high) // 2
             value = recall(middle)
