@@ -82,7 +82,6 @@ def bowerbird_datasets() -> Iterable[DatasetRecord]:
         config="bowerbird.data.configs:ImageFolderConfig",
         summary="A folder of images; the class is the first folder. Splits by folder, or by a hash of the id.",
         provides=("image", "label", "item_id"),
-        extras={"torch": "bowerbird-core[torch]"},
     )
     yield DatasetRecord(
         name="core:fashion-mnist",
@@ -92,7 +91,6 @@ def bowerbird_datasets() -> Iterable[DatasetRecord]:
         provides=("image", "label", "item_id"),
         splits=("train", "test", "seen-train", "seen-test", "unseen-test"),
         paper="Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning Algorithms, arXiv:1708.07747",
-        extras={"torch": "bowerbird-core[torch]"},
     )
     yield DatasetRecord(
         name="core:digits",
@@ -100,7 +98,7 @@ def bowerbird_datasets() -> Iterable[DatasetRecord]:
         summary="1,797 handwritten digits of 8 x 8 pixels from scikit-learn: the smallest real data set.",
         provides=("image", "label", "item_id"),
         splits=("all", "train", "test"),
-        extras={"torch": "bowerbird-core[torch]", "sklearn": "bowerbird-core[digits]"},
+        extras={"sklearn": "bowerbird-core[digits]"},
     )
 
 

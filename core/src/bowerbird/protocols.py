@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 from torch import Tensor, nn
 
 from bowerbird.batch import Batch
+from bowerbird.data.dataset import Dataset
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -152,37 +153,6 @@ class Objective(nn.Module):
         return []
 
 
-class Dataset(ABC):
-    """Items by position, each with a stable id.
-
-    ``self[i]`` is a dict: ``image`` a ``PIL.Image`` in RGB, ``label`` an int, ``item_id`` a str, ``domain`` an int, as far as
-    the record's ``provides`` says so.
-    """
-
-    classes: Sequence[str] = ()
-    domains: Sequence[str] = ()
-
-    @classmethod
-    @abstractmethod
-    def build(cls, config: Any, split: str | None) -> Self:
-        """The items of ``split``. Raises ``UnknownNameError`` for a split that does not exist."""
-
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
-
-    @property
-    @abstractmethod
-    def item_ids(self) -> Sequence[str]:
-        """Stable, unique ids, in order of position."""
-
-    def labels(self) -> Sequence[int]:
-        """Class index of every item, without decoding images. Overridden where that is cheap."""
-        return [self[i]["label"] for i in range(len(self))]
-
-
 class Modifier(ABC):
     """Changes a module while it trains (noise in features, sparsity)."""
 
@@ -237,7 +207,7 @@ class Evaluator(ABC):
 
 
 class Transform(nn.Module):
-    """Maps vectors of the space ``source`` to the space ``target`` (fingerprints). The direction is checked where it is used."""
+    """Maps vectors of the space ``source`` to the space ``target`` (fingerprints); a use in the other direction is refused."""
 
     source: str
     target: str

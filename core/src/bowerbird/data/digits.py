@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from bowerbird.data.dataset import Dataset
 from bowerbird.errors import UnknownNameError, did_you_mean
-from bowerbird.protocols import Dataset
 
 SPLITS = ("all", "train", "test")
 _TEST_EVERY = 5

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from bowerbird.data.configs import FashionMnistConfig
+from bowerbird.data.dataset import Dataset
 from bowerbird.data.idx import read_idx
 from bowerbird.errors import DataError, UnknownNameError, did_you_mean
-from bowerbird.protocols import Dataset
 
 DEBIAN_ROOT = Path("/usr/share/datasets/fashion-mnist")
 CLASSES = (

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from bowerbird.data.configs import ImageFolderConfig
+from bowerbird.data.dataset import Dataset
 from bowerbird.data.images import SUFFIXES, open_image
 from bowerbird.errors import DataError, UnknownNameError, did_you_mean
-from bowerbird.protocols import Dataset
 
 SPLIT_FOLDERS = ("train", "val", "test")
 

@@ -7,8 +7,8 @@ from typing import Any, Self, overload
 
 from PIL import Image
 
+from bowerbird.data.dataset import Dataset
 from bowerbird.errors import InputError
-from bowerbird.protocols import Dataset
 
 
 class Subset(Dataset):

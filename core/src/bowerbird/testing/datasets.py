@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from PIL import Image
 
+from bowerbird.data.dataset import Dataset
 from bowerbird.errors import UnknownNameError
-from bowerbird.protocols import Dataset
 from bowerbird.records import DatasetRecord
 from bowerbird.testing.contract import Contract, must_raise
 

@@ -31,5 +31,4 @@ def bowerbird_datasets() -> Iterable[DatasetRecord]:
             "unseen-query",
             "unseen-gallery",
         ),
-        extras={"torch": "bowerbird-core[torch]"},
     )

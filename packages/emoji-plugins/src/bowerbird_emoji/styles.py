@@ -7,8 +7,8 @@ from typing import Any, Self
 
 from PIL import Image
 
+from bowerbird.data.dataset import Dataset
 from bowerbird.errors import InputError, UnknownNameError, did_you_mean
-from bowerbird.protocols import Dataset
 from bowerbird_emoji.config import OLD_STYLES, STYLES, EmojiStylesConfig, Style
 from bowerbird_emoji.sheets import Concept, concepts, tiles
 

@@ -1,0 +1,38 @@
+"""The contract of a data set. Apart from the other contracts because it needs no torch: galleries read them too."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Self
+
+
+class Dataset(ABC):
+    """Items by position, each with a stable id.
+
+    ``self[i]`` is a dict: ``image`` a ``PIL.Image`` in RGB, ``label`` an int, ``item_id`` a str, ``domain`` an int,
+    as far as the record's ``provides`` says so.
+    """
+
+    classes: Sequence[str] = ()
+    domains: Sequence[str] = ()
+
+    @classmethod
+    @abstractmethod
+    def build(cls, config: Any, split: str | None) -> Self:
+        """The items of ``split``. Raises ``UnknownNameError`` for a split that does not exist."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    @property
+    @abstractmethod
+    def item_ids(self) -> Sequence[str]:
+        """Stable, unique ids, in order of position."""
+
+    def labels(self) -> Sequence[int]:
+        """Class index of every item, without decoding images. Overridden where that is cheap."""
+        return [self[i]["label"] for i in range(len(self))]

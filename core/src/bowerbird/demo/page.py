@@ -1,0 +1,99 @@
+"""Draws ``index.html`` from the numbers of the demo."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bowerbird.files import write_atomically
+from bowerbird.report import Series, line_chart, render_page
+
+ARMS = {  # key -> (name, colour, marker, what it needs)
+    "switch": ("switch at once", "red", "X", "nothing; any vector database"),
+    "rank_merge": ("rank merge", "blue", "o", "both encoders at query time"),
+    "compatible": ("compatible model (BCT)", "green", "s", "training the new encoder for the old one"),
+}
+
+
+def quality_chart(result: Mapping[str, Any]) -> str:
+    """SVG: mAP over the share re-encoded, for each way to serve."""
+    levels = result["levels"]
+    return line_chart(
+        [Series(name, _percent(result["shares"]), result["curves"][key]["map"], color, marker)
+         for key, (name, color, marker, _) in ARMS.items()],
+        xlabel="share of the gallery re-encoded (%)",
+        ylabel=f"mAP@{result['gallery']['depth']}",
+        title="Search quality",
+        levels={"old model": levels["old_old"]["map"], "new model": levels["new_new"]["map"]},
+        ylim=(0, None),
+        ident="quality",
+    )  # fmt: skip
+
+
+def flips_chart(result: Mapping[str, Any]) -> str:
+    """SVG: negative flips against the old system over the share re-encoded."""
+    return line_chart(
+        [Series(name, _percent(result["shares"]), _percent(result["curves"][key]["nfr"]), color, marker)
+         for key, (name, color, marker, _) in ARMS.items()],
+        xlabel="share of the gallery re-encoded (%)",
+        ylabel="queries that turned wrong (%)",
+        title="Negative flips",
+        ylim=(0, None),
+        ident="flips",
+    )  # fmt: skip
+
+
+def verdict(result: Mapping[str, Any]) -> str:
+    """One sentence per finding, from the numbers."""
+    curves, levels = result["curves"], result["levels"]
+    best = max(curves, key=lambda key: curves[key]["area"])
+    calmest = min(("rank_merge", "compatible"), key=lambda key: max(curves[key]["nfr"]))
+    loss = levels["new_new"]["map"] - levels["bct_bct"]["map"]
+    end = f"The compatible model ends {100 * abs(loss):.1f} points {'below' if loss > 0 else 'above'} the freely trained one"
+    return (
+        f"Largest area under the curve: {ARMS[best][0]}. Fewest negative flips at the worst moment, of the two that "
+        f"serve through the upgrade: {ARMS[calmest][0]}. {end}. One seed: docs/claims.md has the averages."
+    )
+
+
+def write_page(
+    path: Path,
+    result: Mapping[str, Any],
+    *,
+    wall: Sequence[Mapping[str, Any]],
+    wall_rule: str,
+    thumbs: Mapping[str, str],
+) -> None:
+    half = len(result["shares"]) // 2
+    rows = [
+        {
+            "name": name.capitalize(), "needs": needs, "start": curve["map"][0], "half": curve["map"][half],
+            "end": curve["map"][-1], "area": curve["area"], "max_nfr": max(curve["nfr"]),
+        }
+        for key, (name, _, _, needs) in ARMS.items() for curve in [result["curves"][key]]
+    ]  # fmt: skip
+    data = {"steps": result["shares"], "wall": list(wall), "thumbs": dict(thumbs)}
+    html = render_page(
+        "demo.html.j2",
+        {
+            **result,
+            "table": rows,
+            "wall": wall,
+            "wall_rule": wall_rule,
+            "steps": result["shares"],
+            "identical_at_end": result["different_at_end"] == 0,
+            "quality_chart": quality_chart(result),
+            "flips_chart": flips_chart(result),
+            "verdict": verdict(result),
+            "pct": lambda value: f"{100 * value:.1f} %",
+            "data_json": json.dumps(data).replace("</", "<\\/"),
+        },
+    )
+    write_atomically(path, html)
+    write_atomically(path.parent / "quality.svg", quality_chart(result))
+
+
+def _percent(values: Sequence[float]) -> list[float]:
+    return [100 * value for value in values]

@@ -1,0 +1,452 @@
+"""The steps of ``bowerbird demo``, on a real gallery in the output folder.
+
+Everything measured goes to ``demo.json``; ``index.html`` is drawn from it. Q queries, N gallery items, D width of a space.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bowerbird.data.images import open_image
+from bowerbird.demo.encoders import recipes, train_encoder
+from bowerbird.demo.page import write_page
+from bowerbird.encoders import LoadedEncoder
+from bowerbird.errors import GalleryError, MissingExtraError, SpaceError, UnknownNameError
+from bowerbird.files import write_json
+from bowerbird.gallery import Gallery
+from bowerbird.gallery.gallery import SearchResult
+from bowerbird.data.dataset import Dataset
+from bowerbird.recipe import build_config
+from bowerbird.registry import get_registry
+from bowerbird.report import data_uri
+from bowerbird.retrieval.curves import Curve
+from bowerbird.retrieval.flips import flips
+from bowerbird.retrieval.metrics import RankedList, Relevance, average_precision, cmc
+from bowerbird.upgrade import Upgrade
+
+DEPTH = 100  # results per query that count: mAP@100
+SHOWN = 5  # results per query on the page
+WALL = 8  # queries on the page
+MARKER = "demo.json"
+
+
+@dataclass(frozen=True)
+class Query:
+    """What is searched for: id, the concept that is right, and where its picture lies."""
+
+    id: str
+    concept: str
+    path: Path
+
+
+@dataclass
+class Moment:
+    """Results of all queries at one share: ids ``(Q, DEPTH)`` as positions in the gallery, which of them are new."""
+
+    ranked: NDArray[np.int64]
+    is_new: NDArray[np.bool_]
+    ap: NDArray[np.float64]
+    first: NDArray[np.bool_]
+
+
+@dataclass
+class Arm:
+    """One way to serve, measured at every share."""
+
+    moments: list[Moment] = field(default_factory=list)
+
+
+def run_demo(
+    out: str | Path,
+    *,
+    seed: int = 0,
+    steps: int = 10,
+    epochs: int = 40,
+    limit: int | None = None,
+    say: Callable[[str], None] = lambda _: None,
+    show: bool = False,
+) -> dict[str, Any]:
+    """Train three encoders, upgrade two galleries, write ``index.html`` and ``demo.json``; returns the numbers.
+
+    Args:
+        out: Folder. An earlier demo there is replaced; anything else is refused.
+        steps: Measurements between 0 and 100 %.
+        limit: Only so many of the unseen concepts (for quick tests).
+        say: Called with one line per step.
+        show: Draw progress bars.
+
+    Raises:
+        MissingExtraError: Something that the demo uses is not installed; says what to install.
+        GalleryError: ``out`` holds something else.
+    """
+    out = Path(out)
+    _check_installed()
+    _clear(out)
+    clock = _Clock(say)
+
+    with clock.step("pictures", "emoji of unseen concepts written as PNG files, as a user's folder would be"):
+        queries, items = _write_pictures(out / "images", limit)
+    encoders: dict[str, LoadedEncoder] = {}
+    what = {
+        "old": "100 concepts, 3 styles",
+        "new": "448 concepts, 5 styles, another seed",
+        "bct": "the same data, compatible with the old encoder",
+    }
+    for name, recipe in recipes(out / "runs/old", seed=seed, epochs=epochs).items():
+        with clock.step(f"train {name}", what[name]):
+            encoders[name] = train_encoder(recipe, out / "runs" / name, show=show)
+    old, new, bct = encoders["old"], encoders["new"], encoders["bct"]
+
+    relevance = _relevance(queries, items)
+    vectors = {name: encoder.encode([q.path for q in queries]) for name, encoder in encoders.items()}  # (Q, D) each
+    with clock.step("gallery", f"{len(items)} pictures encoded with the old encoder and added"):
+        gallery = _gallery(out / "gallery", old, items)
+    with gallery:
+        before = gallery.search(vectors["old"], DEPTH)
+        refusal = _refusal(gallery, vectors["new"][:1], new)
+        start = _judge(before, items, relevance)
+        shares, merged, switched, changed = _rank_merge(
+            gallery, old, new, vectors, items, relevance, steps, before, clock
+        )
+        after = gallery.search(vectors["new"], DEPTH)
+    fresh_moment, fresh = _fresh(out / "fresh", new, items, vectors["new"], relevance)
+    with (
+        clock.step("compatible", "a second gallery moves to the BCT encoder; no query needs the old encoder any more"),
+        _gallery(out / "gallery-bct", old, items) as gallery,
+    ):
+        compatible = _compatible(gallery, old, bct, vectors, items, relevance, shares)
+
+    arms = {"switch": switched, "rank_merge": merged, "compatible": compatible}
+    result = {
+        "format": 1,
+        "command": "bowerbird " + " ".join(sys.argv[1:]) if Path(sys.argv[0]).name == "bowerbird" else "bowerbird demo",
+        "date": datetime.now(UTC).date().isoformat(),
+        "seed": seed,
+        "gallery": {
+            "items": len(items), "concepts": len({q.concept for q in queries}), "queries": len(queries),
+            "query_style": queries[0].id.split("/")[0], "depth": DEPTH,
+        },
+        "levels": {
+            "old_old": _level(start), "new_new": _level(fresh_moment), "new_old": _level(switched.moments[0]),
+            "bct_old": _level(compatible.moments[0]), "bct_bct": _level(compatible.moments[-1]),
+        },
+        "shares": shares,
+        "curves": {name: _curve(arm, shares, start) for name, arm in arms.items()},
+        "changed_at_start": changed,
+        "different_at_end": _different(after, fresh),
+        "refusal": refusal,
+        "timings": clock.steps,
+        "environment": _environment(),
+        "peak_memory_mb": _peak_memory_mb(),
+    }  # fmt: skip
+    wall, rule = _wall(queries, items, arms, start, merged.moments[-1])
+    thumbs = _thumbs(wall, {q.id: q.path for q in queries} | {str(i["id"]): i["path"] for i in items})
+    result["total_seconds"] = round(sum(step["seconds"] for step in clock.steps), 1)
+    write_page(out / "index.html", result, wall=wall, wall_rule=rule, thumbs=thumbs)
+    write_json(out / MARKER, result)
+    return result
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+
+def _write_pictures(folder: Path, limit: int | None) -> tuple[list[Query], list[dict[str, Any]]]:
+    """Queries, and gallery items with id, path, concept and metadata."""
+    registry = get_registry()
+    record = registry.get("dataset", "emoji:styles")
+    config = build_config(record, {}, "demo")
+
+    def pictures(split: str) -> Iterator[tuple[str, Path, dict[str, str]]]:
+        dataset: Dataset = registry.load(record).build(config, split)
+        for position, item_id in enumerate(dataset.item_ids):
+            if limit is not None and dataset.labels()[position] >= limit:
+                continue
+            path = folder / split / f"{item_id}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            dataset[position]["image"].save(path)
+            yield item_id, path, dataset.metadata(position)  # type: ignore[attr-defined]
+
+    queries = [Query(item_id, _concept(item_id), path) for item_id, path, _ in pictures("unseen-query")]
+    items = [
+        {"id": item_id, "path": path, "concept": _concept(item_id), "metadata": values}
+        for item_id, path, values in pictures("unseen-gallery")
+    ]
+    return queries, items
+
+
+def _concept(item_id: str) -> str:
+    return item_id.split("/", 1)[1]
+
+
+def _relevance(queries: Sequence[Query], items: Sequence[Mapping[str, Any]]) -> Relevance:
+    return Relevance.from_labels([q.concept for q in queries], [item["concept"] for item in items])
+
+
+# ------------------------------------------------------------------------------------------------ galleries
+
+
+def _gallery(path: Path, encoder: LoadedEncoder, items: Sequence[Mapping[str, Any]]) -> Gallery:
+    """A gallery of all items, encoded with ``encoder``."""
+    gallery = Gallery.create(path, encoder.space())
+    gallery.add(
+        [item["id"] for item in items],
+        encoder.encode([item["path"] for item in items]),
+        uris=[str(item["path"].resolve()) for item in items],
+        metadata=[item["metadata"] for item in items],
+    )
+    return gallery
+
+
+def _refusal(gallery: Gallery, query: NDArray[np.float32], new: LoadedEncoder) -> str:
+    try:
+        gallery.search({new.fingerprint: query}, 1)
+    except SpaceError as error:
+        return str(error)
+    raise AssertionError("the gallery searched old vectors with a query of an unrelated encoder")
+
+
+def _rank_merge(
+    gallery: Gallery,
+    old: LoadedEncoder,
+    new: LoadedEncoder,
+    vectors: Mapping[str, NDArray[np.float32]],
+    items: Sequence[Mapping[str, Any]],
+    relevance: Relevance,
+    steps: int,
+    before: SearchResult,
+    clock: _Clock,
+) -> tuple[list[float], Arm, Arm, int]:
+    """Shares, the rank-merge arm, the switch-at-once arm at the same moments, and the lists changed at the start."""
+    merged, switched = Arm(), Arm()
+    shares: list[float] = []
+    new_vectors = new.encode([item["path"] for item in items])
+    old_vectors = gallery.vectors_of([item["id"] for item in items])
+    queries = {old.fingerprint: vectors["old"], new.fingerprint: vectors["new"]}
+    changed = 0
+    upgrade = Upgrade(gallery, new, old=old)
+    with clock.step("rank merge", "the live gallery is re-encoded; measured at every share"):
+        upgrade.begin(strategy="rank-merge", task_items=max(1, len(items) // (4 * steps)))
+        service = upgrade.serve()
+        for step in range(steps + 1):
+            if step:
+                upgrade.run(stop_at_share=step / steps)
+            found = service.search(vectors=queries, k=DEPTH)
+            if step == 0:
+                changed = _different(before, found)
+            shares.append(upgrade.status().share)
+            merged.moments.append(_judge(found, items, relevance))
+            moved = _moved(gallery, new.fingerprint, items)
+            mixed = np.where(moved[:, None], new_vectors, old_vectors)
+            switched.moments.append(_judge_scores(vectors["new"] @ mixed.T, moved, relevance))
+        upgrade.finish()
+    return shares, merged, switched, changed
+
+
+def _compatible(
+    gallery: Gallery,
+    old: LoadedEncoder,
+    bct: LoadedEncoder,
+    vectors: Mapping[str, NDArray[np.float32]],
+    items: Sequence[Mapping[str, Any]],
+    relevance: Relevance,
+    shares: Sequence[float],
+) -> Arm:
+    arm = Arm()
+    gallery.register_space(bct.space())
+    gallery.relate(bct.fingerprint, old.fingerprint, evidence={"method": "compat:bct"})
+    upgrade = Upgrade(gallery, bct)
+    upgrade.begin(strategy="compatible", task_items=max(1, len(items) // (4 * max(1, len(shares) - 1))))
+    service = upgrade.serve()
+    for share in shares:
+        if share:
+            upgrade.run(stop_at_share=share)
+        arm.moments.append(_judge(service.search(vectors={bct.fingerprint: vectors["bct"]}, k=DEPTH), items, relevance))
+    upgrade.finish()
+    return arm
+
+
+def _fresh(
+    path: Path,
+    new: LoadedEncoder,
+    items: Sequence[Mapping[str, Any]],
+    queries: NDArray[np.float32],
+    relevance: Relevance,
+) -> tuple[Moment, SearchResult]:
+    """What a gallery answers that was built from scratch with the new encoder: the end that an upgrade must reach."""
+    with _gallery(path, new, items) as gallery:
+        found = gallery.search(queries, DEPTH)
+    shutil.rmtree(path)
+    return _judge(found, items, relevance), found
+
+
+def _moved(gallery: Gallery, fingerprint: str, items: Sequence[Mapping[str, Any]]) -> NDArray[np.bool_]:
+    """``(N,)``: which items have their new vector."""
+    nums = np.array([item.num for item in gallery.get_many([i["id"] for i in items]) if item is not None], np.int64)
+    part = gallery.snapshot().part_of(fingerprint)
+    return part.contains(nums) if part is not None else np.zeros(len(items), bool)
+
+
+# ---------------------------------------------------------------------------------------------- measuring
+
+
+def _judge(found: SearchResult, items: Sequence[Mapping[str, Any]], relevance: Relevance) -> Moment:
+    position = {item["id"]: index for index, item in enumerate(items)}
+    ranked = np.array([[position[name] for name in row] for row in found.ids], np.int64)
+    return _moment(
+        RankedList(ranked, -found.distances[:, : ranked.shape[1]]), found.sides[:, : ranked.shape[1]] == 1, relevance
+    )
+
+
+def _judge_scores(scores: NDArray[np.float32], moved: NDArray[np.bool_], relevance: Relevance) -> Moment:
+    ranked = RankedList.from_scores(scores, k=DEPTH)
+    return _moment(ranked, moved[ranked.ids], relevance)
+
+
+def _moment(ranked: RankedList, is_new: NDArray[np.bool_], relevance: Relevance) -> Moment:
+    ap = average_precision(ranked, relevance, kind="at_k", k=DEPTH)
+    first = cmc(ranked, relevance, ks=[1])
+    return Moment(np.asarray(ranked.ids), is_new, ap.values, np.asarray(first.values).reshape(len(ranked)) == 1)
+
+
+def _level(moment: Moment) -> dict[str, float]:
+    return {"map": float(moment.ap.mean()), "recall_at_1": float(moment.first.mean())}
+
+
+def _curve(arm: Arm, shares: Sequence[float], start: Moment) -> dict[str, Any]:
+    """mAP, R@1 and flips against the old system at every share, and the area under the mAP."""
+    maps = [float(m.ap.mean()) for m in arm.moments]
+    each = [flips(start.first, m.first) for m in arm.moments]
+    return {
+        "map": maps,
+        "recall_at_1": [float(m.first.mean()) for m in arm.moments],
+        "nfr": [float(f.nfr) for f in each],
+        "pfr": [float(f.pfr) for f in each],
+        "area": float(Curve(np.asarray(shares), np.asarray(maps)).area()),
+    }
+
+
+def _different(one: SearchResult, other: SearchResult) -> int:
+    """How many queries have another list of results."""
+    return sum(a != b for a, b in zip(one.ids, other.ids, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------ the page
+
+
+def _wall(
+    queries: Sequence[Query], items: Sequence[Mapping[str, Any]], arms: Mapping[str, Arm], start: Moment, end: Moment
+) -> tuple[list[dict[str, Any]], str]:
+    """Results of a few queries at every share: per arm and share a list of [item id, right, new]."""
+    mended = np.flatnonzero(~start.first & end.first)
+    broken = np.flatnonzero(start.first & ~end.first)
+    kept = np.flatnonzero(start.first & end.first)
+    chosen = [*_spread(mended, WALL - 3), *_spread(kept, 2), *_spread(broken, 1)]
+    rule = (
+        f"evenly spaced in alphabetical order, {WALL - 3} of the {len(mended)} whose first result the new model mends, "
+        f"2 of the {len(kept)} that both answer right, 1 of the {len(broken)} that it breaks."
+    )
+    wall = []
+    for q in chosen:
+        row: dict[str, Any] = {"query": queries[q].id, "concept": queries[q].concept.replace("-", " ")}
+        for name, arm in arms.items():
+            row[name] = [
+                [
+                    [items[i]["id"], items[i]["concept"] == queries[q].concept, bool(is_new)]
+                    for i, is_new in zip(m.ranked[q, :SHOWN], m.is_new[q, :SHOWN], strict=True)
+                ]
+                for m in arm.moments
+            ]
+        wall.append(row)
+    return wall, rule
+
+
+def _spread(positions: NDArray[np.int64], count: int) -> list[int]:
+    """``count`` of ``positions``, evenly spaced."""
+    if len(positions) <= count:
+        return positions.tolist()
+    return positions[(np.arange(count) + 0.5).astype(float) * len(positions) // count].tolist() if count else []
+
+
+def _thumbs(wall: Sequence[Mapping[str, Any]], paths: Mapping[str, Path]) -> dict[str, str]:
+    shown = {row["query"] for row in wall}
+    shown |= {hit[0] for row in wall for name in ("switch", "rank_merge", "compatible") for m in row[name] for hit in m}
+    return {name: data_uri(open_image(paths[name]), side=64) for name in sorted(shown)}
+
+
+# ------------------------------------------------------------------------------------------------- set-up
+
+
+class _Clock:
+    """Times the steps and says what is done."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.steps: list[dict[str, Any]] = []
+        self._say = say
+
+    @contextmanager
+    def step(self, name: str, what: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - start
+        self.steps.append({"name": name, "seconds": round(seconds, 2), "what": what})
+        self._say(f"{name:<12} {seconds:6.1f} s  {what}")
+
+
+def _check_installed() -> None:
+    registry = get_registry()
+    for kind, name, package in (
+        ("dataset", "emoji:styles", "bowerbird-emoji"),
+        ("objective", "compat:bct", "bowerbird-compat"),
+        ("encoder", "core:efficientnet-lite", "bowerbird-core[lite]"),
+    ):
+        try:
+            registry.get(kind, name)
+        except UnknownNameError as error:
+            raise MissingExtraError(f"the demo uses {name}. Install it: pip install {package}") from error
+    for module in ("matplotlib", "jinja2"):
+        if util.find_spec(module) is None:
+            raise MissingExtraError(
+                f"the demo draws a page with {module}. Install it: pip install 'bowerbird-core[report]'"
+            )
+
+
+def _clear(out: Path) -> None:
+    """An empty folder at ``out``; only an earlier demo is removed."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not (out / MARKER).is_file():
+            raise GalleryError(f"{out} is not empty and holds no demo. Choose another folder with --out.")
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MARKER).write_text("{}\n")  # from now on this is a demo's folder, also if the demo is interrupted
+
+
+def _environment() -> str:
+    names = ("bowerbird-core", "bowerbird-compat", "bowerbird-emoji", "torch", "timm", "numpy")
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in names)
+    return f"Python {platform.python_version()}, {versions}; {os.cpu_count()} cores, {platform.machine()}"
+
+
+def _peak_memory_mb() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (1024 * 1024 if sys.platform == "darwin" else 1024))
+
+
+def read_demo(out: str | Path) -> dict[str, Any]:
+    """``demo.json`` of a finished demo."""
+    return dict(json.loads((Path(out) / MARKER).read_text()))
