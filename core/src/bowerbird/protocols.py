@@ -207,7 +207,7 @@ class Evaluator(ABC):
 
 
 class Transform(nn.Module):
-    """Maps vectors of the space ``source`` to the space ``target`` (fingerprints); a use in the other direction is refused."""
+    """Maps vectors of the space ``source`` to the space ``target`` (fingerprints); the other direction is refused."""
 
     source: str
     target: str

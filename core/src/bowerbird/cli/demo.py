@@ -48,5 +48,6 @@ def command(out: Path, seed: int, steps: int, as_json: bool) -> None:
     click.echo(
         f"old model {levels['old_old']['map']:.3f}, new model {levels['new_new']['map']:.3f}. Rank merge: "
         f"{result['changed_at_start']} of {queries} result lists changed at the start, "
-        f"{result['different_at_end']} differ from a gallery built with the new model at the end.\n\nLook at it: {(out / 'index.html').resolve()}"
+        f"{result['different_at_end']} differ at the end from a gallery built with the new model.\n\n"
+        f"Look at it: {(out / 'index.html').resolve()}"
     )

@@ -51,7 +51,8 @@ def verdict(result: Mapping[str, Any]) -> str:
     best = max(curves, key=lambda key: curves[key]["area"])
     calmest = min(("rank_merge", "compatible"), key=lambda key: max(curves[key]["nfr"]))
     loss = levels["new_new"]["map"] - levels["bct_bct"]["map"]
-    end = f"The compatible model ends {100 * abs(loss):.1f} points {'below' if loss > 0 else 'above'} the freely trained one"
+    side = "below" if loss > 0 else "above"
+    end = f"The compatible model ends {100 * abs(loss):.1f} points {side} the freely trained one"
     return (
         f"Largest area under the curve: {ARMS[best][0]}. Fewest negative flips at the worst moment, of the two that "
         f"serve through the upgrade: {ARMS[calmest][0]}. {end}. One seed: docs/claims.md has the averages."

@@ -1,6 +1,7 @@
 """The steps of ``bowerbird demo``, on a real gallery in the output folder.
 
-Everything measured goes to ``demo.json``; ``index.html`` is drawn from it. Q queries, N gallery items, D width of a space.
+Everything measured goes to ``demo.json``; ``index.html`` is drawn from it. Q queries, N gallery items, D width of a
+space.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bowerbird.data.dataset import Dataset
 from bowerbird.data.images import open_image
 from bowerbird.demo.encoders import recipes, train_encoder
 from bowerbird.demo.page import write_page
@@ -31,7 +33,6 @@ from bowerbird.errors import GalleryError, MissingExtraError, SpaceError, Unknow
 from bowerbird.files import write_json
 from bowerbird.gallery import Gallery
 from bowerbird.gallery.gallery import SearchResult
-from bowerbird.data.dataset import Dataset
 from bowerbird.recipe import build_config
 from bowerbird.registry import get_registry
 from bowerbird.report import data_uri
