@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/gallery_add.py --output benchmarks/results/gallery_add.json
 
-Wall time, because most of it is the disk. The vectors come from a memory-mapped file, so that the memory that is measured
-is the gallery's own.
+Wall time, because most of it is the disk. The vectors come from a memory-mapped file, so that the memory that is
+measured is the gallery's own.
 """
 
 from __future__ import annotations

@@ -155,7 +155,7 @@ class Part:
                 break
             # Many items at one distance (copies of an image) can push the right one out of the candidates: look
             # further.
-            unsure = np.isfinite(rough[:, -1]) & (rough[:, -1] - rough[:, k - 1] <= slack)
+            unsure = np.isfinite(rough[:, -1]) & (rough[:, -1] <= rough[:, k - 1] + slack)
             todo = todo[unsure]
             wide *= 4
         return Hits(ids, distances)
