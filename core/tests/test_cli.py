@@ -28,7 +28,7 @@ from bowerbird.records import RetrieverRecord
 BOWERBIRD_API = "1.0"
 @hookimpl
 def bowerbird_retrievers():
-    yield RetrieverRecord(name="my_idea:first", role="order", target="my_idea:order", summary="First come, first served.")
+    yield RetrieverRecord(name="my_idea:first", role="order", target="my_idea:order", summary="First come first.")
 def order(ids, old_vectors, *, seed, centers=None):
     return range(len(ids))
 """

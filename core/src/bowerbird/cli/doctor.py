@@ -18,19 +18,19 @@ import bowerbird
 from bowerbird.cli import examples
 from bowerbird.errors import PluginError
 from bowerbird.records import API_VERSION, Record
-from bowerbird.registry import Registry, get_registry, install_command
+from bowerbird.registry import Registry, get_registry, import_string, install_command
 
 LIBRARIES = (
     "numpy", "pillow", "pydantic", "pluggy", "click", "rich", "torch", "torchvision", "timm", "transformers",
     "safetensors", "pytorch-metric-learning", "faiss-cpu", "faiss-gpu", "scikit-learn", "matplotlib", "pyarrow",
 )  # fmt: skip
-# kind -> the class in bowerbird.protocols that a target must derive from
+# kind -> the class that a target must derive from
 CONTRACTS = {
-    "encoder": "Encoder",
-    "objective": "Objective",
-    "dataset": "Dataset",
-    "modifier": "Modifier",
-    "evaluator": "Evaluator",
+    "encoder": "bowerbird.protocols:Encoder",
+    "objective": "bowerbird.protocols:Objective",
+    "dataset": "bowerbird.data.dataset:Dataset",
+    "modifier": "bowerbird.protocols:Modifier",
+    "evaluator": "bowerbird.protocols:Evaluator",
 }
 EXAMPLES = ("bowerbird doctor", "bowerbird doctor --deep", "bowerbird --plugin my_idea.py doctor")
 
@@ -109,11 +109,9 @@ def _deep_problem(registry: Registry, record: Record) -> str:
     except PluginError as exc:
         return str(exc)
     if record.kind in CONTRACTS:
-        from bowerbird import protocols
-
-        contract = getattr(protocols, CONTRACTS[record.kind])
+        contract = import_string(CONTRACTS[record.kind])
         if not (isinstance(target, type) and issubclass(target, contract)):
-            return f"{record.target!r} is no subclass of bowerbird.protocols.{contract.__name__}"
+            return f"{record.target!r} is no subclass of {CONTRACTS[record.kind]}"
     return ""
 
 

@@ -34,7 +34,7 @@ KINDS = {
         "shapes",
         "shapes",
         "Circles, squares and triangles.",
-        ("bowerbird-core[torch]", "pillow>=10.3", "pydantic>=2.8,<3"),
+        ("bowerbird-core", "pillow>=10.3", "pydantic>=2.8,<3"),
     ),
     "retriever": (
         "newest-first",

@@ -25,7 +25,7 @@ class SoftmaxConfig(BaseModel):
 class MarginConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    kind: Literal["arcface", "cosface"] = "arcface"
+    kind: Literal["arcface", "cosface"] = Field(default="arcface", description="Margin on the angle, or on the cosine.")
     margin: float | None = Field(
         default=None,
         ge=0,

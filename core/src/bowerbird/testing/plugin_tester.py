@@ -8,7 +8,7 @@ from typing import Any, Self
 from bowerbird.cli.doctor import CONTRACTS
 from bowerbird.errors import BowerbirdError, PluginError
 from bowerbird.records import Record
-from bowerbird.registry import PluginStatus, get_registry
+from bowerbird.registry import PluginStatus, get_registry, import_string
 from bowerbird.testing.contract import modules_imported_at_discovery
 
 
@@ -85,11 +85,9 @@ def _record_problems(record: Record) -> list[str]:
     except PluginError as exc:
         return [str(exc)]
     if record.kind in CONTRACTS:
-        from bowerbird import protocols
-
-        contract = getattr(protocols, CONTRACTS[record.kind])
+        contract = import_string(CONTRACTS[record.kind])
         if not (isinstance(target, type) and issubclass(target, contract)):
-            problems.append(f"{record.target} is no subclass of bowerbird.protocols.{contract.__name__}")
+            problems.append(f"{record.target} is no subclass of {CONTRACTS[record.kind]}")
     elif not callable(target):
         problems.append(f"{record.target} cannot be called")
     if config is None:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class UncertaintyConfig(BaseModel):
     """Settings of the order ``core:uncertainty`` (see ``bowerbird.upgrade.orders``)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     strategy: Literal["entropy", "least_confidence", "margin"] = "entropy"
     """How uncertainty is measured."""
