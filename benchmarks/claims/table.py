@@ -1,0 +1,86 @@
+"""Writes docs/claims.md from ``results/*.json``: ``python benchmarks/claims/table.py [--check]``.
+
+``--check`` writes nothing and fails where the page is not what the results give.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+PAGE = HERE.parents[1] / "docs" / "claims.md"
+
+HEAD = """\
+# Claims: what was reproduced, and what was not
+
+Written by `python benchmarks/claims/table.py` from the committed results; do not edit.
+
+Each method's paper makes claims about signs: this is larger than that. The plan of every run
+(`benchmarks/claims/<method>.toml`: arms, data, seeds, expected signs) was committed before the first run. A seed sets
+the split, the noise and every initial weight. A claim is **shown** when the 95 % interval (Student's t over the
+seeds, paired) of every difference in it lies above 0, **opposite** when one lies below 0, and **not shown**
+otherwise. Every arm that was run is listed. These are small worlds of seconds: a claim that is not shown here may
+hold at the paper's scale, and the other way round.
+"""
+
+
+def page(results: list[dict[str, Any]]) -> str:
+    return "\n".join([HEAD, *(section(result) for result in results)])
+
+
+def section(result: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    lines = [
+        f"## `{result['method']}`",
+        "",
+        f"{result['paper']}. {len(result['seeds'])} seeds. Run: `{result['command']}`"
+        f" ({result['seconds']:.0f} s on a busy machine with {result['machine']['cores']} cores; {versions}).",
+        "",
+        "| claim | expected | measured differences (mean [95 % interval], seeds with this sign) | verdict |",
+        "| --- | --- | --- | --- |",
+        *(claim_row(claim, len(result["seeds"])) for claim in result["claims"]),
+        "",
+        "| arm | what it is |",
+        "| --- | --- |",
+        *(f"| {name} | {about or 'the old model'} |" for name, about in result["arms"].items()),
+        "",
+        "| value | mean | 95 % interval |",
+        "| --- | --- | --- |",
+        *(f"| {name} | {s['mean']:.3f} | {s['low']:.3f} to {s['high']:.3f} |" for name, s in result["summary"].items()),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def claim_row(claim: dict[str, Any], seeds: int) -> str:
+    if "equal" in claim:
+        expected, measured = (
+            " = ".join(claim["equal"]),
+            f"bit-equal in {seeds if claim['verdict'] == 'shown' else 'not all'} seeds",
+        )
+    else:
+        steps = claim["steps"]
+        expected = "; ".join(f"{s['less']} < {s['more']}" for s in steps)
+        measured = "; ".join(
+            f"{s['mean']:+.3f} [{s['low']:+.3f}, {s['high']:+.3f}], {s['seeds_right']}/{seeds}" for s in steps
+        )
+    return f"| ({claim['id']}) {claim['text']} | {expected} | {measured} | **{claim['verdict']}** |"
+
+
+def main() -> int:
+    results = [json.loads(file.read_text()) for file in sorted((HERE / "results").glob("*.json"))]
+    text = page(results)
+    if "--check" in sys.argv[1:]:
+        if not PAGE.is_file() or PAGE.read_text() != text:
+            print(f"{PAGE} is not what the results give; run python benchmarks/claims/table.py")
+            return 1
+        return 0
+    PAGE.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
