@@ -11,6 +11,8 @@ import re
 import sys
 from pathlib import Path
 
+from hooks_page import hooks_page
+
 ROOT = Path(__file__).parent.parent
 KINDS = {
     "encoder": "Encoders",
@@ -81,6 +83,7 @@ def generated() -> dict[Path, str]:
         readme: replace_between(readme.read_text(), "methods", method_table(with_links="docs/")),
         ROOT / "docs/methods/index.md": intro + method_table(with_links="").replace("(methods/", "("),
         ROOT / "docs/reference/cli.md": command_reference(),
+        ROOT / "docs/plugin-authors/hooks.md": hooks_page(),
     }
 
 

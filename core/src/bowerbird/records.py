@@ -56,7 +56,12 @@ class Record:
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderRecord(Record):
-    """Target: a subclass of ``bowerbird.protocols.Encoder``."""
+    """Target: a subclass of ``bowerbird.protocols.Encoder``.
+
+    Attributes:
+        inputs: Batch keys that it reads.
+        outputs: What its ``Features`` hold: ``pooled``, ``tokens``.
+    """
 
     kind: ClassVar[str] = "encoder"
     inputs: tuple[str, ...] = ("image",)
@@ -82,7 +87,7 @@ class ObjectiveRecord(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetRecord(Record):
-    """Target: a subclass of ``bowerbird.protocols.Dataset``.
+    """Target: a subclass of ``bowerbird.data.dataset.Dataset``.
 
     Attributes:
         provides: Batch keys of its items.
@@ -98,7 +103,16 @@ class DatasetRecord(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class RetrieverRecord(Record):
-    """Target: depends on ``role``, see ``bowerbird.protocols`` and the plugin-author guide."""
+    """Target: by role. Those with a contract in ``bowerbird.testing``:
+
+    - ``index``: a class with ``build(config)``, ``add``, ``remove``, ``search``, ``save`` and ``load``;
+    - ``merger``: a function ``(old hits, new hits, k)`` that returns hits, see ``bowerbird.retrieval.index.Hits``;
+    - ``order``: a function ``(ids, old_vectors, *, seed, centers=None)`` that returns a permutation of positions;
+    - ``upgrade``: a class with ``needs_old_encoder``, ``merger``, ``check(...)`` and ``old_part_queries(...)``.
+
+    Attributes:
+        role: One of ``RETRIEVER_ROLES``.
+    """
 
     kind: ClassVar[str] = "retriever"
     role: str
@@ -106,7 +120,11 @@ class RetrieverRecord(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class ModifierRecord(Record):
-    """Target: a subclass of ``bowerbird.protocols.Modifier``. ``attaches_to``: module types it changes."""
+    """Target: a subclass of ``bowerbird.protocols.Modifier``.
+
+    Attributes:
+        attaches_to: Names of the module types that it changes.
+    """
 
     kind: ClassVar[str] = "modifier"
     attaches_to: tuple[str, ...] = ()
@@ -114,7 +132,11 @@ class ModifierRecord(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluatorRecord(Record):
-    """Target: a subclass of ``bowerbird.protocols.Evaluator``. ``needs``: batch keys that it reads."""
+    """Target: a subclass of ``bowerbird.protocols.Evaluator``.
+
+    Attributes:
+        needs: Batch keys that it reads.
+    """
 
     kind: ClassVar[str] = "evaluator"
     needs: tuple[str, ...] = ("image", "label")
