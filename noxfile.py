@@ -100,6 +100,7 @@ def wheels(session: nox.Session) -> None:
 def combined(session: nox.Session) -> None:
     """Integration tests: everything that needs two or more packages."""
     install(session, *EVERYTHING)
+    session.install("uv>=0.5", "hatchling>=1.27")  # the tutorial builds and installs a plugin
     pytest(
         session,
         "integration_tests",
@@ -119,7 +120,7 @@ def broken_plugins(session: nox.Session) -> None:
 def template(session: nox.Session) -> None:
     """``bowerbird new-plugin``: scaffold, build, install, contract tests green, used by the command line."""
     install(session, f"{CORE}[torch,testing]")
-    session.install("uv>=0.5", "hatchling>=1.27", "editables")
+    session.install("uv>=0.5", "hatchling>=1.27", "editables", "ruff>=0.9")
     pytest(session, "integration_tests/test_template.py", parallel=False)
 
 

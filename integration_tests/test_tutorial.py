@@ -21,8 +21,8 @@ BLOCK = re.compile(r'^```(python|bash)(?: title="([^"]+)")?\n(.*?)^```', re.MULT
 def shell(tmp_path: Path) -> Path:
     """A folder in front of PATH whose `bowerbird` and `python` are those of this environment.
 
-    ``pip install -e .`` is replaced by what it would do without a network and without changing the environment that runs
-    the tests: build the wheel and install it into a folder on PYTHONPATH.
+    ``pip install -e .`` is replaced by what leaves the environment that runs the tests as it is: the wheel is built and
+    installed into a folder on PYTHONPATH.
     """
     folder = tmp_path / "bin"
     folder.mkdir()
