@@ -79,7 +79,9 @@ class TrainSettings(_Table):
         default=False, description="Run the encoder's frozen trunk once per item and keep the result."
     )
     workers: int = Field(default=0, ge=0, le=256, description="Processes that read and decode items.")
-    checkpoint_every: int | None = Field(default=None, ge=1, description="Optimiser steps; by default once per epoch.")
+    checkpoint_every: int | None = Field(
+        default=None, ge=1, description="Optimiser steps; by default with the epochs, at most once per 30 s."
+    )
     log_every: int = Field(default=10, ge=1, description="Optimiser steps between log lines.")
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:0, mps.")
 

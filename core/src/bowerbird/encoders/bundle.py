@@ -125,7 +125,7 @@ class LoadedEncoder:
             yield indices, vectors
 
     def encode_dataset(
-        self, dataset: Dataset, *, batch_size: int = 256, progress: Callable[[int], None] | None = None
+        self, dataset: Dataset, *, batch_size: int = 64, progress: Callable[[int], None] | None = None
     ) -> NDArray[np.float32]:
         """Unit vectors of the items of a data set, in order of position: float32 ``(len(dataset), dim)``."""
         if self.module.preprocessing is not None:

@@ -192,7 +192,7 @@ def cache_trunk(
     *,
     device: torch.device,
     with_labels: bool,
-    batch_size: int = 64,
+    batch_size: int = 32,
 ) -> CachedTrunk:
     """Run the frozen trunk once per item; a finished file of an earlier start of the run is used again.
 

@@ -11,6 +11,7 @@ import math
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -43,6 +44,9 @@ from bowerbird.train.data import CachedTrunk, TrainItems, cache_trunk, epoch_bat
 from bowerbird.train.log import RunLog
 from bowerbird.train.run import TrainContext, start_folder
 from bowerbird.train.schedules import lr_factor
+
+
+CHECKPOINT_SECONDS = 30  # least time between two checkpoints that no setting asked for
 
 
 class TrainingError(BowerbirdError):
@@ -138,6 +142,7 @@ def _prepare(recipe: Recipe, run_dir: Path, device: torch.device) -> _Run:
     if settings.cache_trunk:
         file = run_dir / "cache" / "trunk.npy"
         cached = cache_trunk(encoder, dataset, file, device=device, with_labels=has_labels)
+        context.trunk = (encoder, cached)
     encoder.train()
     objective: Objective = build(recipe.objective, "objective", encoder, context).to(device)
     objective.train()
@@ -189,6 +194,7 @@ def _train(run: _Run, *, show: bool) -> bool:
     log = RunLog(run.run_dir, total_steps=total, first_step=run.progress.step, show=show) if dist.is_main() else None
     with log or nullcontext(), _stop_request() as stop_request:
         losses = _Averages()
+        saved_at = time.monotonic()
         for epoch in range(run.progress.epoch, settings.epochs):
             first = run.progress.step_in_epoch
             if not first:
@@ -211,8 +217,7 @@ def _train(run: _Run, *, show: bool) -> bool:
                     if log is not None:
                         log.values(step + 1, {"epoch": epoch, **means})
                 stop = dist.any_process(stop_request.is_set())
-                every = settings.checkpoint_every
-                due = ends_epoch if every is None else (step + 1) % every == 0
+                due = _checkpoint_due(settings, step + 1, ends_epoch, saved_at)
                 if step + 1 == total:
                     run.progress = replace(run.progress, finished=True)
                 if due or stop or step + 1 == total:
@@ -222,9 +227,17 @@ def _train(run: _Run, *, show: bool) -> bool:
                         objective=run.objective,
                         optimizer=run.optimizer,
                     )
+                    saved_at = time.monotonic()
                 if stop and step + 1 < total:
                     return False
     return True
+
+
+def _checkpoint_due(settings: TrainSettings, steps: int, ends_epoch: bool, saved_at: float) -> bool:
+    if settings.checkpoint_every is not None:
+        return steps % settings.checkpoint_every == 0
+    # Epochs can be shorter than writing a checkpoint takes. The main process's clock decides for all.
+    return ends_epoch and dist.any_process(dist.is_main() and time.monotonic() - saved_at > CHECKPOINT_SECONDS)
 
 
 def _step(run: _Run, step: int, group: list[Batch]) -> dict[str, Tensor | float]:

@@ -19,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,7 +31,7 @@ from bowerbird.protocols import BuildContext, Dataset, Encoder, TrainedRun
 from bowerbird.recipe import Recipe
 from bowerbird.registry import get_registry
 from bowerbird.train.checkpoint import latest_checkpoint, load_checkpoint
-from bowerbird.train.data import ordered_batches
+from bowerbird.train.data import CachedTrunk, ordered_batches, to_device
 
 # Settings that do not change what is learned: a run may be resumed with others.
 FREE_SETTINGS = ("train.device", "train.workers", "train.log_every", "train.checkpoint_every")
@@ -43,12 +44,32 @@ class TrainContext(BuildContext):
         self.dataset = dataset
         self.classes = tuple(dataset.classes)
         self.total_steps, self.seed, self.device = total_steps, seed, device
+        self.trunk: tuple[Encoder, CachedTrunk] | None = None  # of the encoder that is trained, where it is cached
 
     def load_run(self, path: str | Path) -> TrainedRun:
         return load_run(path)
 
     def eval_batches(self, encoder: Encoder, keys: Sequence[str] = ("image", "label")) -> Iterator[Batch]:
-        yield from ordered_batches(encoder, self.dataset, keys=keys, batch_size=64, device=self.device)
+        if self.trunk is not None and _same_trunk(encoder, self.trunk[0]) and set(keys) <= {"image", "label", "index"}:
+            positions = np.arange(len(self.dataset))
+            chunks = [positions[start : start + 256] for start in range(0, len(positions), 256)]
+            yield from (to_device(batch, self.device) for batch in self.trunk[1].batches(chunks))
+        else:
+            yield from ordered_batches(encoder, self.dataset, keys=keys, batch_size=64, device=self.device)
+
+
+def _same_trunk(first: Encoder, second: Encoder) -> bool:
+    """Whether both give the same output of their trunk: the same pictures through the same weights.
+
+    Heads that were trained on one frozen trunk are common in an upgrade; the trunk then runs once for both.
+    """
+    one, other = getattr(first, "trunk", None), getattr(second, "trunk", None)
+    if one is None or other is None or (type(first), type(one)) != (type(second), type(other)):
+        return False
+    if first.preprocessing != second.preprocessing:
+        return False
+    ours, theirs = one.state_dict(), other.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[k].cpu(), theirs[k].cpu()) for k in ours)
 
 
 def load_run(path: str | Path) -> TrainedRun:

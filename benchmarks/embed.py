@@ -1,0 +1,107 @@
+"""Images per second of ``LoadedEncoder.encode`` (from image files, decoding overlapped) against the bare forward pass on
+ready tensors of the same batch size. The two are timed in turns, so that a busy machine slows both; the limit holds for the
+median of the paired ratios.
+
+    python benchmarks/embed.py --json benchmarks/results/embed.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import platform
+import statistics
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from bowerbird.encoders import load_encoder
+
+LIMIT = 0.95
+
+
+def make_files(count: int, side: int, kind: str) -> list[bytes]:
+    """Encoded pictures with structure (smooth noise), as JPEG or PNG."""
+    generator = np.random.default_rng(0)
+    files = []
+    for _ in range(count):
+        coarse = Image.fromarray(generator.integers(0, 255, (8, 8, 3), dtype=np.uint8))
+        buffer = io.BytesIO()
+        coarse.resize((side, side), Image.Resampling.BICUBIC).save(buffer, kind)
+        files.append(buffer.getvalue())
+    return files
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--encoder", default="core:efficientnet-lite?model=lite0")
+    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--side", type=int, default=256, help="pixels of the pictures before preprocessing")
+    parser.add_argument("--kind", default="JPEG", choices=["JPEG", "PNG"])
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+
+    torch.set_num_threads(options.threads)
+    encoder = load_encoder(options.encoder)
+    files = make_files(options.images, options.side, options.kind)
+    preprocessing = encoder.module.preprocessing
+    assert preprocessing is not None
+    ready = [
+        torch.from_numpy(np.stack([preprocessing(Image.open(io.BytesIO(f)).convert("RGB")) for f in files[i : i + options.batch_size]]))
+        .to(encoder.device)
+        for i in range(0, len(files), options.batch_size)
+    ]  # fmt: skip
+
+    def bare() -> None:
+        with torch.inference_mode():
+            for images in ready:
+                encoder.module({"image": images}).pooled.cpu()
+
+    def full() -> None:
+        encoder.encode(files, batch_size=options.batch_size)
+
+    def seconds(work: object) -> float:
+        start = time.perf_counter()
+        work()  # type: ignore[operator]
+        return time.perf_counter() - start
+
+    bare()
+    full()
+    pairs = []
+    for turn in range(options.rounds):
+        first, second = (bare, full) if turn % 2 == 0 else (full, bare)
+        times = {first: seconds(first), second: seconds(second)}
+        pairs.append((times[bare], times[full]))
+    ratios = [b / f for b, f in pairs]
+    result = {
+        "benchmark": "embed",
+        "command": " ".join(["python", *sys.argv]),
+        "limit": LIMIT,
+        "share_of_bare_forward": statistics.median(ratios),
+        "ratios": ratios,
+        "bare_images_per_second": options.images / min(b for b, _ in pairs),
+        "encode_images_per_second": options.images / min(f for _, f in pairs),
+        "within_limit": statistics.median(ratios) >= LIMIT,
+        "settings": {k: v for k, v in vars(options).items() if k != "json"},
+        "machine": {"platform": platform.platform(), "threads": torch.get_num_threads(), "device": str(encoder.device)},
+        "versions": {name: metadata.version(name) for name in ("bowerbird-core", "torch", "timm", "pillow", "numpy")},
+    }
+    text = json.dumps(result, indent=2)
+    print(text)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(text + "\n")
+    return 0 if result["within_limit"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
