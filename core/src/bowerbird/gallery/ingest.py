@@ -233,10 +233,7 @@ def compact(storage: Storage) -> int:
         if snapshot.upgrade is not None:
             raise InputError("a gallery cannot be compacted during an upgrade; begin and finish compact it anyway")
         part = snapshot.new
-        if snapshot.problems:
-            raise InputError(
-                f"the gallery has damaged rows ({snapshot.problems[0]}); replace or delete those items first"
-            )
+        storage.refuse_unreadable(snapshot)
         rows = sum(segment.rows for segment in snapshot.segments)
         writer, batches = storage.write_packed(part.space, np.sort(part.nums), snapshot)
         with storage.catalog.writing() as db:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bowerbird.errors import GalleryError, InputError, SpaceError
+from bowerbird.errors import CorruptionError, GalleryError, InputError, SpaceError
 from bowerbird.gallery.catalog import DISK_FULL, Catalog, create_catalog, disk_full
 from bowerbird.gallery.segments import (
     Batch,
@@ -270,6 +270,20 @@ class Storage:
                 if writer.info.sid not in known:
                     self._writers.pop(fingerprint).close()
             return remove_unused(self.segment_folder, known)
+
+    def refuse_unreadable(self, snapshot: Snapshot) -> None:
+        """Raise ``CorruptionError`` if a live item has no readable vector: copying the others would lose it for "
+        "good."""
+        with self.catalog.reading() as db:
+            pending = db.execute("SELECT count(*) FROM pending").fetchone()[0]
+        lost = snapshot.live - pending - sum(part.count for part in snapshot.parts)
+        if lost:
+            why = snapshot.problems[0] if snapshot.problems else "the catalogue and the segments disagree"
+            raise CorruptionError(
+                f"{lost} items have no readable vector ({why}). `bowerbird gallery verify {self.path}` names them; "
+                "replace "
+                "or delete them first."
+            )
 
     def write_packed(
         self, space: Space, nums: NDArray[np.int64], snapshot: Snapshot

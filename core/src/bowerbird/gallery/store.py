@@ -153,10 +153,7 @@ class Store:
                 raise UpgradeError(f"the gallery already serves space {to}; there is nothing to upgrade")
             old = snapshot.spaces[snapshot.serving]
             nums = snapshot.new.nums
-            if snapshot.problems:
-                raise UpgradeError(
-                    f"the gallery has damaged rows ({snapshot.problems[0]}); replace or delete those items first"
-                )
+            self.storage.refuse_unreadable(snapshot)
             queue = _complete_order(order, nums, snapshot.num_limit)
             with self.catalog.reading() as db:
                 pending = np.array(db.execute("SELECT num FROM pending ORDER BY num").fetchall(), np.int64).ravel()
