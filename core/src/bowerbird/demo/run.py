@@ -117,21 +117,24 @@ def run_demo(
     relevance = _relevance(queries, items)
     vectors = {name: encoder.encode([q.path for q in queries]) for name, encoder in encoders.items()}  # (Q, D) each
     with clock.step("gallery", f"{len(items)} pictures encoded with the old encoder and added"):
-        gallery = _gallery(out / "gallery", old, items)
+        old_vectors = old.encode([item["path"] for item in items])
+        gallery = _gallery(out / "gallery", old, items, old_vectors)
     with gallery:
         before = gallery.search(vectors["old"], DEPTH)
-        refusal = _refusal(gallery, vectors["new"][:1], new)
         start = _judge(before, items, relevance)
-        shares, merged, switched, changed = _rank_merge(
-            gallery, old, new, vectors, items, relevance, steps, before, clock
-        )
+        refusal = _refusal(gallery, vectors["new"][:1], new)
+        with clock.step("rank merge", "the live gallery is re-encoded while it serves; measured at every share"):
+            shares, moved, merged, changed = _rank_merge(gallery, old, new, vectors, items, relevance, steps, before)
         after = gallery.search(vectors["new"], DEPTH)
-    fresh_moment, fresh = _fresh(out / "fresh", new, items, vectors["new"], relevance)
-    with (
-        clock.step("compatible", "a second gallery moves to the BCT encoder; no query needs the old encoder any more"),
-        _gallery(out / "gallery-bct", old, items) as gallery,
-    ):
-        compatible = _compatible(gallery, old, bct, vectors, items, relevance, shares)
+        new_vectors = gallery.vectors_of([item["id"] for item in items])
+    with clock.step("compatible", "a second gallery moves to the BCT encoder; no query needs the old encoder any more"):
+        compatible = _compatible(out / "gallery-bct", old, bct, old_vectors, vectors, items, relevance, shares)
+    switched = Arm(
+        [_judge_scores(vectors["new"] @ np.where(m[:, None], new_vectors, old_vectors).T, m, relevance) for m in moved]
+    )
+    with clock.step("from scratch", "a gallery built with the new encoder alone: the end that an upgrade must reach"):
+        fresh = _from_scratch(out / "fresh", new, items, vectors["new"])
+    best = _judge(fresh, items, relevance)
 
     arms = {"switch": switched, "rank_merge": merged, "compatible": compatible}
     result = {
@@ -144,7 +147,7 @@ def run_demo(
             "query_style": queries[0].id.split("/")[0], "depth": DEPTH,
         },
         "levels": {
-            "old_old": _level(start), "new_new": _level(fresh_moment), "new_old": _level(switched.moments[0]),
+            "old_old": _level(start), "new_new": _level(best), "new_old": _level(switched.moments[0]),
             "bct_old": _level(compatible.moments[0]), "bct_bct": _level(compatible.moments[-1]),
         },
         "shares": shares,
@@ -202,12 +205,14 @@ def _relevance(queries: Sequence[Query], items: Sequence[Mapping[str, Any]]) -> 
 # ------------------------------------------------------------------------------------------------ galleries
 
 
-def _gallery(path: Path, encoder: LoadedEncoder, items: Sequence[Mapping[str, Any]]) -> Gallery:
-    """A gallery of all items, encoded with ``encoder``."""
+def _gallery(
+    path: Path, encoder: LoadedEncoder, items: Sequence[Mapping[str, Any]], vectors: NDArray[np.float32]
+) -> Gallery:
+    """A gallery of all items with their ``vectors (N, D)``."""
     gallery = Gallery.create(path, encoder.space())
     gallery.add(
         [item["id"] for item in items],
-        encoder.encode([item["path"] for item in items]),
+        vectors,
         uris=[str(item["path"].resolve()) for item in items],
         metadata=[item["metadata"] for item in items],
     )
@@ -231,69 +236,64 @@ def _rank_merge(
     relevance: Relevance,
     steps: int,
     before: SearchResult,
-    clock: _Clock,
-) -> tuple[list[float], Arm, Arm, int]:
-    """Shares, the rank-merge arm, the switch-at-once arm at the same moments, and the lists changed at the start."""
-    merged, switched = Arm(), Arm()
-    shares: list[float] = []
-    new_vectors = new.encode([item["path"] for item in items])
-    old_vectors = gallery.vectors_of([item["id"] for item in items])
+) -> tuple[list[float], list[NDArray[np.bool_]], Arm, int]:
+    """Shares, which items were new at each, the results, and how many result lists changed at the start."""
+    arm, shares, moved, changed = Arm(), [], [], 0
     queries = {old.fingerprint: vectors["old"], new.fingerprint: vectors["new"]}
-    changed = 0
     upgrade = Upgrade(gallery, new, old=old)
-    with clock.step("rank merge", "the live gallery is re-encoded; measured at every share"):
-        upgrade.begin(strategy="rank-merge", task_items=max(1, len(items) // (4 * steps)))
-        service = upgrade.serve()
-        for step in range(steps + 1):
-            if step:
-                upgrade.run(stop_at_share=step / steps)
-            found = service.search(vectors=queries, k=DEPTH)
-            if step == 0:
-                changed = _different(before, found)
-            shares.append(upgrade.status().share)
-            merged.moments.append(_judge(found, items, relevance))
-            moved = _moved(gallery, new.fingerprint, items)
-            mixed = np.where(moved[:, None], new_vectors, old_vectors)
-            switched.moments.append(_judge_scores(vectors["new"] @ mixed.T, moved, relevance))
-        upgrade.finish()
-    return shares, merged, switched, changed
+    upgrade.begin(strategy="rank-merge", task_items=_task_items(items, steps))
+    service = upgrade.serve()
+    for step in range(steps + 1):
+        if step:
+            upgrade.run(stop_at_share=step / steps)
+        found = service.search(vectors=queries, k=DEPTH)
+        if step == 0:
+            changed = _different(before, found)
+        shares.append(upgrade.status().share)
+        moved.append(_moved(gallery, new.fingerprint, items))
+        arm.moments.append(_judge(found, items, relevance))
+    upgrade.finish()
+    return shares, moved, arm, changed
 
 
 def _compatible(
-    gallery: Gallery,
+    path: Path,
     old: LoadedEncoder,
     bct: LoadedEncoder,
+    old_vectors: NDArray[np.float32],
     vectors: Mapping[str, NDArray[np.float32]],
     items: Sequence[Mapping[str, Any]],
     relevance: Relevance,
     shares: Sequence[float],
 ) -> Arm:
     arm = Arm()
-    gallery.register_space(bct.space())
-    gallery.relate(bct.fingerprint, old.fingerprint, evidence={"method": "compat:bct"})
-    upgrade = Upgrade(gallery, bct)
-    upgrade.begin(strategy="compatible", task_items=max(1, len(items) // (4 * max(1, len(shares) - 1))))
-    service = upgrade.serve()
-    for share in shares:
-        if share:
-            upgrade.run(stop_at_share=share)
-        arm.moments.append(_judge(service.search(vectors={bct.fingerprint: vectors["bct"]}, k=DEPTH), items, relevance))
-    upgrade.finish()
+    with _gallery(path, old, items, old_vectors) as gallery:
+        gallery.register_space(bct.space())
+        gallery.relate(bct.fingerprint, old.fingerprint, evidence={"method": "compat:bct"})
+        upgrade = Upgrade(gallery, bct)
+        upgrade.begin(strategy="compatible", task_items=_task_items(items, len(shares) - 1))
+        service = upgrade.serve()
+        for share in shares:
+            if share:
+                upgrade.run(stop_at_share=share)
+            found = service.search(vectors={bct.fingerprint: vectors["bct"]}, k=DEPTH)
+            arm.moments.append(_judge(found, items, relevance))
+        upgrade.finish()
     return arm
 
 
-def _fresh(
-    path: Path,
-    new: LoadedEncoder,
-    items: Sequence[Mapping[str, Any]],
-    queries: NDArray[np.float32],
-    relevance: Relevance,
-) -> tuple[Moment, SearchResult]:
-    """What a gallery answers that was built from scratch with the new encoder: the end that an upgrade must reach."""
-    with _gallery(path, new, items) as gallery:
+def _task_items(items: Sequence[object], steps: int) -> int:
+    """Small tasks, so that a run can stop close to the share that is asked for."""
+    return max(1, len(items) // (4 * steps))
+
+
+def _from_scratch(
+    path: Path, new: LoadedEncoder, items: Sequence[Mapping[str, Any]], queries: NDArray[np.float32]
+) -> SearchResult:
+    with _gallery(path, new, items, new.encode([item["path"] for item in items])) as gallery:
         found = gallery.search(queries, DEPTH)
     shutil.rmtree(path)
-    return _judge(found, items, relevance), found
+    return found
 
 
 def _moved(gallery: Gallery, fingerprint: str, items: Sequence[Mapping[str, Any]]) -> NDArray[np.bool_]:
@@ -381,7 +381,7 @@ def _spread(positions: NDArray[np.int64], count: int) -> list[int]:
     """``count`` of ``positions``, evenly spaced."""
     if len(positions) <= count:
         return positions.tolist()
-    return positions[(np.arange(count) + 0.5).astype(float) * len(positions) // count].tolist() if count else []
+    return positions[(2 * np.arange(count) + 1) * len(positions) // (2 * count)].tolist()
 
 
 def _thumbs(wall: Sequence[Mapping[str, Any]], paths: Mapping[str, Path]) -> dict[str, str]:

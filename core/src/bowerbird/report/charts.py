@@ -36,7 +36,7 @@ def line_chart(
     title: str = "",
     levels: Mapping[str, float] | None = None,
     size: tuple[float, float] = (7.2, 4.0),
-    ylim: tuple[float, float] | None = None,
+    ylim: tuple[float, float | None] | None = None,
     ident: str = "chart",
 ) -> str:
     """A chart as SVG text.
