@@ -1,7 +1,7 @@
 """Which installed distributions have an entry point in the group ``bowerbird``.
 
 ``importlib.metadata`` answers the same question, and a test compares the two. It is not used at start because what it
-imports and parses (csv, email, zipfile, the metadata of every distribution) is time that ``bowerbird list`` does not need.
+imports and parses (csv, email, all metadata) is time that ``bowerbird list`` does not need.
 """
 
 from __future__ import annotations
