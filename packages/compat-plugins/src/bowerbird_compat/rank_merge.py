@@ -19,7 +19,6 @@ from bowerbird.errors import SpaceError, UpgradeError
 
 if TYPE_CHECKING:
     from bowerbird.gallery.gallery import Gallery
-
     from bowerbird.gallery.space import Space
 
 

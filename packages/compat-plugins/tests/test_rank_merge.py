@@ -1,0 +1,50 @@
+"""``compat:rank-merge`` as a strategy of an upgrade."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from bowerbird.errors import SpaceError, UpgradeError
+from bowerbird.gallery.space import Space
+from bowerbird.registry import get_registry
+from bowerbird.testing import UpgradeContract
+from bowerbird_compat.rank_merge import RankMerge
+
+OLD = Space(fingerprint="a" * 64, encoder="old", dim=3)
+NEW = Space(fingerprint="b" * 64, encoder="new", dim=5)
+
+
+class TestContract(UpgradeContract):
+    name = "compat:rank-merge"
+
+
+def test_the_bare_name_is_enough():
+    assert get_registry().get("retriever", "rank-merge", role="upgrade").name == "compat:rank-merge"
+
+
+def test_the_old_part_is_searched_with_the_old_encoders_queries_as_they_are():
+    queries = {OLD.fingerprint: np.eye(3, dtype=np.float32), NEW.fingerprint: np.eye(5, dtype=np.float32)[:3]}
+    assert RankMerge().old_part_queries(queries, OLD, NEW) is queries[OLD.fingerprint]
+    with pytest.raises(SpaceError, match=r"old encoder old \(space a{12}\); got spaces b{12}"):
+        RankMerge().old_part_queries({NEW.fingerprint: queries[NEW.fingerprint]}, OLD, NEW)
+
+
+def test_any_two_spaces_of_one_kind_of_distance_are_served_and_others_are_refused():
+    RankMerge().check(None, OLD, NEW)
+    other = replace(NEW)
+    object.__setattr__(other, "metric", "l2")
+    with pytest.raises(UpgradeError, match="old uses cosine and new uses l2"):
+        RankMerge().check(None, OLD, other)
+
+
+def test_a_process_that_serves_needs_no_torch():
+    code = (
+        "import sys, bowerbird_compat.rank_merge, bowerbird_compat.mixed_gallery, bowerbird_compat.plugin\n"
+        "assert 'torch' not in sys.modules, 'torch'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
