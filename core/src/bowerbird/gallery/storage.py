@@ -262,6 +262,17 @@ class Storage:
                 (relation.kind, relation.new, relation.old, json.dumps(dict(relation.evidence))),
             )
 
+    def canary_passed(self, fingerprint: str) -> str | None:
+        """What ``remember_canary`` was last given for a space."""
+        with self.catalog.reading() as db:
+            row = db.execute("SELECT canary FROM space WHERE fingerprint = ?", (fingerprint,)).fetchone()
+        return None if row is None else row[0]
+
+    def remember_canary(self, fingerprint: str, passed: str) -> None:
+        """Note with which encoder and where the canary of a space was last checked."""
+        with self.catalog.writing() as db:
+            db.execute("UPDATE space SET canary = ? WHERE fingerprint = ?", (passed, fingerprint))
+
     def collect_garbage(self) -> list[str]:
         """Remove segment files that no catalogue row and no writer knows. Returns their names."""
         with self._append_lock, self.catalog.writing() as db:  # nobody can commit a new segment meanwhile

@@ -1,0 +1,526 @@
+"""``bowerbird gallery``: create, fill, search and check a gallery."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from bowerbird.cli import examples
+
+if TYPE_CHECKING:
+    from bowerbird.gallery import Gallery
+
+CALL_ITEMS = 50_000  # vectors per call of Gallery.add: bounds memory, and what an interruption repeats
+
+gallery_argument = click.argument("path", type=click.Path(file_okay=False))
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:0, mps.")
+
+
+@click.group(
+    "gallery",
+    epilog=examples(
+        "bowerbird gallery create photos --encoder 'core:efficientnet-lite?model=lite0'",
+        "bowerbird gallery add photos --folder ~/Pictures",
+        "bowerbird gallery search photos --image cat.jpg -k 5",
+        "bowerbird gallery verify photos",
+    ),
+)
+def command() -> None:
+    """Create, fill and search a gallery. To move it to another model see `bowerbird upgrade`."""
+
+
+@command.command(
+    epilog=examples(
+        "bowerbird gallery create photos --encoder runs/old",
+        "bowerbird gallery create photos --encoder 'core:efficientnet-lite?model=lite0' --dtype float16",
+        "bowerbird gallery create vectors --dim 768 --name hosted-model-v2",
+    )
+)
+@gallery_argument
+@click.option("--encoder", metavar="ENCODER", help="A run, an exported folder, or a name with settings.")
+@click.option("--dim", type=click.IntRange(min=1), help="Width of vectors that come from elsewhere.")
+@click.option("--name", help="Identity of the encoder that makes them; vectors of another name are another space.")
+@click.option("--dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True)
+@device_option
+@json_option
+def create(
+    path: str, encoder: str | None, dim: int | None, name: str | None, dtype: str, device: str, as_json: bool
+) -> None:
+    """Create the gallery PATH, for the images of an encoder or for ready vectors."""
+    import hashlib
+    from dataclasses import replace
+
+    from bowerbird.errors import InputError
+    from bowerbird.gallery import Gallery, Space
+
+    if (encoder is None) == (dim is None) or (name is not None and dim is None):
+        raise InputError(
+            "a gallery needs either --encoder, or --dim (with --name) for vectors that come from elsewhere"
+        )
+    if encoder is not None:
+        from bowerbird.encoders import load_encoder
+
+        space = load_encoder(encoder, device=device).space()
+        if Path(encoder).exists():  # the gallery is opened from other folders too
+            space = replace(space, encoder=str(Path(encoder).resolve()))
+    else:
+        assert dim is not None
+        name = name or "vectors"
+        space = Space(hashlib.sha256(f"black box {name} {dim}".encode()).hexdigest(), f"black-box:{name}", dim)
+    with Gallery.create(path, space, dtype=dtype):
+        pass
+    if as_json:
+        click.echo(
+            json.dumps({"path": path, "fingerprint": space.fingerprint, "encoder": space.encoder, "dim": space.dim})
+        )
+    else:
+        click.echo(f"created {path} for vectors of {space}")
+
+
+@command.command(
+    epilog=examples(
+        "bowerbird gallery add photos cat.jpg dog.jpg",
+        "bowerbird gallery add photos --folder ~/Pictures --on-error skip --metadata labels.csv",
+        "bowerbird gallery add styles --dataset emoji:styles --split unseen-gallery",
+        "bowerbird gallery add vectors --vectors vectors.npy --ids ids.txt",
+    )
+)
+@gallery_argument
+@click.argument("images", nargs=-1, type=click.Path())
+@click.option("--folder", type=click.Path(exists=True, file_okay=False), help="Every image below it; ids are relative.")
+@click.option("--dataset", help="A data set by name.")
+@click.option("--split", help="Split of the data set.")
+@click.option("--vectors", type=click.Path(exists=True, dir_okay=False), help="Ready vectors: .npy of shape (N, D).")
+@click.option(
+    "--ids", "ids_file", type=click.Path(exists=True, dir_okay=False), help="Their ids: a text file, one per line."
+)
+@click.option(
+    "--metadata",
+    type=click.Path(exists=True, dir_okay=False),
+    help="Metadata for search --where: .csv or .jsonl with a column or key `id`.",
+)
+@click.option("--existing", type=click.Choice(["error", "skip", "update"]), help="Ids that are there already; update: "
+              "replace what changed. Default: update for images, error for vectors.")  # fmt: skip
+@click.option(
+    "--on-error", type=click.Choice(["raise", "skip"]), default="raise", show_default=True, help="Unreadable images."
+)
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Images per forward pass."
+)
+@click.option("--lock-timeout", type=float, default=10.0, show_default=True, help="Seconds to wait for another writer.")
+@device_option
+@json_option
+def add(
+    path: str, images: tuple[str, ...], folder: str | None, dataset: str | None, split: str | None, vectors: str | None,
+    ids_file: str | None, metadata: str | None, existing: str | None, on_error: str, batch_size: int,
+    lock_timeout: float, device: str, as_json: bool,
+) -> None:  # fmt: skip
+    """Add images (files, a folder, a data set) or ready vectors to the gallery PATH.
+
+    Repeat an interrupted call: what is there already is not encoded again.
+    """
+    from bowerbird.errors import InputError
+    from bowerbird.gallery import Gallery
+    from bowerbird.gallery.images import Added, add_images
+
+    if sum([bool(images), folder is not None, dataset is not None, vectors is not None]) != 1:
+        raise InputError("say what to add, one of: image files, --folder, --dataset, --vectors with --ids")
+    if (vectors is None) != (ids_file is None) or (split is not None and dataset is None):
+        raise InputError("--vectors and --ids go together, and --split goes with --dataset")
+    with Gallery.open(path, lock_timeout=lock_timeout) as gallery:
+        if vectors is not None:
+            assert ids_file is not None
+            ids = _lines(ids_file)
+            rows = _metadata(metadata, ids, None)
+            with _progress("adding", len(ids), "vectors", as_json) as progress:
+                result: Added = _add_vectors(gallery, vectors, ids, rows, existing or "error", progress)
+        else:
+            ids, sources, labels = _images(images, folder, dataset, split)
+            rows = _metadata(metadata, ids, labels)
+            encoder = _encoder_of(gallery, device)
+            with _progress("adding", len(ids), "images", as_json) as progress:
+                result = add_images(
+                    gallery, encoder, sources, ids=ids, metadata=rows, existing=existing or "update", on_error=on_error,
+                    batch_size=batch_size, progress=progress,
+                )  # fmt: skip
+        total = len(gallery)
+    if as_json:
+        click.echo(json.dumps({**vars(result), "items": total}))
+        return
+    click.echo(
+        f"added {result.added}, replaced {result.replaced}, unchanged {result.unchanged}; {total} items in {path}"
+    )
+    for name, reason in result.skipped.items():
+        click.echo(f"skipped {name}: {reason}", err=True)
+
+
+@command.command(
+    epilog=examples("bowerbird gallery delete photos 2019/cat.jpg", "bowerbird gallery delete photos --ids gone.txt")
+)
+@gallery_argument
+@click.argument("names", nargs=-1, metavar="[ID]...")
+@click.option(
+    "--ids", "ids_file", type=click.Path(exists=True, dir_okay=False), help="A text file with one id per line."
+)
+@json_option
+def delete(path: str, names: tuple[str, ...], ids_file: str | None, as_json: bool) -> None:
+    """Delete items by id: all of them, or none if one is not there."""
+    from bowerbird.errors import InputError
+    from bowerbird.gallery import Gallery
+
+    wanted = [*names, *(_lines(ids_file) if ids_file else [])]
+    if not wanted:
+        raise InputError("say which items to delete: ids, or --ids FILE")
+    with Gallery.open(path) as gallery:
+        deleted, total = gallery.delete(wanted), len(gallery)
+    click.echo(
+        json.dumps({"deleted": deleted, "items": total}) if as_json else f"deleted {deleted}; {total} items in {path}"
+    )
+
+
+@command.command(
+    epilog=examples(
+        "bowerbird gallery search photos --image cat.jpg -k 5",
+        "bowerbird gallery search photos --id 2019/cat.jpg --where year=2019 --where year=2020",
+        "bowerbird gallery search vectors --vector query.npy --json",
+    )
+)
+@gallery_argument
+@click.option("--image", "images", multiple=True, type=click.Path(), help="Query image; may be repeated.")
+@click.option("--id", "ids", multiple=True, help="Use a stored item as the query; may be repeated.")
+@click.option(
+    "--vector", type=click.Path(exists=True, dir_okay=False), help="Query vectors: .npy of shape (Q, D) or (D,)."
+)
+@click.option("-k", type=int, default=10, show_default=True, help="Results per query.")
+@click.option(
+    "--where", multiple=True, metavar="KEY=VALUE", help="Only items with this metadata; the same key again: or."
+)
+@device_option
+@json_option
+def search(
+    path: str, images: tuple[str, ...], ids: tuple[str, ...], vector: str | None, k: int, where: tuple[str, ...],
+    device: str, as_json: bool,
+) -> None:  # fmt: skip
+    """The nearest items of images, of stored items, or of vectors."""
+    from bowerbird.errors import InputError
+    from bowerbird.gallery import Gallery
+    from bowerbird.gallery.images import search_images
+
+    if sum([bool(images), bool(ids), vector is not None]) != 1:
+        raise InputError("say what to search with, one of: --image, --id, --vector")
+    wanted = _where(where)
+    with Gallery.open(path, readonly=True) as gallery:
+        if images:
+            found = search_images(gallery, _encoder_of(gallery, device), images, k, where=wanted)
+            queries: Sequence[str] = images
+        elif ids:
+            found = gallery.search(gallery.vectors_of(ids), k, where=wanted)
+            queries = ids
+        else:
+            assert vector is not None
+            found = gallery.search(_npy(vector), k, where=wanted)
+            queries = [f"{vector}[{row}]" for row in range(len(found))]
+        uris = {
+            name: item.uri
+            for names in found.ids
+            for name, item in zip(names, gallery.get_many(names), strict=True)
+            if item
+        }
+    results: list[dict[str, Any]] = [
+        {"query": query, "hits": [{"id": name, "distance": round(float(distance), 6), "uri": uris.get(name)}
+                                  for name, distance in zip(names, distances, strict=False)]}
+        for query, names, distances in zip(queries, found.ids, found.distances, strict=True)
+    ]  # fmt: skip
+    if as_json:
+        click.echo(json.dumps({"epoch": found.epoch, "results": results}))
+        return
+    for result in results:
+        click.echo(str(result["query"]))
+        for rank, hit in enumerate(result["hits"], 1):
+            click.echo(f"  {rank:>3}  {hit['distance']:.4f}  {hit['id']}")
+
+
+@command.command(epilog=examples("bowerbird gallery verify photos", "bowerbird gallery verify photos --json"))
+@gallery_argument
+@json_option
+@click.pass_context
+def verify(ctx: click.Context, path: str, as_json: bool) -> None:
+    """Check every checksum and invariant. Exit code 1 if something is damaged."""
+    from dataclasses import asdict
+
+    from bowerbird.gallery import Gallery
+
+    with Gallery.open(path, readonly=True) as gallery:
+        report = gallery.verify()
+    if as_json:
+        click.echo(json.dumps({"ok": report.ok, **asdict(report)}))
+    else:
+        for problem in report.problems:
+            click.echo(f"{problem.kind}: {problem.message}")
+        for note in report.notes:
+            click.echo(f"note: {note}")
+        click.echo(
+            f"{report.items} items, {report.rows} rows, {report.batches} batches: {'ok' if report.ok else 'DAMAGED'}"
+        )
+    ctx.exit(0 if report.ok else 1)
+
+
+@command.command(epilog=examples("bowerbird gallery stats photos --json"))
+@gallery_argument
+@json_option
+def stats(path: str, as_json: bool) -> None:
+    """Items, spaces, rows and bytes."""
+    from bowerbird.gallery import Gallery
+
+    with Gallery.open(path, readonly=True) as gallery:
+        found = gallery.stats()
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    click.echo(f"{found['path']}: {found['items']} items, {found['bytes'] / 1e6:.1f} MB, epoch {found['epoch']}")
+    for space in found["spaces"]:
+        serving = " (serving)" if space["fingerprint"] == found["serving"] else ""
+        click.echo(
+            f"  {space['items']:>10} in {space['fingerprint'][:12]} {space['encoder']}, {space['dim']}-d{serving}"
+        )
+    click.echo(f"  {found['rows']} rows in {found['segments']} segments, {found['dead_rows']} of them dead")
+    if found["pending"]:
+        click.echo(f"  {found['pending']} items wait for a vector")
+    if found["upgrade"]:
+        click.echo(f"  upgrade to {found['upgrade']['new'][:12]}: {found['upgrade']['state']}")
+    for problem in found["problems"]:
+        click.echo(f"  damaged: {problem}")
+
+
+@command.command(epilog=examples("bowerbird gallery info photos 2019/cat.jpg", "bowerbird gallery info photos --json"))
+@gallery_argument
+@click.argument("item", required=False)
+@json_option
+def info(path: str, item: str | None, as_json: bool) -> None:
+    """What is known of one ITEM; without it, the spaces, relations and upgrades of the gallery."""
+    from dataclasses import asdict
+
+    from bowerbird.gallery import Gallery
+
+    with Gallery.open(path, readonly=True) as gallery:
+        if item is not None:
+            found: dict[str, Any] = asdict(gallery.get(item))
+        else:
+            found = {
+                "items": len(gallery),
+                "spaces": [asdict(space) for space in gallery.spaces()],
+                "relations": [asdict(relation) for relation in gallery.relations()],
+                "upgrades": gallery.store.history(),
+            }
+    click.echo(json.dumps(found, indent=None if as_json else 2, ensure_ascii=False, default=str))
+
+
+@command.command(epilog=examples("bowerbird gallery relate photos --new runs/new --evidence measured.json"))
+@gallery_argument
+@click.option("--new", required=True, metavar="ENCODER", help="The encoder that was trained to be compatible.")
+@click.option("--evidence", type=click.Path(exists=True, dir_okay=False), help="What was measured: a JSON object.")
+@device_option
+def relate(path: str, new: str, evidence: str | None, device: str) -> None:
+    """Register that queries of an encoder may be compared with the vectors that the gallery serves."""
+    from bowerbird.encoders import load_encoder
+    from bowerbird.gallery import Gallery
+
+    space = load_encoder(new, device=device).space()
+    with Gallery.open(path) as gallery:
+        serving = gallery.snapshot().serving
+        gallery.register_space(space)
+        gallery.relate(space.fingerprint, serving, evidence=_json_object(evidence) if evidence else {})
+    click.echo(f"registered: {space} is compatible with {serving[:12]}")
+
+
+# ------------------------------------------------------------------------------------------------------- helpers
+
+
+def _encoder_of(gallery: Gallery, device: str) -> Any:
+    """The encoder of the space that is written now, loaded by the reference that the gallery keeps."""
+    from bowerbird.encoders import load_encoder
+    from bowerbird.errors import SpaceError
+
+    space = gallery.snapshot().write_space
+    if space.encoder.startswith("black-box:"):
+        raise SpaceError(
+            f"gallery {gallery.path} holds vectors of {space.encoder}, which cannot be loaded here; use vectors"
+        )
+    return load_encoder(space.encoder, device=device)
+
+
+def _images(
+    images: tuple[str, ...], folder: str | None, dataset: str | None, split: str | None
+) -> tuple[list[str], Sequence[Any], list[dict[str, Any]] | None]:
+    """Ids, what the encoder opens, and the metadata that the source itself has."""
+    if images:
+        return [Path(image).as_posix() for image in images], list(images), None
+    if folder is not None:
+        from bowerbird.embed import images_in
+
+        ids, paths = images_in(folder)
+        return ids, paths, None
+    from bowerbird.data import images_of
+    from bowerbird.recipe import build_config
+    from bowerbird.registry import get_registry
+
+    assert dataset is not None
+    registry = get_registry()
+    record = registry.get("dataset", dataset)
+    built = registry.load(record).build(build_config(record, {}, where=f"dataset {record.name!r}"), split)
+    labels = [{"label": built.classes[label]} for label in built.labels()] if built.classes else None
+    return list(built.item_ids), images_of(built), labels
+
+
+def _add_vectors(
+    gallery: Gallery,
+    file: str,
+    ids: list[str],
+    metadata: Sequence[Mapping[str, Any] | None] | None,
+    existing: str,
+    progress: Callable[[int], None] | None,
+) -> Any:
+    import numpy as np
+
+    from bowerbird.errors import InputError
+    from bowerbird.gallery.images import Added
+
+    vectors = _npy(file)
+    if vectors.ndim != 2 or len(vectors) != len(ids):
+        raise InputError(f"{file} has shape {vectors.shape}; {len(ids)} ids need ({len(ids)}, D)")
+    result = Added()
+    for start in range(0, len(ids), CALL_ITEMS):
+        chunk = slice(start, start + CALL_ITEMS)
+        there = np.array([item is not None for item in gallery.get_many(ids[chunk])]) if existing != "error" else None
+        keep = np.arange(len(ids[chunk])) if there is None or existing == "update" else np.flatnonzero(~there)
+        rows = vectors[chunk] if len(keep) == len(ids[chunk]) else vectors[chunk][keep]
+        gallery.add(
+            [ids[start + i] for i in keep.tolist()],
+            rows,
+            metadata=None if metadata is None else [metadata[start + i] for i in keep.tolist()],
+            replace=existing == "update",
+        )
+        replaced = int(there.sum()) if there is not None and existing == "update" else 0
+        result.replaced += replaced
+        result.added += len(keep) - replaced
+        result.unchanged += len(ids[chunk]) - len(keep)
+        if progress is not None:
+            progress(len(ids[chunk]))
+    return result
+
+
+def _npy(file: str) -> Any:
+    import numpy as np
+
+    from bowerbird.errors import DataError
+
+    try:
+        return np.load(file, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as exc:
+        raise DataError(f"{file} cannot be read as a .npy file of numbers: {exc}") from exc
+
+
+def _lines(file: str) -> list[str]:
+    from bowerbird.errors import DataError
+
+    try:
+        return Path(file).read_text("utf-8").splitlines()
+    except UnicodeDecodeError as exc:
+        raise DataError(f"{file} is not UTF-8 text: {exc}") from exc
+
+
+def _metadata(
+    file: str | None, ids: Sequence[str], own: list[dict[str, Any]] | None
+) -> Sequence[Mapping[str, Any] | None] | None:
+    """One object per id: what the source has, overridden by the file's row with that id."""
+    if file is None:
+        return own
+    rows = _metadata_rows(file)
+    unknown = rows.keys() - set(ids)
+    if unknown:
+        click.echo(f"note: {len(unknown)} rows of {file} have ids that are not being added", err=True)
+    return [{**(own[i] if own else {}), **rows.get(name, {})} for i, name in enumerate(ids)]
+
+
+def _metadata_rows(file: str) -> dict[str, dict[str, Any]]:
+    """``id`` -> the other columns. Numbers in a .csv become numbers."""
+    import csv
+
+    from bowerbird.errors import DataError
+
+    rows: list[dict[str, Any]] = []
+    try:
+        if Path(file).suffix == ".jsonl":
+            rows = [json.loads(line) for line in _lines(file) if line.strip()]
+        elif Path(file).suffix == ".csv":
+            with Path(file).open(newline="", encoding="utf-8") as stream:
+                rows = [{k: _scalar(v) if k != "id" else v for k, v in row.items()} for row in csv.DictReader(stream)]
+        else:
+            raise DataError(f"metadata {file}: accepted are .csv and .jsonl")
+    except (ValueError, csv.Error) as exc:
+        raise DataError(f"metadata {file} cannot be read: {exc}") from exc
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or not isinstance(row.get("id"), str):
+            raise DataError(f"metadata {file}: row {number} has no text `id`: {row!r}")
+    return {row["id"]: {key: value for key, value in row.items() if key != "id"} for row in rows}
+
+
+def _json_object(file: str) -> dict[str, Any]:
+    from bowerbird.errors import DataError
+
+    try:
+        value = json.loads(Path(file).read_text("utf-8"))
+    except ValueError as exc:
+        raise DataError(f"{file} is not JSON: {exc}") from exc
+    if not isinstance(value, dict):
+        raise DataError(f"{file} must hold a JSON object")
+    return value
+
+
+def _scalar(text: Any) -> Any:
+    """The JSON value that ``text`` spells (a number, true, false, null), or the text itself."""
+    try:
+        value = json.loads(text)
+    except (TypeError, ValueError):
+        return text
+    return text if isinstance(value, dict | list) else value
+
+
+def _where(pairs: tuple[str, ...]) -> dict[str, Any] | None:
+    """``key=value`` options; a key that is given again accepts any of its values."""
+    from bowerbird.errors import InputError
+
+    wanted: dict[str, list[Any]] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise InputError(f"--where {pair!r}: expected KEY=VALUE, for example --where year=2024")
+        wanted.setdefault(key, []).append(_scalar(value))
+    return wanted or None
+
+
+@contextmanager
+def _progress(what: str, total: int, unit: str, quiet: bool) -> Iterator[Callable[[int], None] | None]:
+    """A bar with rate and time left on standard error, where that is a terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(f"{task.speed:.0f} {unit}/s" if task.speed else "")
+
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda count: bar.advance(task, count)

@@ -1,0 +1,192 @@
+"""``bowerbird gallery``: what the commands print, and their exit codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from gallery_world import OLD, vectors
+
+from bowerbird.cli import main
+from bowerbird.gallery import Gallery, Space
+from bowerbird.gallery.images import add_images, search_images
+
+NAMES = [f"item-{i}" for i in range(30)]
+
+
+def run(*arguments: object, code: int = 0) -> Result:
+    result = CliRunner().invoke(main, ["gallery", *map(str, arguments)])
+    assert result.exit_code == code, result.output
+    return result
+
+
+@pytest.fixture
+def filled(tmp_path: Path) -> Path:
+    np.save(tmp_path / "vectors.npy", vectors(NAMES, OLD))
+    (tmp_path / "ids.txt").write_text("\n".join(NAMES) + "\n")
+    rows = "".join(f"{name},{2000 + i % 3},t{i % 2}\n" for i, name in enumerate(NAMES))
+    (tmp_path / "meta.csv").write_text("id,year,tag\n" + rows)
+    path = tmp_path / "gallery"
+    run("create", path, "--dim", OLD.dim, "--name", "hosted")
+    run(
+        "add",
+        path,
+        "--vectors",
+        tmp_path / "vectors.npy",
+        "--ids",
+        tmp_path / "ids.txt",
+        "--metadata",
+        tmp_path / "meta.csv",
+    )
+    return path
+
+
+def test_vectors_from_files_are_added_searched_and_filtered(filled: Path, tmp_path: Path) -> None:
+    found = json.loads(run("search", filled, "--id", "item-3", "-k", 4, "--where", "year=2000", "--json").output)
+    hits = found["results"][0]["hits"]
+    assert hits[0] == {"id": "item-3", "distance": pytest.approx(0, abs=1e-6), "uri": None}
+    assert all(int(hit["id"].split("-")[1]) % 3 == 0 for hit in hits) and len(hits) == 4
+    np.save(tmp_path / "query.npy", vectors(["item-7"], OLD)[0])
+    assert "0.0000  item-7" in run("search", filled, "--vector", tmp_path / "query.npy", "-k", 1).output
+
+
+def test_jsonl_metadata_and_skipping_what_is_there(filled: Path, tmp_path: Path) -> None:
+    (tmp_path / "meta.jsonl").write_text('{"id": "item-1", "year": 1999}\n')
+    arguments = (
+        "--vectors",
+        tmp_path / "vectors.npy",
+        "--ids",
+        tmp_path / "ids.txt",
+        "--metadata",
+        tmp_path / "meta.jsonl",
+    )
+    assert "in the gallery already" in run("add", filled, *arguments, code=2).output
+    added = json.loads(run("add", filled, *arguments, "--existing", "skip", "--json").output)
+    assert (added["added"], added["unchanged"], added["items"]) == (0, 30, 30)
+    updated = json.loads(run("add", filled, *arguments, "--existing", "update", "--json").output)
+    assert updated["replaced"] == 30
+    assert json.loads(run("info", filled, "item-1", "--json").output)["metadata"] == {"year": 1999}
+
+
+def test_delete_stats_info_and_verify(filled: Path) -> None:
+    assert "deleted 2; 28 items" in run("delete", filled, "item-0", "item-1").output
+    stats = json.loads(run("stats", filled, "--json").output)
+    assert stats["items"] == 28 and stats["dead_rows"] == 2 and stats["spaces"][0]["encoder"] == "black-box:hosted"
+    assert "28 items" in run("stats", filled).output
+    assert json.loads(run("info", filled, "--json").output)["spaces"][0]["dim"] == OLD.dim
+    assert json.loads(run("verify", filled, "--json").output)["ok"] is True
+
+
+def test_verify_of_a_damaged_gallery_names_the_damage_and_exits_with_one(filled: Path) -> None:
+    (file,) = (filled / "seg").glob("*.f32")
+    data = bytearray(file.read_bytes())
+    data[5] ^= 1
+    file.write_bytes(data)
+    assert f"rows 0 to 29 of segment {file.name}" in run("verify", filled, code=1).output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["search", "{path}"], "say what to search with"),
+        (["search", "{path}", "--id", "nobody"], "item 'nobody' has no vector"),
+        (["search", "{path}", "--id", "item-1", "-k", "0"], "k is 0"),
+        (["search", "{path}", "--id", "item-1", "--where", "year"], "expected KEY=VALUE"),
+        (["search", "{path}", "--image", "cat.jpg"], "black-box:hosted, which cannot be loaded"),
+        (["add", "{path}"], "say what to add"),
+        (["add", "{path}", "x.png"], "black-box:hosted, which cannot be loaded"),
+        (["create", "{path}", "--dim", "4"], "something is there already"),
+        (["create", "{path}-2"], "either --encoder, or --dim"),
+        (["delete", "{path}"], "say which items"),
+        (["delete", "{path}", "item-999"], "1 of 1 ids are not in the gallery"),
+        (["stats", "{path}/nowhere"], "is not a gallery"),
+    ],
+)
+def test_mistakes_are_one_message_and_exit_code_two(filled: Path, arguments: list[str], message: str) -> None:
+    output = run(*[argument.format(path=filled) for argument in arguments], code=2).output
+    assert message in output and "Traceback" not in output
+
+
+@pytest.mark.parametrize("name", ["create", "add", "delete", "search", "verify", "stats", "info", "relate"])
+def test_every_command_has_examples(name: str) -> None:
+    assert "Examples:" in run(name, "--help").output
+
+
+# ------------------------------------------------------------------------------------------------------------ images
+
+
+class ColourEncoder:
+    """Encodes a picture as its mean colour; stands in for a network. Same methods as ``LoadedEncoder``."""
+
+    fingerprint = "colour" * 8
+    name = "tests:colour"
+
+    def encode_batches(self, items, *, batch_size: int = 64, on_error="raise"):
+        from bowerbird.data.images import open_image
+        from bowerbird.errors import DataError
+
+        for position, source in enumerate(items):
+            try:
+                mean = np.asarray(open_image(source), np.float32).mean(axis=(0, 1)) + 1
+            except DataError as error:
+                if on_error == "raise":
+                    raise
+                on_error(position, error)
+                continue
+            yield np.array([position]), (mean / np.linalg.norm(mean))[None]
+
+    def encode(self, items):
+        return np.concatenate([rows for _, rows in self.encode_batches(items)])
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> list[Path]:
+    from PIL import Image
+
+    colours = {"red": (250, 10, 10), "green": (10, 250, 10), "blue": (10, 10, 250)}
+    for name, colour in colours.items():
+        Image.new("RGB", (8, 8), colour).save(tmp_path / f"{name}.png")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    return [tmp_path / f"{name}.png" for name in (*colours, "broken")]
+
+
+def test_images_are_encoded_kept_with_uri_and_hash_and_found_by_an_image(tmp_path: Path, pictures: list[Path]) -> None:
+    encoder = ColourEncoder()
+    ids = [picture.name for picture in pictures]
+    with Gallery.create(tmp_path / "g", Space(encoder.fingerprint, encoder.name, 3)) as gallery:
+        result = add_images(gallery, encoder, pictures, ids=ids, on_error="skip")
+        assert result.added == 3 and list(result.skipped) == ["broken.png"]
+        item = gallery.get("red.png")
+        assert item.uri == str(pictures[0]) and len(item.content_hash) == 64
+        assert search_images(gallery, encoder, [pictures[2]], 1).ids == [["blue.png"]]
+        again = add_images(gallery, encoder, pictures[:3], ids=ids[:3], existing="update")
+        assert (again.unchanged, again.replaced) == (3, 0)
+        pictures[0].write_bytes(pictures[1].read_bytes())  # the red picture was edited
+        edited = add_images(gallery, encoder, pictures[:3], ids=ids[:3], existing="update")
+        assert (edited.unchanged, edited.replaced) == (2, 1)
+        assert sorted(search_images(gallery, encoder, [pictures[1]], 2).ids[0]) == ["green.png", "red.png"]
+
+
+def test_an_encoder_that_changed_behind_its_fingerprint_is_caught_at_the_first_use(
+    tmp_path: Path, pictures: list[Path]
+) -> None:
+    from bowerbird.errors import SpaceError
+
+    encoder = ColourEncoder()
+    with Gallery.create(tmp_path / "g", Space(encoder.fingerprint, encoder.name, 3)) as gallery:
+        add_images(gallery, encoder, pictures[:3], ids=["red", "green", "blue"])
+
+        class Swapped(ColourEncoder):
+            def encode_batches(self, items, **options):
+                for positions, rows in super().encode_batches(items, **options):
+                    yield positions, rows[:, ::-1] * [1, -1, 1]
+
+        with pytest.raises(SpaceError, match="not the one that filled"):
+            search_images(gallery, Swapped(), [pictures[0]])
+        foreign = ColourEncoder()
+        foreign.fingerprint = "other" * 8
+        with pytest.raises(SpaceError, match="is not the one of this gallery"):
+            add_images(gallery, foreign, pictures[:1], ids=["again"])
