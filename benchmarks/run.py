@@ -1,0 +1,42 @@
+"""Run every benchmark, one after the other on an otherwise idle machine, and write benchmarks/results/*.json.
+
+    python benchmarks/run.py                 all of them, about 15 minutes
+    python benchmarks/run.py gallery_search  only these
+
+Each measures its subject and its limit in turns in one process, and states the limit that it is held against.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+ONE_CORE = ("cli_startup", "gallery_search", "serve_share", "gallery_add", "gallery_open")
+ALL = (*ONE_CORE, "embed", "upgrade_run")
+
+
+def measure(name: str) -> None:
+    threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"} if name in ONE_CORE else {}
+    # Some machines choose an old BLAS kernel by these; it would slow both sides, and numpy most.
+    unset = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
+    environment = {key: value for key, value in os.environ.items() if key not in unset} | threads
+    command = [sys.executable, str(HERE / f"{name}.py"), "--output", str(RESULTS / f"{name}.json")]
+    print(f"--- {name}", flush=True)
+    subprocess.run(command, check=True, env=environment)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", choices=[*ALL, []], help="default: all")
+    options = parser.parse_args()
+    for name in options.names or ALL:
+        measure(name)
+
+
+if __name__ == "__main__":
+    main()
