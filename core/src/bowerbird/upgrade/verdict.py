@@ -92,7 +92,7 @@ def recommend(
             "old level on the way. Re-encode everything, then switch."
         )
         return interval, Recommendation("upgrade", "full", reason, count)
-    best = max(safe, key=lambda c: (round(c.area, 3), -c.max_nfr, c.name))
+    best = max(safe, key=lambda c: (round(c.area, 3), -c.max_nfr))
     reason = (
         f"new/new minus old/old is {gain}; {best.name} never falls below the old level, has the largest area "
         f"({best.area:.4f}; waiting until the end gives {old_level:.4f}) and at most {best.max_nfr:.1%} negative flips."

@@ -209,8 +209,8 @@ def watch(gallery: Gallery, *, max_nfr: float | None = None) -> WatchEntry:
         nfr=nfr,
         pfr=pfr,
         churn=float(churn(_without_self(frozen, frozen.nums), _without_self(frozen, found.nums), CHURN_AT).mean()),
-        old_distances=_nearest(found, 0),
-        new_distances=_nearest(found, 1),
+        old_distances=_nearest(frozen, found, 0),
+        new_distances=_nearest(frozen, found, 1),
         stopped=stopped,
         max_nfr=max_nfr,
         time=time.time(),
@@ -281,8 +281,9 @@ def _without_self(frozen: FrozenWatch, nums: np.ndarray) -> np.ndarray:
     return out[:, :DEPTH]
 
 
-def _nearest(found: SearchResult, side: int) -> tuple[float, ...]:
-    """Quantiles over the queries of the smallest distance on one side among the results that were found."""
-    distances = np.where(found.sides == side, found.distances, np.inf).min(axis=1)
+def _nearest(frozen: FrozenWatch, found: SearchResult, side: int) -> tuple[float, ...]:
+    """Quantiles over the queries of the smallest distance on one side, among the results without the query itself."""
+    counted = (found.sides == side) & (found.nums != frozen.self_nums[:, None])
+    distances = np.where(counted, found.distances, np.inf).min(axis=1)
     distances = distances[np.isfinite(distances)]
     return tuple(round(float(q), 6) for q in np.quantile(distances, QUANTILES)) if len(distances) else ()
