@@ -265,6 +265,27 @@ class TestRun:
         assert item_id(1000) in gallery
         assert item_id(8) not in gallery
 
+    def test_a_worker_stops_when_the_upgrade_ends_and_never_serves_the_next_one(self, gallery):
+        other = FakeEncoder("other", 24, 1.0)
+
+        def replace(count, now):
+            if count == 0 and now.new_items == 100:
+                rollback(gallery)
+                begin(gallery, other.space(), strategy=STRATEGY, task_items=50)
+
+        report = run(gallery, by_item(new_encoder()), strategy=STRATEGY, task_items=50, progress=replace)
+        assert (report.reason, report.encoded) == ("ended", 100)
+        assert status(gallery).new_items == 0
+        assert run(gallery, by_item(other)).share == 1
+
+    def test_a_worker_stops_when_the_upgrade_is_rolled_back(self, gallery):
+        def end(count, now):
+            if count and now.new_items >= 100:
+                rollback(gallery)
+
+        report = run(gallery, by_item(new_encoder()), strategy=STRATEGY, task_items=50, progress=end)
+        assert (report.reason, report.encoded) == ("ended", 100)
+
     def test_a_dead_workers_task_is_taken_over_without_waiting_for_its_lease(self, gallery):
         import socket
 

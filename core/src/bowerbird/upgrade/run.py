@@ -274,8 +274,12 @@ def run(
             if reason == "leased":  # what is left is in the hands of other workers, who may die
                 _free_leases_of_the_dead(gallery)
                 time.sleep(0.1)
-                now = status(gallery)
+                now = _status_after(gallery, now)
                 continue
+            break
+        if task.upgrade != state.id:  # ours ended and another began, to a space that this encoder may not know
+            _give_back(gallery, task)
+            reason = "ended"
             break
         renewed = time.monotonic()
 
@@ -299,12 +303,17 @@ def run(
             raise
         encoded += len(result.positions)
         failed += len(failures)
-        now = status(gallery)
+        now = _status_after(gallery, now)
         if progress is not None:
             progress(0, now)
         if next_watch is not None and watch_every is not None and now.share >= next_watch - 1e-9:
             next_watch = now.share + watch_every
-            watched.append(watch(gallery, max_nfr=max_nfr))
+            try:
+                watched.append(watch(gallery, max_nfr=max_nfr))
+            except UpgradeError:
+                if gallery.store.upgrade_state() is not None:
+                    raise
+                continue  # it ended meanwhile; the next lease tells
             if watched[-1].stopped:
                 reason = "stop-rule"
                 break
@@ -312,7 +321,7 @@ def run(
 
     if next_watch is not None and reason == "complete" and encoded:
         watched.append(watch(gallery, max_nfr=max_nfr))
-    end = status(gallery) if reason != "ended" else now
+    end = _status_after(gallery, now)
     return RunReport(
         reason=reason,
         encoded=encoded,
@@ -343,6 +352,15 @@ def _check_same_upgrade(
         raise UpgradeError(
             f"the upgrade of {gallery.path} is paused; `bowerbird upgrade resume {gallery.path}` lets workers go on"
         )
+
+
+def _status_after(gallery: Gallery, last: UpgradeStatus) -> UpgradeStatus:
+    """The status now, or the last one of an upgrade that another process has ended."""
+    try:
+        now = status(gallery)
+    except UpgradeError:
+        return last
+    return now if now.id == last.id else last
 
 
 def _why_no_task(gallery: Gallery) -> str:
