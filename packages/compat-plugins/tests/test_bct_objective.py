@@ -13,14 +13,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from click.testing import CliRunner
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
 from bowerbird.batch import Batch
+from bowerbird.cli.gallery import relate
 from bowerbird.data.images import Preprocessing
 from bowerbird.encoders import load_encoder
 from bowerbird.errors import RecipeError
+from bowerbird.gallery import Gallery
 from bowerbird.hookspecs import hookimpl
 from bowerbird.protocols import BuildContext, Dataset, Encoder, Features, TrainedRun
 from bowerbird.recipe import load_recipe
@@ -313,10 +316,27 @@ def mean_ap(queries: np.ndarray, gallery: np.ndarray, labels: Sequence[int]) -> 
     return float(average_precision(RankedList.from_scores(queries @ gallery.T), relevant))
 
 
-def test_a_trained_encoder_searches_the_old_gallery_and_its_export_says_so(old_run, tmp_path):
-    star = load_encoder(run(tmp_path, objective='use = "core:softmax"', split="new", seed=1), device="cpu")
+@pytest.fixture(scope="module")
+def bct_run(old_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     objective = f'use = "compat:bct"\nold_run = "{old_run}"'
-    bct = load_encoder(run(tmp_path, objective=objective, split="new", seed=2), device="cpu")
+    return run(tmp_path_factory.mktemp("bct"), objective=objective, split="new", seed=2)
+
+
+def test_a_gallery_learns_the_relation_and_its_evidence_from_the_export(old_run, bct_run, tmp_path):
+    old, bct = load_encoder(old_run, device="cpu"), load_encoder(bct_run, device="cpu")
+    with Gallery.create(tmp_path / "gallery", old.space()) as gallery:
+        gallery.add(["a"], np.eye(6, dtype=np.float32)[:1])
+        assert not gallery.compatible(bct.fingerprint, old.fingerprint)
+    result = CliRunner().invoke(relate, [str(tmp_path / "gallery"), "--new", str(bct_run), "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    with Gallery.open(tmp_path / "gallery", readonly=True) as gallery:
+        assert gallery.compatible(bct.fingerprint, old.fingerprint)
+        assert gallery.relations()[0].evidence == bct.spec.relations[0]["evidence"]
+
+
+def test_a_trained_encoder_searches_the_old_gallery_and_its_export_says_so(old_run, bct_run, tmp_path):
+    star = load_encoder(run(tmp_path, objective='use = "core:softmax"', split="new", seed=1), device="cpu")
+    bct = load_encoder(bct_run, device="cpu")
     old, data = load_encoder(old_run, device="cpu"), Patterns.build(None, "new")
     images, labels = [data[i]["image"] for i in range(len(data))], data.labels()
     o, n, s = (encoder.encode(images) for encoder in (old, bct, star))

@@ -325,18 +325,24 @@ def info(path: str, item: str | None, as_json: bool) -> None:
 @command.command(epilog=examples("bowerbird gallery relate photos --new runs/new --evidence measured.json"))
 @gallery_argument
 @click.option("--new", required=True, metavar="ENCODER", help="The encoder that was trained to be compatible.")
-@click.option("--evidence", type=click.Path(exists=True, dir_okay=False), help="What was measured: a JSON object.")
+@click.option(
+    "--evidence",
+    type=click.Path(exists=True, dir_okay=False),
+    help="What was measured: a JSON object. Default: what the encoder's training recorded.",
+)
 @device_option
 def relate(path: str, new: str, evidence: str | None, device: str) -> None:
     """Register that queries of an encoder may be compared with the vectors that the gallery serves."""
     from bowerbird.encoders import load_encoder
     from bowerbird.gallery import Gallery
 
-    space = load_encoder(new, device=device).space()
+    encoder = load_encoder(new, device=device)
+    space = encoder.space()
     with Gallery.open(path) as gallery:
         serving = gallery.snapshot().serving
+        recorded = next((r["evidence"] for r in encoder.spec.relations if r["to"] == serving), {})
         gallery.register_space(space)
-        gallery.relate(space.fingerprint, serving, evidence=_json_object(evidence) if evidence else {})
+        gallery.relate(space.fingerprint, serving, evidence=_json_object(evidence) if evidence else recorded)
     click.echo(f"registered: {space} is compatible with {serving[:12]}")
 
 
