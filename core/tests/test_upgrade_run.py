@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -412,3 +413,10 @@ def test_the_five_verbs_on_one_object(tmp_path):
         assert upgrade.status().complete
         assert upgrade.finish()["canary"] > 0.999
         assert upgrade.gallery.spaces()[0].fingerprint == new.fingerprint
+
+
+def test_a_process_that_serves_imports_neither_torch_nor_pydantic_nor_faiss():
+    code = (
+        "import bowerbird.upgrade, sys; print([m for m in ('torch', 'pydantic', 'faiss', 'rich') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
