@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from bowerbird.retrieval.index import ExactIndex
+from bowerbird.retrieval.metrics import RankedList, Relevance, average_precision
 from bowerbird_compat.bct import InfluenceLoss, MarginSoftmax, build_prototypes, match_dim
 
 TIGHT = {"rtol": 1e-9, "atol": 1e-10}
@@ -269,6 +272,32 @@ def test_a_monotone_arcface_never_rewards_a_worse_angle():
     cosine = torch.linspace(-1, 1, 400, dtype=torch.float64).unsqueeze(1)
     target = MarginSoftmax("arcface_monotone", 1.0, 0.5).apply_margin(cosine, torch.zeros(400, dtype=torch.int64))
     assert (target.diff(dim=0) > -1e-6).all()
+
+
+def ranking(queries: Tensor, gallery: Tensor) -> tuple[np.ndarray, float]:
+    """Ids and mAP of new queries in an old gallery, as they are compared after training."""
+    index = ExactIndex()
+    index.add(np.arange(len(gallery)), gallery.numpy())
+    hits = index.search(match_dim(queries, gallery.shape[1]).numpy(), len(gallery))
+    relevant = Relevance.from_labels(np.arange(len(queries)) % 3, np.arange(len(gallery)) % 3)
+    return hits.ids, float(average_precision(RankedList.from_hits(hits), relevant))
+
+
+@invariant
+@given(seed=SEEDS)
+def test_the_old_encoder_as_the_new_one_has_exactly_the_old_quality(seed):
+    queries, gallery = random(6, 5, seed=seed).float(), random(9, 5, seed=seed + 1).float()
+    new_ids, new_map = ranking(queries.clone(), gallery)
+    old_ids, old_map = ranking(queries, gallery)
+    assert np.array_equal(new_ids, old_ids)
+    assert new_map == old_map
+
+
+@invariant
+@given(seed=SEEDS, factor=st.floats(1e-3, 1e3), d_new=st.integers(4, 9))
+def test_the_length_of_new_embeddings_means_nothing_at_inference(seed, factor, d_new):
+    queries, gallery = random(6, d_new, seed=seed).float(), random(9, 6, seed=seed + 1).float()
+    assert np.array_equal(ranking(queries, gallery)[0], ranking(queries * factor, gallery)[0])
 
 
 # -------------------------------------------------------------------------------------------------- options, errors
