@@ -1,6 +1,6 @@
-"""Images per second of ``LoadedEncoder.encode`` (from image files, decoding overlapped) against the bare forward pass on
-ready tensors of the same batch size. The two are timed in turns, so that a busy machine slows both; the limit holds for the
-median of the paired ratios.
+"""Images per second of ``LoadedEncoder.encode`` (from image files, decoding overlapped) against the bare forward pass
+on ready tensors of the same batch size. The two are timed in turns, so that a busy machine slows both; the limit holds
+for the median of the paired ratios.
 
     python benchmarks/embed.py --json benchmarks/results/embed.json
 """
@@ -55,11 +55,11 @@ def main() -> int:
     files = make_files(options.images, options.side, options.kind)
     preprocessing = encoder.module.preprocessing
     assert preprocessing is not None
+    arrays = [preprocessing(Image.open(io.BytesIO(file)).convert("RGB")) for file in files]
     ready = [
-        torch.from_numpy(np.stack([preprocessing(Image.open(io.BytesIO(f)).convert("RGB")) for f in files[i : i + options.batch_size]]))
-        .to(encoder.device)
-        for i in range(0, len(files), options.batch_size)
-    ]  # fmt: skip
+        torch.from_numpy(np.stack(arrays[start : start + options.batch_size])).to(encoder.device)
+        for start in range(0, len(arrays), options.batch_size)
+    ]
 
     def bare() -> None:
         with torch.inference_mode():

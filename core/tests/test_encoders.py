@@ -12,6 +12,9 @@ import pytest
 import timm
 import torch
 import training_fixtures as tiny
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
 from bowerbird.encoders import load_encoder, save_encoder
 from bowerbird.encoders.export import export_encoder
 from bowerbird.encoders.lite import timm_names
@@ -19,8 +22,6 @@ from bowerbird.errors import DataError, InputError, MissingExtraError, RecipeErr
 from bowerbird.protocols import Encoder
 from bowerbird.recipe import build_config
 from bowerbird.registry import get_registry
-from PIL import Image
-from safetensors.torch import load_file, save_file
 
 SMALL = {"model": "test_resnet", "image_size": 32}
 
@@ -62,7 +63,8 @@ def test_a_timm_encoder_gives_one_embedding_and_the_tokens_of_the_grid(model: st
 
 def test_without_a_projection_the_embedding_is_timms_own_pooled_feature() -> None:
     encoder = build("core:timm", **SMALL).eval()
-    expected = encoder.trunk.model(images())  # type: ignore[operator, union-attr]
+    trunk: Any = encoder.trunk
+    expected = trunk.model(images())
     assert encoder.embed_dim == expected.shape[1]
     torch.testing.assert_close(encoder({"image": images()}).pooled, expected)
 
@@ -191,7 +193,8 @@ def test_a_saved_encoder_loads_to_the_same_fingerprint_and_vectors(tmp_path: Pat
     assert (loaded.fingerprint, loaded.dim, loaded.spec.classes) == (fingerprint, 6, ("a", "b"))
     vectors = loaded.encode(pictures(5), batch_size=2)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
-    expected = encoder.eval()({"image": torch.stack([torch.from_numpy(encoder.preprocessing(p)) for p in pictures(5)])})  # type: ignore[misc]
+    prepare: Any = encoder.preprocessing
+    expected = encoder.eval()({"image": torch.stack([torch.from_numpy(prepare(p)) for p in pictures(5)])})  # type: ignore[misc]
     np.testing.assert_allclose(vectors, torch.nn.functional.normalize(expected.pooled).detach(), rtol=1e-4, atol=1e-5)
     assert "For tests." in (tmp_path / "e" / "README.md").read_text()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["e"]  # nothing half-written beside it

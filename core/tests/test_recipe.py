@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -166,13 +167,13 @@ def test_an_objective_whose_keys_the_data_set_lacks_is_refused_naming_both(file:
 def test_an_objective_whose_features_the_encoder_does_not_give_is_refused_naming_both(file: Path) -> None:
     from bowerbird.records import ObjectiveRecord
 
-    patches = tiny.types.ModuleType("patches")
+    patches = types.ModuleType("patches")
     patches.BOWERBIRD_API = "1.0"  # type: ignore[attr-defined]
     record = ObjectiveRecord(
         name="patchy:o", target="x:y", summary="Test.", needs=("label",), encoder_needs=("tokens",)
     )
     patches.bowerbird_objectives = tiny.hookimpl(lambda: [record])  # type: ignore[attr-defined]
-    patches.bowerbird_objectives.__name__ = "bowerbird_objectives"  # type: ignore[attr-defined]
+    patches.bowerbird_objectives.__name__ = "bowerbird_objectives"
     get_registry().register_module("patchy", patches)
     try:
         with pytest.raises(RecipeError, match=r"'patchy:o' needs encoder outputs .*'tiny:net' gives \{'pooled'\}"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -219,7 +220,7 @@ def test_two_processes_give_what_one_gives_on_the_joined_batch(tmp_path: Path) -
         [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("one", "two")
     ]
-    np.testing.assert_allclose(*losses, rtol=1e-4)
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------- what a run leaves behind
@@ -252,7 +253,7 @@ def test_a_finished_run_gives_its_encoder_classifier_and_classes(tmp_path: Path)
 
 def test_loggers_hear_of_the_start_the_steps_and_the_end(tmp_path: Path) -> None:
     heard: list[Any] = []
-    logger = tiny.types.ModuleType("logger_plugin")
+    logger = types.ModuleType("logger_plugin")
     logger.BOWERBIRD_API = "1.0"  # type: ignore[attr-defined]
 
     @hookimpl
@@ -283,7 +284,7 @@ def test_loggers_hear_of_the_start_the_steps_and_the_end(tmp_path: Path) -> None
 def test_an_epoch_visits_every_item_once_and_the_next_one_in_another_order() -> None:
     epochs = [np.concatenate(epoch_batches(40, batch_size=8, epoch=e, seed=3)) for e in (0, 1)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(40))
-    assert not np.array_equal(*epochs)
+    assert not np.array_equal(epochs[0], epochs[1])
 
 
 def test_the_parts_of_the_processes_make_up_the_joined_batches() -> None:

@@ -1,4 +1,4 @@
-"""A plugin for the tests of training: a small network, squares of three colours, and objectives that misbehave on purpose."""
+"""A plugin for the tests of training: a small network, squares of three colours, and an objective that misbehaves."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Vectors of many items into one file, continued where an earlier start was interrupted.
 
-While it works there is ``OUT.part.npy`` (the rows so far) beside ``OUT.part.json`` (how many, of which encoder and items);
-at the end they become ``OUT`` in one step. The kind of file follows from its name:
+While it works there is ``OUT.part.npy`` (the rows so far) beside ``OUT.part.json`` (how many, of which encoder and
+items); at the end they become ``OUT`` in one step. The kind of file follows from its name:
 
     .npy           float32 (N, D), and the ids, one a line, in OUT with the ending .ids.txt
     .safetensors   the tensor ``vectors``; ids as a JSON list in the metadata
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bowerbird.data.images import SUFFIXES
+from bowerbird.data.images import SUFFIXES, OnError
 from bowerbird.encoders.bundle import LoadedEncoder
 from bowerbird.errors import DataError, InputError, MissingExtraError, did_you_mean
 from bowerbird.files import write_atomically, write_json
@@ -109,7 +109,7 @@ def embed_to_file(
     start, saved = done, done
     try:
         remaining = _Tail(items, start)
-        on_error = keep_error if skip_errors else "raise"
+        on_error: OnError = keep_error if skip_errors else "raise"
         for indices, vectors in encoder.encode_batches(remaining, batch_size=batch_size, on_error=on_error):
             rows[start + indices] = vectors
             now = start + int(indices[-1]) + 1
@@ -131,7 +131,6 @@ def embed_to_file(
     rows.flush()
     final: NDArray[np.float32] = rows if len(kept) == len(ids) else rows[kept]
     _write(out, [ids[i] for i in kept], final)
-    del rows, final
     part.unlink()
     note.unlink(missing_ok=True)
     return Embedded(path=out, count=len(kept), resumed_at=resumed_at, skipped=skipped)

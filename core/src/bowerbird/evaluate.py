@@ -48,10 +48,8 @@ class Evaluation(EvalContext):
             if encoder is self.encoder:
                 loaded = self.loaded
             else:
-                loaded = LoadedEncoder(
-                    spec=self.loaded.spec, module=freeze(encoder), fingerprint="", device=self.loaded.device
-                )
-                encoder.to(self.loaded.device)
+                freeze(encoder).to(self.loaded.device)
+                loaded = LoadedEncoder(spec=self.loaded.spec, module=encoder, fingerprint="", device=self.loaded.device)
             # Both objects are kept, so that their ids stay theirs.
             self._vectors[key] = (dataset, encoder, loaded.encode_dataset(dataset))
         return self._vectors[key][2]
@@ -72,8 +70,8 @@ def evaluate(
         components: Evaluators and their settings.
         device: Where the encoder runs.
         training_set: Passed on to evaluators that fit something on the training split.
-        out: Folder that receives ``metrics.json`` and ``per_query/<name>.npz``; by default the run's folder where ``ref``
-            is one, else nothing is written. Results of other evaluators that are already there stay.
+        out: Folder that receives ``metrics.json`` and ``per_query/<name>.npz``; by default the run's folder where
+            ``ref`` is one, else nothing is written. Results of other evaluators that are already there stay.
 
     Raises:
         RecipeError: Two evaluators have the same name, or a setting is not accepted.
@@ -123,9 +121,8 @@ def _write(folder: Path, summary: Mapping[str, float], per_query: Mapping[str, M
                 (temporary / other.name).write_bytes(other.read_bytes())
         for name, values in per_query.items():
             if values:
-                np.savez_compressed(
-                    temporary / f"{_file_name(name)}.npz", **{k: np.asarray(v) for k, v in values.items()}
-                )
+                arrays: Any = {key: np.asarray(value) for key, value in values.items()}
+                np.savez_compressed(temporary / f"{_file_name(name)}.npz", **arrays)
     write_json(file, {**kept, **summary})
 
 

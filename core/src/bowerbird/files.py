@@ -13,7 +13,7 @@ from typing import Any
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:
-    """Write ``content`` beside ``path``, flush it to the disk, then rename: a reader sees the old file or the new one."""
+    """Write ``content`` beside ``path``, flush it to the disk, then rename: readers see the old file or the new one."""
     path = Path(path)
     data = content.encode() if isinstance(content, str) else content
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

@@ -1,8 +1,8 @@
 """Recipes: one TOML file that says everything about a training run.
 
-Tables ``[encoder]``, ``[objective]``, ``[dataset]``, ``[[modifier]]`` and ``[[evaluate]]`` name a method with ``use``; the other
-keys of the table are its settings, checked by the method's own config model. ``preset`` takes the settings of one of the
-method's presets, and the table's own keys override them. There is no inheritance between files.
+Tables ``[encoder]``, ``[objective]``, ``[dataset]``, ``[[modifier]]`` and ``[[evaluate]]`` name a method with ``use``;
+the other keys of the table are its settings, checked by the method's own config model. ``preset`` takes the settings of one
+of the method's presets, and the table's own keys override them. There is no inheritance between files.
 
     recipe = load_recipe("recipes/emoji-softmax.toml", overrides=["train.epochs=2"])
 
@@ -162,13 +162,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def resolve_recipe(data: Mapping[str, Any], where: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
     """Like ``load_recipe``, for plain data. ``where`` names it in messages."""
-    data = json.loads(json.dumps(data, default=str))
+    values: dict[str, Any] = json.loads(json.dumps(data, default=str))
     changed = {}
     for override in overrides:
-        key, value = apply_override(data, override)
+        key, value = apply_override(values, override)
         changed[key] = value
     source = Source(where, changed)
-    recipe = _validated(Recipe, _nested(data, source), source)
+    recipe = _validated(Recipe, _nested(values, source), source)
     recipe = _resolved(recipe, source)
     check_fit(recipe, source)
     return recipe
@@ -434,7 +434,8 @@ def _explain(model: Any, problem: Mapping[str, Any], source: Source, owner: str,
     hint = did_you_mean(found, _choices(problem)) if isinstance(found, str) else ""
     if problem["type"] == "value_error":
         return f"{place}: {message}"
-    return f"{place} = {json.dumps(found, default=str)} is not accepted{of_owner}: {message[0].lower()}{message[1:]}.{hint}"
+    value = json.dumps(found, default=str)
+    return f"{place} = {value} is not accepted{of_owner}: {message[0].lower()}{message[1:]}.{hint}"
 
 
 def _choices(problem: Mapping[str, Any]) -> list[str]:

@@ -91,7 +91,7 @@ def _dataset_items(name: str, split: str | None, overrides: tuple[str, ...]) -> 
     return list(dataset.item_ids), images_of(dataset)
 
 
-class _progress:  # noqa: N801  used like a function
+class _progress:
     """A bar with rate and time left on standard error; nothing where it is not shown."""
 
     def __init__(self, total: int, *, show: bool) -> None:

@@ -51,8 +51,8 @@ def command(
         file = Path(encoder) / "recipe.json"
         if settings or not file.is_file() or not (components := load_recipe(file).evaluate):
             raise InputError(
-                "which evaluator? Name one, for example --evaluator core:retrieval; `bowerbird list evaluator` shows all "
-                "(without --evaluator, ENCODER must be a run whose recipe has [[evaluate]] tables)"
+                "which evaluator? Name one, for example --evaluator core:retrieval; `bowerbird list evaluator` shows "
+                "all (without --evaluator, ENCODER must be a run whose recipe has [[evaluate]] tables)"
             )
     metrics = evaluate(encoder, components, device=device, out=out)
     if as_json:

@@ -112,7 +112,7 @@ class LoadedEncoder:
     ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
         """Like ``encode``, batch by batch: positions ``(B,)`` and unit vectors ``(B, dim)``, in order.
 
-        ``on_error`` is that of ``bowerbird.data.images.decode_batches``: pictures that cannot be read are skipped or raise.
+        ``on_error`` is that of ``bowerbird.data.images.decode_batches``: what a picture that cannot be read does.
         """
         for indices, batch in self._batches(items, batch_size, on_error):
             vectors = self.forward(batch)
@@ -263,8 +263,8 @@ def load_encoder(ref: str | Path, *, device: str = "auto") -> LoadedEncoder:
         raise InputError(f"folder {text!r} holds no encoder: expected {MANIFEST}, or a run with encoder/{MANIFEST}")
     if ":" not in text.split("?", 1)[0] or text.startswith((".", "/")):
         raise InputError(
-            f"encoder {text!r}: there is no such folder. Expected an encoder's folder, a run's folder, or a name such as "
-            "core:efficientnet-lite?model=lite0"
+            f"encoder {text!r}: there is no such folder. Expected an encoder's folder, a run's folder, or a name such "
+            "as core:efficientnet-lite?model=lite0"
         )
     return _build_from_name(text, pick_device(device))
 
@@ -311,7 +311,8 @@ def _load_folder(folder: Path, device: torch.device) -> LoadedEncoder:
     if loaded.fingerprint != manifest["fingerprint"]:
         raise DataError(
             f"encoder {str(folder)!r} is not the one it claims to be: its files have the fingerprint "
-            f"{loaded.fingerprint[:12]}, {MANIFEST} says {manifest['fingerprint'][:12]}. The weights or settings were changed"
+            f"{loaded.fingerprint[:12]}, {MANIFEST} says {manifest['fingerprint'][:12]}. "
+            "The weights or settings were changed"
         )
     return loaded
 

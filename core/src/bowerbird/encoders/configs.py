@@ -76,8 +76,8 @@ class TransformersConfig(ImageConfig):
     tower: Literal["vision", "text"] = Field(default="vision", description="Part of a two-tower model.")
     pooling: Literal["model", "cls", "mean"] | None = Field(
         default=None,
-        description="model: the model's own pooling and projection; cls: first token; mean: over real tokens. By default "
-        "model for two-tower models, else cls for vision and mean for text.",
+        description="model: the model's own pooling and projection; cls: first token; mean: over real tokens. By "
+        "default model for two-tower models, else cls for vision and mean for text.",
     )
     tokenizer: str | None = Field(default=None, description="For text: folder or repository; by default that of model.")
     max_tokens: int = Field(default=77, ge=2, description="Longer texts are cut.")

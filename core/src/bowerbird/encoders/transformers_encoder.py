@@ -1,7 +1,7 @@
 """``core:transformers``: vision and text towers of the transformers library as encoders.
 
-B batch, L word tokens, N patch tokens, F width of the tower. A model with two towers (CLIP, SigLIP) gives the one that is
-asked for, with its own projection into the shared space.
+B batch, L word tokens, N patch tokens, F width of the tower. A model with two towers (CLIP, SigLIP) gives the one that
+is asked for, with its own projection into the shared space.
 """
 
 from __future__ import annotations
@@ -59,9 +59,8 @@ class TransformersEncoder(TrunkEncoder):
 
     def stored_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         kept = {key: value for key, value in config.items() if key not in ("model", "tokenizer")}
-        return {**kept, "architecture": self.trunk.model.config.to_diff_dict() | {
-            "model_type": self.trunk.model.config.model_type
-        }}  # fmt: skip
+        architecture = self.trunk.model.config  # type: ignore[union-attr]
+        return {**kept, "architecture": {**architecture.to_diff_dict(), "model_type": architecture.model_type}}  # type: ignore[union-attr, operator]
 
 
 class _Tower(nn.Module):
@@ -82,7 +81,7 @@ class _Tower(nn.Module):
             delattr(model, f"{other}_model")  # its weights are neither used nor stored
         self.model = model
         self.inner_name = f"{tower}_model" if two_towers else None
-        sizes = getattr(config, "hidden_sizes", None)
+        sizes: Any = getattr(config, "hidden_sizes", None)
         width = self.projection.out_features if self.projection is not None else getattr(config, "hidden_size", None)
         self.width = int(width or sizes[-1])
 

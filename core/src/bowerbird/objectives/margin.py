@@ -1,8 +1,8 @@
 """``core:margin``: classification with a margin, ArcFace (arXiv:1801.07698) or CosFace (arXiv:1801.09414).
 
-B batch, D ``embed_dim``, C classes. With ``c_j = cos(f, W_j)`` the target logit is ``cos(arccos(c_y) + margin)`` (arcface,
-margin in radians) or ``c_y - margin`` (cosface); all logits are multiplied with ``scale``. The losses are those of
-pytorch-metric-learning; the class vectors are kept as ``classifier.weight (C, D)``, like those of ``core:softmax``.
+B batch, D ``embed_dim``, C classes. With ``c_j = cos(f, W_j)`` the target logit is ``cos(arccos(c_y) + margin)``
+(arcface, margin in radians) or ``c_y - margin`` (cosface); all logits are multiplied with ``scale``. The losses are
+those of pytorch-metric-learning; the class vectors are kept as ``classifier.weight (C, D)``, like those of ``core:softmax``.
 """
 
 from __future__ import annotations

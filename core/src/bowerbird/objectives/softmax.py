@@ -1,8 +1,8 @@
 """``core:softmax``: an encoder trained as a classifier, with a linear or a cosine head.
 
 B batch, D ``embed_dim``, C classes. Logits are ``W f + b``, or ``scale * cos(W_c, f)`` with ``cosine = true``
-(NormFace, arXiv:1704.06369). The classifier is dropped after training; its rows stay beside the exported encoder, so that
-later encoders can be trained to be compatible with it.
+(NormFace, arXiv:1704.06369). The classifier is dropped after training; its rows stay beside the exported encoder, so
+that later encoders can be trained to be compatible with it.
 """
 
 from __future__ import annotations

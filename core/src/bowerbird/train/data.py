@@ -40,8 +40,8 @@ def epoch_batches(
 ) -> list[NDArray[np.int64]]:
     """The batches of one epoch as positions; process ``rank`` gets its equal part of each joined batch.
 
-    The last items that fill no batch are left out (other items every epoch). With ``items_per_class`` a batch is made of
-    groups of that many items of one class (the last group of a class may be smaller).
+    The last items that fill no batch are left out (other items every epoch). With ``items_per_class`` a batch is made
+    of groups of that many items of one class (the last group of a class may be smaller).
 
     Raises:
         RecipeError: A batch cannot be divided among the processes.

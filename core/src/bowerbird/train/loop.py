@@ -1,8 +1,8 @@
 """The training loop. Nothing in it is named after a method.
 
-One optimiser step = ``accumulate`` forward passes of joined batches. Under ``torchrun`` each process takes its equal part of
-every joined batch and DDP averages the gradients. An interrupted run continues bit for bit: the order and augmentation of
-items are functions of seed, epoch and position, and everything that moves is in the checkpoint.
+One optimiser step = ``accumulate`` forward passes of joined batches. Under ``torchrun`` each process takes its equal
+part of every joined batch and DDP averages the gradients. An interrupted run continues bit for bit: the order and
+augmentation of items are functions of seed, epoch and position, and everything that moves is in the checkpoint.
 """
 
 from __future__ import annotations
@@ -44,7 +44,6 @@ from bowerbird.train.data import CachedTrunk, TrainItems, cache_trunk, epoch_bat
 from bowerbird.train.log import RunLog
 from bowerbird.train.run import TrainContext, start_folder
 from bowerbird.train.schedules import lr_factor
-
 
 CHECKPOINT_SECONDS = 30  # least time between two checkpoints that no setting asked for
 

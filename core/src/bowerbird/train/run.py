@@ -75,8 +75,8 @@ def _same_trunk(first: Encoder, second: Encoder) -> bool:
 def load_run(path: str | Path) -> TrainedRun:
     """A finished run, or an exported encoder, given its folder.
 
-    Of an exported encoder ``objective_state`` holds only ``classifier.weight`` (where the folder has it) and ``recipe`` only
-    the encoder's table.
+    Of an exported encoder ``objective_state`` holds only ``classifier.weight`` (where the folder has it) and ``recipe``
+    only the encoder's table.
 
     Raises:
         RecipeError: There is no such folder, or the run is not finished.
@@ -112,12 +112,13 @@ def start_folder(run_dir: Path, recipe: Recipe, *, resume: bool) -> None:
     if saved.is_file():
         if not resume:
             raise RecipeError(
-                f"{str(run_dir)!r} already holds a run. Continue it with --resume auto, or choose another folder with --out"
+                f"{str(run_dir)!r} already holds a run. Continue it with --resume auto, "
+                "or choose another folder with --out"
             )
         differing = _differences(json.loads(saved.read_text()), recipe.to_dict())
         if differing:
             raise RecipeError(
-                f"{str(run_dir)!r} holds a run of another recipe; it differs in {', '.join(differing[:5])}. "
+                f"{str(run_dir)!r} holds a run of another recipe; different: {', '.join(differing[:5])}. "
                 "Resume with the same recipe, or choose another folder with --out"
             )
     elif run_dir.exists() and any(run_dir.iterdir()):
@@ -131,8 +132,8 @@ def start_folder(run_dir: Path, recipe: Recipe, *, resume: bool) -> None:
 def environment(recipe: Recipe) -> dict[str, Any]:
     """Versions, platform, seed and git state, for whoever repeats the run."""
     plugins = {status.distribution for status in get_registry().plugins if status.distribution}
-    wanted = ["bowerbird-core", *sorted(plugins), "torch", "torchvision", "timm", "transformers", "numpy", "safetensors",
-              "pytorch-metric-learning", "pydantic", "pillow"]  # fmt: skip
+    libraries = "torch torchvision timm transformers numpy safetensors pytorch-metric-learning pydantic pillow".split()
+    wanted = ["bowerbird-core", *sorted(plugins), *libraries]
     return {
         "command": sys.argv,
         "seed": recipe.train.seed,
