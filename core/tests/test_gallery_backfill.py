@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +174,36 @@ def test_two_workers_share_an_upgrade_with_a_segment_each(gallery: Gallery) -> N
         assert gallery.counts() == other.counts() == {OLD.fingerprint: 0, NEW.fingerprint: 200}
         segments = [segment for segment in gallery.snapshot().segments if segment.info.space == NEW.fingerprint]
         assert len(segments) == 2 and gallery.verify().ok
+
+
+def test_threads_of_one_process_may_add_delete_search_and_migrate_at_once(gallery: Gallery) -> None:
+    begin(gallery, task_items=10)
+    errors: list[BaseException] = []
+
+    def guarded(job) -> None:
+        try:
+            job()
+        except BaseException as error:
+            errors.append(error)
+
+    def ingest() -> None:
+        for i in range(8):
+            gallery.add([f"fresh-{i}"], vectors([f"fresh-{i}"], NEW))
+            gallery.delete([NAMES[i]])
+
+    def search() -> None:
+        for _ in range(30):
+            assert len(set(gallery.search(BOTH, 300).ids[0])) >= 200 - 8
+
+    jobs = (ingest, search, lambda: work(gallery, owner="one"), lambda: work(gallery, owner="two"))
+    threads = [threading.Thread(target=guarded, args=(job,), daemon=True) for job in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive(), "a deadlock"
+    assert errors == [] and gallery.counts() == {OLD.fingerprint: 0, NEW.fingerprint: 200}
+    assert gallery.verify().ok
 
 
 def test_a_commit_needs_a_vector_or_an_error_for_every_item_of_the_task(gallery: Gallery) -> None:

@@ -351,7 +351,6 @@ def relate(path: str, new: str, evidence: str | None, device: str) -> None:
 
 def _encoder_of(gallery: Gallery, device: str) -> Any:
     """The encoder of the space that is written now, loaded by the reference that the gallery keeps."""
-    from bowerbird.encoders import load_encoder
     from bowerbird.errors import SpaceError
 
     space = gallery.snapshot().write_space
@@ -359,6 +358,8 @@ def _encoder_of(gallery: Gallery, device: str) -> Any:
         raise SpaceError(
             f"gallery {gallery.path} holds vectors of {space.encoder}, which cannot be loaded here; use vectors"
         )
+    from bowerbird.encoders import load_encoder  # after the refusal: it brings torch
+
     return load_encoder(space.encoder, device=device)
 
 

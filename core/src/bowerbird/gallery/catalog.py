@@ -85,6 +85,8 @@ class Catalog:
         self.pid = os.getpid()
         self.read = self._connect(query_only=True)
         self._read_lock = threading.RLock()
+        # Threads of one process take these in this order: exclusive, then the storage's append lock, then write.
+        self._exclusive_lock = threading.RLock()
         self._write_lock = threading.RLock()
         self._writer: sqlite3.Connection | None = None
         self._lock_depth = 0
@@ -165,7 +167,7 @@ class Catalog:
         Raises:
             GalleryLockedError: If another writer holds it for longer than ``lock_timeout`` seconds; names the owner.
         """
-        with self._write_lock:
+        with self._exclusive_lock:
             if self._lock_depth:
                 yield
                 return

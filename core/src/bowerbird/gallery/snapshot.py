@@ -186,7 +186,7 @@ class Part:
             block = rows[start : start + step]
             vectors = self._gather(np.maximum(block, 0).ravel()).reshape(*block.shape, -1).astype(np.float64)
             vectors *= queries[start : start + step, None, :]
-            distance = (1.0 - vectors.sum(axis=-1)).astype(np.float32)
+            distance = np.maximum(1.0 - vectors.sum(axis=-1), 0.0).astype(np.float32)  # rounding gives -1e-8 for a copy
             distance[block < 0] = np.inf
             number = np.where(block < 0, np.iinfo(np.int64).max, self._nums_at(block))
             order = np.lexsort((number, distance), axis=1)[:, :k]
