@@ -319,7 +319,8 @@ def run(
                 break
         limits.keep_to_rate(encoded)
 
-    if next_watch is not None and reason == "complete" and encoded:
+    measured = watched[-1].share if watched else 0.0
+    if next_watch is not None and reason == "complete" and encoded and measured < now.share:
         watched.append(watch(gallery, max_nfr=max_nfr))
     end = _status_after(gallery, now)
     return RunReport(

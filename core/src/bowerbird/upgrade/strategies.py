@@ -51,7 +51,7 @@ class Compatible:
             raise UpgradeError(
                 f"strategy 'core:compatible' needs a relation compatible({new.encoder} -> {old.encoder}), and the "
                 "gallery has none. If the new encoder was trained for the old one, register the relation with "
-                "`bowerbird upgrade run --compatible`; otherwise use a strategy that keeps the old encoder, rank-merge"
+                "`bowerbird gallery relate`; otherwise use a strategy that keeps the old encoder, rank-merge"
             )
 
     def old_part_queries(self, queries: Mapping[str, np.ndarray], old: Space, new: Space) -> np.ndarray:

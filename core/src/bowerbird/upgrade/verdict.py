@@ -89,7 +89,7 @@ def recommend(
     if not safe:
         reason = (
             f"new/new minus old/old is {gain}, but no strategy that is installed and can serve this pair keeps the "
-            "old level on the way. Re-encode everything, then switch."
+            "old level on the way. Encode everything into a second gallery, then switch."
         )
         return interval, Recommendation("upgrade", "full", reason, count)
     best = max(safe, key=lambda c: (round(c.area, 3), -c.max_nfr))
