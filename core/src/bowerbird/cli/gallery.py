@@ -340,7 +340,7 @@ def relate(path: str, new: str, evidence: str | None, device: str) -> None:
     space = encoder.space()
     with Gallery.open(path) as gallery:
         serving = gallery.snapshot().serving
-        recorded = next((r["evidence"] for r in encoder.spec.relations if r["to"] == serving), {})
+        recorded: dict[str, Any] = next((r["evidence"] for r in encoder.spec.relations if r["to"] == serving), {})
         gallery.register_space(space)
         gallery.relate(space.fingerprint, serving, evidence=_json_object(evidence) if evidence else recorded)
     click.echo(f"registered: {space} is compatible with {serving[:12]}")
