@@ -127,7 +127,8 @@ def test_weights_come_from_a_file_and_a_classifier_in_it_is_left_out(name: str, 
         torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}} if "wrap" in name else state,
                    tmp_path / name)  # fmt: skip
     encoder = build("core:timm", **SMALL, weights=str(tmp_path / name)).eval()
-    expected = model.eval().forward_head(model.forward_features(images()), pre_logits=True)
+    trunk: Any = model.eval()
+    expected = trunk.forward_head(trunk.forward_features(images()), pre_logits=True)
     torch.testing.assert_close(encoder({"image": images()}).pooled, expected)
 
 
@@ -194,7 +195,7 @@ def test_a_saved_encoder_loads_to_the_same_fingerprint_and_vectors(tmp_path: Pat
     vectors = loaded.encode(pictures(5), batch_size=2)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
     prepare: Any = encoder.preprocessing
-    expected = encoder.eval()({"image": torch.stack([torch.from_numpy(prepare(p)) for p in pictures(5)])})  # type: ignore[misc]
+    expected = encoder.eval()({"image": torch.stack([torch.from_numpy(prepare(p)) for p in pictures(5)])})
     np.testing.assert_allclose(vectors, torch.nn.functional.normalize(expected.pooled).detach(), rtol=1e-4, atol=1e-5)
     assert "For tests." in (tmp_path / "e" / "README.md").read_text()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["e"]  # nothing half-written beside it

@@ -212,7 +212,7 @@ TWO_PROCESSES = {"optimizer": "sgd", "lr": 0.1, "epochs": 2, "batch_size": 10, "
 
 def test_two_processes_give_what_one_gives_on_the_joined_batch(tmp_path: Path) -> None:
     train(make_recipe(train=TWO_PROCESSES), tmp_path / "one")
-    assert run_two_ranks(train_in_a_group, str(tmp_path / "two")) == [4, 4]
+    assert run_two_ranks(train_in_a_group, str(tmp_path / "two"), timeout=240) == [4, 4]
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for key in one:
         torch.testing.assert_close(one[key], two[key], rtol=1e-4, atol=1e-6)

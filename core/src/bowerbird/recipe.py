@@ -1,8 +1,8 @@
 """Recipes: one TOML file that says everything about a training run.
 
 Tables ``[encoder]``, ``[objective]``, ``[dataset]``, ``[[modifier]]`` and ``[[evaluate]]`` name a method with ``use``;
-the other keys of the table are its settings, checked by the method's own config model. ``preset`` takes the settings of one
-of the method's presets, and the table's own keys override them. There is no inheritance between files.
+the other keys of the table are its settings, checked by the method's own config model. ``preset`` takes the settings of
+one of the method's presets, and the table's own keys override them. There is no inheritance between files.
 
     recipe = load_recipe("recipes/emoji-softmax.toml", overrides=["train.epochs=2"])
 

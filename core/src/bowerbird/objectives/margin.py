@@ -2,7 +2,8 @@
 
 B batch, D ``embed_dim``, C classes. With ``c_j = cos(f, W_j)`` the target logit is ``cos(arccos(c_y) + margin)``
 (arcface, margin in radians) or ``c_y - margin`` (cosface); all logits are multiplied with ``scale``. The losses are
-those of pytorch-metric-learning; the class vectors are kept as ``classifier.weight (C, D)``, like those of ``core:softmax``.
+those of pytorch-metric-learning; the class vectors are kept as ``classifier.weight (C, D)``, like those of
+``core:softmax``.
 """
 
 from __future__ import annotations

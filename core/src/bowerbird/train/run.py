@@ -132,7 +132,8 @@ def start_folder(run_dir: Path, recipe: Recipe, *, resume: bool) -> None:
 def environment(recipe: Recipe) -> dict[str, Any]:
     """Versions, platform, seed and git state, for whoever repeats the run."""
     plugins = {status.distribution for status in get_registry().plugins if status.distribution}
-    libraries = "torch torchvision timm transformers numpy safetensors pytorch-metric-learning pydantic pillow".split()
+    libraries = ["torch", "torchvision", "timm", "transformers", "pytorch-metric-learning"]
+    libraries += ["numpy", "safetensors", "pydantic", "pillow"]
     wanted = ["bowerbird-core", *sorted(plugins), *libraries]
     return {
         "command": sys.argv,
