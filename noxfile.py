@@ -31,7 +31,8 @@ EVERYTHING = [
 ]
 # One thread per test process: the tests run in parallel, and results do not depend on the number of cores.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-OFFLINE = {"HF_HUB_OFFLINE": "1"}
+# No model hub, and compiled modules are kept: without them every process would compile torch again.
+QUIET = {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": ""}
 
 
 def install(session: nox.Session, *requirements: str) -> None:
@@ -43,7 +44,7 @@ def install(session: nox.Session, *requirements: str) -> None:
 def pytest(session: nox.Session, *arguments: str, parallel: bool = True) -> None:
     session.install("pytest-xdist>=3.5")
     spread = ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "worksteal"] if parallel else []
-    session.run("pytest", "-q", *spread, *arguments, *session.posargs, env={**ONE_THREAD, **OFFLINE})
+    session.run("pytest", "-q", *spread, *arguments, *session.posargs, env={**ONE_THREAD, **QUIET})
 
 
 @nox.session
@@ -142,7 +143,7 @@ def docs(session: nox.Session) -> None:
 def demo(session: nox.Session) -> None:
     """The main job on real images: a live gallery moves to a better model. Writes demo-out/index.html."""
     install(session, f"{CORE}[lite,faiss-cpu,report]", "./packages/emoji-plugins", "./packages/compat-plugins")
-    session.run("bowerbird", "demo", *session.posargs, env=OFFLINE)
+    session.run("bowerbird", "demo", *session.posargs, env=QUIET)
 
 
 @nox.session
@@ -157,7 +158,7 @@ def lowest(session: nox.Session) -> None:
 def claims(session: nox.Session) -> None:
     """Train for the claims of docs/claims.md and write benchmarks/claims/results (takes long)."""
     install(session, *EVERYTHING)
-    session.run("python", "benchmarks/claims/run.py", *session.posargs, env=OFFLINE)
+    session.run("python", "benchmarks/claims/run.py", *session.posargs, env=QUIET)
 
 
 @nox.session
@@ -165,4 +166,4 @@ def bench(session: nox.Session) -> None:
     """Measure speed and memory against their limits and write benchmarks/results (takes long)."""
     install(session, *EVERYTHING)
     session.install("psutil")
-    session.run("python", "benchmarks/run.py", *session.posargs, env=OFFLINE)
+    session.run("python", "benchmarks/run.py", *session.posargs, env=QUIET)

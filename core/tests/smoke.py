@@ -14,6 +14,7 @@ with tempfile.TemporaryDirectory() as folder:
     assert list(Path(folder).rglob("plugin.py")), "the template is not in the wheel"
 
 import numpy as np  # noqa: E402
+
 from bowerbird.gallery import Gallery, Space  # noqa: E402
 
 with (

@@ -94,7 +94,11 @@ def create(
 )
 @gallery_argument
 @click.argument("images", nargs=-1, type=click.Path())
-@click.option("--folder", type=click.Path(exists=True, file_okay=False), help="Every image below it; ids are relative.")
+@click.option(
+    "--folder",
+    type=click.Path(exists=True, file_okay=False),
+    help="Every image below it; the id is the path in it, the first subfolder the `label`.",
+)
 @click.option("--dataset", help="A data set by name.")
 @click.option("--split", help="Split of the data set.")
 @click.option("--vectors", type=click.Path(exists=True, dir_okay=False), help="Ready vectors: .npy of shape (N, D).")
@@ -373,8 +377,10 @@ def _images(
         from bowerbird.embed import images_in
 
         ids, paths = images_in(folder)
-        return ids, paths, None
-    from bowerbird.data import images_of
+        # In subfolders the first one is the label, as in `core:image-folder`.
+        labels = [{"label": name.split("/", 1)[0]} if "/" in name else {} for name in ids]
+        return ids, paths, labels
+    from bowerbird.data.uris import dataset_uri
     from bowerbird.recipe import build_config
     from bowerbird.registry import get_registry
 
@@ -382,8 +388,8 @@ def _images(
     registry = get_registry()
     record = registry.get("dataset", dataset)
     built = registry.load(record).build(build_config(record, {}, where=f"dataset {record.name!r}"), split)
-    labels = [{"label": built.classes[label]} for label in built.labels()] if built.classes else None
-    return list(built.item_ids), images_of(built), labels
+    known = [{"label": built.classes[label]} for label in built.labels()] if built.classes else None
+    return list(built.item_ids), [dataset_uri(record.name, split, name) for name in built.item_ids], known
 
 
 def _add_vectors(

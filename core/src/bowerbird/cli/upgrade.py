@@ -163,7 +163,9 @@ def serve(gallery: str, images: tuple[str, ...], k: int, where: tuple[str, ...],
 @click.option("--order", help="What is moved first. [default: core:random]")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A setting of the order (TOML).")
 @click.option("--seed", type=int, help="Of the order. [default: 0]")
-@click.option("--task-items", type=click.IntRange(min=1), help="Items per commit. [default: 512]")
+@click.option(
+    "--task-items", type=click.IntRange(min=1), help="Items per commit. [default: 512, fewer in a small gallery]"
+)
 @label_option
 @queries_option
 @split_option

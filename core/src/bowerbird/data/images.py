@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from bowerbird.data.uris import is_dataset_uri, open_dataset_item
 from bowerbird.errors import DataError, InputError, did_you_mean
 
 ImageSource = str | Path | bytes | Image.Image
@@ -173,7 +174,8 @@ def open_image(
     images are converted, of an animation the first frame is taken.
 
     Args:
-        source: A path, the bytes of a file, or an open Pillow image.
+        source: A path, the bytes of a file, an open Pillow image, or the address of a data set's item
+            (``bowerbird.data.uris``).
         max_pixels: Limit of width x height, checked in the header before any pixel is decoded. Pillow's own limit,
             twice ``PIL.Image.MAX_IMAGE_PIXELS``, holds as well.
         max_bytes: Limit of the file's size.
@@ -183,6 +185,8 @@ def open_image(
     is damaged or is larger than a limit.
     """
     name = name or (str(source) if isinstance(source, str | Path) else f"<{type(source).__name__}>")
+    if isinstance(source, str) and is_dataset_uri(source):
+        source = open_dataset_item(source)
     if isinstance(source, Image.Image):
         _check_pixels(source, name, max_pixels)
         return _decode(source, name, background)

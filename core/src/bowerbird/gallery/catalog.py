@@ -234,8 +234,8 @@ def create_catalog(folder: Path) -> sqlite3.Connection:
 
 
 def file_system_type(path: Path, mounts: str | None = None) -> str | None:
-    """Type of the file system that holds ``path`` (``ext4``, ``nfs4``, ...); ``None`` where the system does not "
-    "tell."""
+    """Type of the file system that holds ``path`` (``ext4``, ``nfs4``, ...); ``None`` where the system does not
+    tell."""
     if mounts is None:
         try:
             mounts = Path("/proc/self/mounts").read_text(errors="replace")

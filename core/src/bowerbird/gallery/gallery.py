@@ -155,8 +155,8 @@ class Gallery:
         )
 
     def delete(self, ids: Sequence[str]) -> int:
-        """Delete items, atomically; returns how many. Raises ``UnknownNameError`` if one is not there (nothing is "
-        "deleted)."""
+        """Delete items, atomically; returns how many. Raises ``UnknownNameError`` if one is not there (nothing is
+        deleted)."""
         return ingest.delete_items(self.storage, ids)
 
     def compact(self) -> int:
@@ -251,8 +251,8 @@ class Gallery:
         return part.nums, part.vectors()
 
     def vectors_of(self, ids: Sequence[str], fingerprint: str | None = None) -> NDArray[np.float32]:
-        """float32 ``(N, D)`` vectors of items in a space. Raises ``UnknownNameError`` for items that have none "
-        "there."""
+        """float32 ``(N, D)`` vectors of items in a space. Raises ``UnknownNameError`` for items that have none
+        there."""
         snapshot = self.snapshot()
         part = self._part(snapshot, fingerprint or snapshot.write_space.fingerprint)
         found = self._find(list(ids))
@@ -263,14 +263,16 @@ class Gallery:
         absent[~absent] = ~part.contains(nums[~absent])
         if absent.any():
             name = list(ids)[int(np.argmax(absent))]
+            if name not in self:
+                raise UnknownNameError(f"gallery {self.path} has no item {name!r}")
             raise UnknownNameError(
-                f"item {name!r} has no vector in space {part.space} (it is absent, not migrated, or damaged)"
+                f"item {name!r} has no vector in space {part.space} (it is not migrated, or damaged)"
             )
         return part.vectors_of(nums)
 
     def pending(self) -> list[Item]:
-        """Items without a vector in the serving space: searches do not find them. Only a rollback can leave such "
-        "items."""
+        """Items without a vector in the serving space: searches do not find them. Only a rollback can leave such
+        items."""
         with self.storage.catalog.reading() as db:
             nums = [row[0] for row in db.execute("SELECT num FROM pending ORDER BY num")]
         found = self.storage.items(nums)
@@ -483,8 +485,8 @@ class Gallery:
         return cosine
 
     def verify(self) -> Report:
-        """Check every checksum and invariant. Reads all files; changes nothing; never raises for damage, the report "
-        "names it."""
+        """Check every checksum and invariant. Reads all files; changes nothing; never raises for damage, the report
+        names it."""
         from bowerbird.gallery.verify import verify
 
         return verify(self.storage)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bowerbird.data.uris import is_dataset_uri, open_dataset_item
 from bowerbird.errors import DataError, InputError, SpaceError
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def add_images(
     ``existing="update"``.
 
     Args:
-        images: Paths (kept as ``uri``, made absolute), bytes or ``PIL.Image``; N of them.
+        images: Paths (kept as ``uri``, made absolute), addresses of data set items, bytes or ``PIL.Image``; N of them.
         ids: N distinct ids.
         existing: What to do with ids that are in the gallery: ``error``, ``skip``, or ``update``: replace those whose
             content
@@ -205,6 +206,8 @@ def _serves(gallery: Gallery, encoder: Any) -> bool:
 
 def _content_hash(image: Any) -> str | None:
     """sha256 of the bytes; ``None`` where there are none (a decoded image) or they cannot be read."""
+    if is_dataset_uri(image):
+        return hashlib.sha256(open_dataset_item(image).tobytes()).hexdigest()
     if isinstance(image, bytes):
         return hashlib.sha256(image).hexdigest()
     if not isinstance(image, str | Path):
@@ -217,4 +220,6 @@ def _content_hash(image: Any) -> str | None:
 
 
 def _uri(image: Any) -> str | None:
+    if is_dataset_uri(image):
+        return str(image)
     return str(Path(image).resolve()) if isinstance(image, str | Path) else None

@@ -217,8 +217,8 @@ def delete_items(storage: Storage, ids: Sequence[str]) -> int:
 
 
 def _close_id(db: sqlite3.Connection, name: str) -> str:
-    """A suggestion among the neighbours of ``name`` in the order of ids: reading every id of a large gallery would "
-    "take long."""
+    """A suggestion among the neighbours of ``name`` in the order of ids: reading every id of a large gallery would
+    take long."""
     sql = "SELECT id FROM item WHERE deleted_epoch = 0 AND id {} ? ORDER BY id {} LIMIT 50"
     near = [row[0] for row in db.execute(sql.format("<", "DESC"), (name,))]
     near += [row[0] for row in db.execute(sql.format(">", "ASC"), (name,))]

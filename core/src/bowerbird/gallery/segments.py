@@ -65,8 +65,8 @@ class SegmentWriter:
     """
 
     def __init__(self, folder: Path, info: SegmentInfo) -> None:
-        """Raises ``BlockingIOError`` if another process appends to it, ``FileNotFoundError`` if it was removed "
-        "meanwhile."""
+        """Raises ``BlockingIOError`` if another process appends to it, ``FileNotFoundError`` if it was removed
+        meanwhile."""
         self.folder, self.info = folder, info
         self.tail = info.rows
         self._written: list[Batch] = []

@@ -163,8 +163,8 @@ class Part:
     def _candidates(
         self, queries: NDArray[np.float32], k: int, allowed: NDArray[np.bool_] | None
     ) -> tuple[NDArray[np.int64], NDArray]:
-        """Rows over all segments and rough distances ``(Q, k)`` of the nearest, ascending, padded with -1 and "
-        "``inf``."""
+        """Rows over all segments and rough distances ``(Q, k)`` of the nearest, ascending, padded with -1 and
+        ``inf``."""
         found: list[Hits] = []
         for segment, offset, start, stop, mask in self._runs:
             if allowed is not None:

@@ -283,8 +283,8 @@ class Storage:
             return remove_unused(self.segment_folder, known)
 
     def refuse_unreadable(self, snapshot: Snapshot) -> None:
-        """Raise ``CorruptionError`` if a live item has no readable vector: copying the others would lose it for "
-        "good."""
+        """Raise ``CorruptionError`` if a live item has no readable vector: copying the others would lose it for
+        good."""
         with self.catalog.reading() as db:
             pending = db.execute("SELECT count(*) FROM pending").fetchone()[0]
         lost = snapshot.live - pending - sum(part.count for part in snapshot.parts)

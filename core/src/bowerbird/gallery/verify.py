@@ -18,8 +18,8 @@ SHOWN = 5
 
 @dataclass(frozen=True)
 class Problem:
-    """``kind``: catalogue, truncated, checksum, batches, unknown-item, doubled, missing, count or plan; ``message`` "
-    "names it."""
+    """``kind``: catalogue, truncated, checksum, batches, unknown-item, doubled, missing, count or plan; ``message``
+    names it."""
 
     kind: str
     message: str

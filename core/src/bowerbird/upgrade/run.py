@@ -78,7 +78,7 @@ def begin(
     seed: int = 0,
     centers: Any = None,
     label_key: str | None = None,
-    task_items: int = TASK_ITEMS,
+    task_items: int | None = None,
     old_encoder: ItemEncoder | None = None,
     watch_set: WatchSet | None = None,
 ) -> UpgradeState:
@@ -91,7 +91,8 @@ def begin(
         seed: Of the order.
         centers: ``(C, D)`` class centres in the old space, for orders that use them.
         label_key: Metadata key with the items' class; class means of the old vectors are the centres then.
-        task_items: Items that a worker leases and commits at once.
+        task_items: Items that a worker leases and commits at once. Default: 512, fewer in a small gallery, so that a
+            share at which a run stops is met within two percent.
         old_encoder: Where given, it must reproduce stored old vectors (a swapped model of the same size is caught).
         watch_set: Queries whose old results are frozen now; see ``bowerbird.upgrade.watch``.
 
@@ -119,7 +120,7 @@ def begin(
         merger=chosen.merger,
         order_name=order_name,
         order=plan,
-        task_items=task_items,
+        task_items=task_items or min(TASK_ITEMS, max(16, -(-len(plan) // 50))),
         settings={"seed": seed, "order_settings": dict(order_settings or {}), "label_key": label_key},
     )
     if frozen is not None:
