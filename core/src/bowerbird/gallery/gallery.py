@@ -30,7 +30,8 @@ from bowerbird.gallery.vectors import filter_clause, unit_vectors
 from bowerbird.retrieval.index import Hits
 
 if TYPE_CHECKING:
-    from bowerbird.gallery.snapshot import Part, Snapshot
+    from bowerbird.gallery.part import Part
+    from bowerbird.gallery.snapshot import Snapshot
     from bowerbird.gallery.verify import Report
 
 CANARY_ITEMS = 64
