@@ -251,6 +251,43 @@ def search(
             click.echo(f"  {rank:>3}  {hit['distance']:.4f}  {hit['id']}")
 
 
+@command.command(
+    epilog=examples(
+        "bowerbird gallery index photos --kind ivf",
+        "bowerbird gallery index photos",
+        "bowerbird gallery index photos --kind exact --json",
+    )
+)
+@gallery_argument
+@click.option("--kind", metavar="KIND", help="exact, ivf or hnsw. Default: what the gallery has; it is built again.")
+@click.option("--target-recall", type=float, help="Recall@10 to reach, measured on a sample. Default: 0.95.")
+@json_option
+def index(path: str, kind: str | None, target_recall: float | None, as_json: bool) -> None:
+    """Build the approximate index of the gallery PATH, or return to exact searches.
+
+    Items that are added later are searched exactly until this command is run again. Needs FAISS.
+    """
+    from bowerbird.gallery import Gallery
+
+    with Gallery.open(path) as gallery:
+        current = gallery.index()
+        config = {} if kind not in (None, current["kind"]) else current["config"]
+        if target_recall is not None:
+            config = {**config, "target_recall": target_recall}
+        say = None if as_json else lambda text: click.echo(text, err=True)
+        gallery.set_index(kind or current["kind"], progress=say, **config)
+        found = {**gallery.index(), "items": len(gallery)}
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    for file in found["files"]:
+        recall = "not measured" if file["recall"] is None else f"{file['recall']:.3f}"
+        click.echo(f"{file['kind']} of {file['items']} items in {file['space'][:12]}: recall@10 {recall}")
+        click.echo(f"  {file['path']}")
+    if not found["files"]:
+        click.echo(f"searches of {path} are exact" + ("" if found["kind"] == "exact" else ": it has no items yet"))
+
+
 @command.command(epilog=examples("bowerbird gallery verify photos", "bowerbird gallery verify photos --json"))
 @gallery_argument
 @json_option
@@ -299,6 +336,8 @@ def stats(path: str, as_json: bool) -> None:
         click.echo(f"  {found['pending']} items wait for a vector")
     if found["upgrade"]:
         click.echo(f"  upgrade to {found['upgrade']['new'][:12]}: {found['upgrade']['state']}")
+    for file in found["index"]["files"]:
+        click.echo(f"  {file['kind']} index of {file['items']} items in {file['space'][:12]}")
     for problem in found["problems"]:
         click.echo(f"  damaged: {problem}")
 

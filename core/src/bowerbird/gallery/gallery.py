@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bowerbird.errors import InputError, SpaceError, UnknownNameError
-from bowerbird.gallery import ingest
+from bowerbird.gallery import ann, ingest
 from bowerbird.gallery.merge import merge_by_distance
 from bowerbird.gallery.space import Item, Relation, Space
 from bowerbird.gallery.storage import Storage, item_of_row
@@ -302,7 +302,7 @@ class Gallery:
         merger: Merger | None = None,
         snapshot: Snapshot | None = None,
     ) -> SearchResult:
-        """The ``k`` nearest items, exact.
+        """The ``k`` nearest items; exact unless ``set_index`` chose an approximate index.
 
         During an upgrade the gallery has two disjoint parts; each is searched with the queries given for its space and
         the hits are merged. With no item migrated the result is bit for bit that of the old gallery, with all of them
@@ -335,7 +335,7 @@ class Gallery:
         parts = [part for part in snapshot.parts if part.count]
         sides = [0 if part is snapshot.old else 1 for part in parts]
         # An empty part needs no queries, but what was given for it was checked all the same.
-        hits = [part.search(self._queries_for(part, given), k, allowed) for part in parts]
+        hits = [snapshot.searcher(part).search(self._queries_for(part, given), k, allowed) for part in parts]
         if not hits:
             merged = Hits(np.full((count, k), -1, np.int64), np.full((count, k), np.inf, np.float32))
             side = np.full((count, k), -1, np.int8)
@@ -427,6 +427,42 @@ class Gallery:
             )
         return part
 
+    # -------------------------------------------------------------------------------------------------- index
+
+    def set_index(
+        self, kind: str, *, progress: Callable[[str], None] | None = None, **config: Any
+    ) -> list[ann.IndexEntry]:
+        """Search this gallery exactly (the default), or through an approximate index, which is built now.
+
+        With ``ivf`` or ``hnsw`` a search may miss items; the distances of those it finds are exact. Items that come
+        later are searched exactly until ``build_index`` is called again. A search with ``where``, and one of a space
+        that lost more than 30 % of the indexed items (deleted, or moved by an upgrade), is exact.
+
+        Readers and writers go on while an index is built. Until it is complete the earlier state stays.
+
+        Args:
+            kind: ``exact``, ``ivf`` or ``hnsw``.
+            progress: Called with a line of text at each step.
+            config: Settings of ``bowerbird.retrieval.configs.FaissConfig``, for example ``target_recall=0.95``.
+
+        Returns:
+            One entry per indexed space, with the measured recall@10; none for ``exact`` and an empty gallery.
+
+        Raises:
+            InputError: For a kind or a setting that is not known.
+            MissingExtraError: If FAISS is not installed.
+            GalleryLockedError: If an index of this gallery is being built already.
+        """
+        return ann.build(self.storage, kind, config, progress)
+
+    def build_index(self, *, progress: Callable[[str], None] | None = None) -> list[ann.IndexEntry]:
+        """Build the index again, over every item of now, with the settings of the last ``set_index``."""
+        return ann.build(self.storage, None, {}, progress)
+
+    def index(self) -> dict[str, Any]:
+        """Plain data: ``kind``, ``config``, and ``files`` with space, items, recall, epoch and path of each index."""
+        return ann.status(self.storage)
+
     # ------------------------------------------------------------------------------------------------- health
 
     def check_canary(
@@ -502,7 +538,8 @@ class Gallery:
         counts = self.counts()
         files = [
             entry
-            for folder in (self.path, self.path / "seg", self.path / "plan")
+            for folder in (self.path, *(self.path / name for name in ("seg", "plan", ann.FOLDER)))
+            if folder.is_dir()
             for entry in os.scandir(folder)
             if entry.is_file()
         ]
@@ -536,5 +573,6 @@ class Gallery:
                 "strategy": upgrade.strategy,
                 "order": upgrade.order,
             },
+            "index": self.index(),
             "problems": snapshot.problems,
         }

@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bowerbird.gallery.ann import CoveredPart, IndexEntry
 from bowerbird.gallery.part import Part
 from bowerbird.gallery.segments import Batch, MappedSegment
 from bowerbird.gallery.space import Space
 
 if TYPE_CHECKING:
     from bowerbird.gallery.segments import SegmentInfo
+    from bowerbird.retrieval.index import FaissIndex
 
 
 class CorruptionWarning(UserWarning):
@@ -59,6 +61,7 @@ class Snapshot:
         live: Items in it, those without a vector included.
         serving: Fingerprint of the space that serves outside upgrades (during one: the old space).
         upgrade: The upgrade under way, or ``None``.
+        indexes: Fingerprint -> the approximate index of that space.
         problems: Damaged rows found so far.
     """
 
@@ -75,6 +78,8 @@ class Snapshot:
         tombstones: NDArray[np.int64],
         batches_of: Callable[[SegmentInfo], Sequence[Batch]],
         known_damage: Damage,
+        indexes: Mapping[str, IndexEntry],
+        load_index: Callable[[IndexEntry], FaissIndex | None],
     ) -> None:
         self.epoch, self.live, self.num_limit, self.serving = epoch, live, num_limit, serving
         self.spaces, self.upgrade = spaces, upgrade
@@ -82,6 +87,9 @@ class Snapshot:
         self.tombstones = tombstones
         self._batches_of = batches_of
         self._damage = known_damage
+        self.indexes = indexes
+        self._load_index = load_index
+        self._covered: dict[str, CoveredPart | None] = {}
         self._lock = threading.Lock()
         self._parts: tuple[Part, Part] | None = None
         self.problems: list[str] = [segment.problem for segment in segments if segment.problem]
@@ -113,6 +121,19 @@ class Snapshot:
             if part.space.fingerprint == fingerprint:
                 return part
         return None
+
+    def searcher(self, part: Part) -> Part | CoveredPart:
+        """What searches ``part``: its approximate index where the gallery has a usable one, else the part, exactly."""
+        fingerprint = part.space.fingerprint
+        entry = self.indexes.get(fingerprint)
+        if entry is None:
+            return part
+        with self._lock:
+            if fingerprint not in self._covered:
+                index = self._load_index(entry)
+                covered = None if index is None or index.dim != part.space.dim else CoveredPart(part, index)
+                self._covered[fingerprint] = covered if covered is not None and covered.usable else None
+            return self._covered[fingerprint] or part
 
     def _divide(self) -> tuple[Part, Part]:
         space_new = self.write_space

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bowerbird.errors import CorruptionError, GalleryError, InputError, SpaceError
+from bowerbird.gallery import ann
 from bowerbird.gallery.catalog import DISK_FULL, Catalog, create_catalog, disk_full
 from bowerbird.gallery.segments import (
     Batch,
@@ -48,6 +49,7 @@ class Storage:
         self._tombstones: tuple[int, NDArray[np.int64]] = (0, np.empty(0, np.int64))
         self._mapped: dict[str, MappedSegment] = {}
         self._damage = Damage()
+        self._indexes = ann.IndexCache(self.path)
         self._snapshot_lock = threading.Lock()
         self._writers: dict[str, SegmentWriter] = {}
         self._append_lock = threading.RLock()
@@ -97,6 +99,7 @@ class Storage:
             self._writers.clear()
         self._snapshot = None
         self._mapped.clear()
+        self._indexes.keep(set())
         self.catalog.close()
 
     # ------------------------------------------------------------------------------------------------- reading
@@ -121,6 +124,7 @@ class Storage:
                     row[0]: Space(*row) for row in db.execute("SELECT fingerprint, encoder, dim, metric FROM space")
                 }
                 upgrade = active_upgrade(db)
+                indexes = ann.read_entries(db)
                 infos = [
                     SegmentInfo(*row)
                     for row in db.execute("SELECT sid, space, dtype, dim, rows FROM segment ORDER BY rowid")
@@ -135,6 +139,7 @@ class Storage:
             known = np.concatenate([known, fresh.ravel()])
         self._tombstones = (epoch, known)
         self._mapped = {segment.info.sid: segment for segment in segments}
+        self._indexes.keep({entry.file for entry in indexes.values()})
         return Snapshot(
             epoch=epoch,
             live=live,
@@ -146,6 +151,8 @@ class Storage:
             tombstones=known,
             batches_of=self.batches,
             known_damage=self._damage,
+            indexes=indexes,
+            load_index=self._indexes.get,
         )
 
     def map_segment(self, info: SegmentInfo) -> MappedSegment:
@@ -274,13 +281,13 @@ class Storage:
             db.execute("UPDATE space SET canary = ? WHERE fingerprint = ?", (passed, fingerprint))
 
     def collect_garbage(self) -> list[str]:
-        """Remove segment files that no catalogue row and no writer knows. Returns their names."""
+        """Remove segment and index files that no catalogue row and no writer knows. Returns their names."""
         with self._append_lock, self.catalog.writing() as db:  # nobody can commit a new segment meanwhile
             known = {row[0] for row in db.execute("SELECT sid FROM segment")}
             for fingerprint, writer in list(self._writers.items()):
                 if writer.info.sid not in known:
                     self._writers.pop(fingerprint).close()
-            return remove_unused(self.segment_folder, known)
+            return remove_unused(self.segment_folder, known) + ann.collect_garbage(db, self.path)
 
     def refuse_unreadable(self, snapshot: Snapshot) -> None:
         """Raise ``CorruptionError`` if a live item has no readable vector: copying the others would lose it for

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from bowerbird.gallery import ann
 from bowerbird.gallery.segments import IDS, SUFFIX, MappedSegment, crc_of
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class Report:
 
     Attributes:
         problems: Damage and broken invariants; none of them in a healthy gallery.
-        notes: Harmless leftovers (files that a killed process left behind).
+        notes: What is harmless: files that a killed process left behind, an index that must be built again.
         items, rows, batches: How much was checked.
         damaged_ids: Items whose vector is damaged or missing. Everything else can be read and searched.
     """
@@ -117,7 +118,7 @@ def _verify(storage: Storage, snapshot: Snapshot) -> Report:
         rows=rows,
         batches=batches,
         problems=problems,
-        notes=_orphans(storage),
+        notes=_orphans(storage) + _index_notes(storage),
         damaged_ids=[names[num].id for num in missing.tolist()],
     )
 
@@ -171,6 +172,16 @@ def _orphans(storage: Storage) -> list[str]:
         for file in sorted(storage.segment_folder.iterdir())
         if file.suffix in suffixes and file.stem not in known
     ]
+
+
+def _index_notes(storage: Storage) -> list[str]:
+    """An index is a cache: damage of one is no damage of the gallery."""
+    with storage.catalog.reading() as db:
+        entries = ann.read_entries(db).values()
+        left = ann.orphans(db, storage.path)
+    found = [ann.problem_of(storage.path / ann.FOLDER / entry.file, entry) for entry in entries]
+    notes = [f"{problem} (searches are exact until then)" for problem in found if problem is not None]
+    return notes + [f"{file} belongs to no index; it is removed by the next upgrade or `compact`" for file in left]
 
 
 def _ids(storage: Storage, nums: np.ndarray) -> str:
