@@ -1,4 +1,4 @@
-"""The keys that a batch may have. A batch is a plain ``dict``; data sets say which keys they provide, methods which they need."""
+"""The keys of a batch, a plain ``dict``: data sets say which keys they provide, methods which they need."""
 
 from __future__ import annotations
 

@@ -161,6 +161,6 @@ def _use_plugin_files(ctx: click.Context, _param: click.Parameter, paths: tuple[
 @click.option("--debug", is_flag=True, envvar="BOWERBIRD_DEBUG", help="Show the traceback of an error.")
 def main(plugin: tuple[str, ...], debug: bool) -> None:
     """Train representations, search a durable gallery with them, and upgrade the model while the gallery serves."""
-    # OpenMP reads this when it is loaded. Threads that spin while they wait are worst where cores are shared: small layers
-    # on two busy cores trained at 5 steps/s with the default and at 230 with this.
+    # OpenMP reads this when it is loaded. Threads that spin while they wait are worst where cores are shared: small
+    # layers on two busy cores trained at 5 steps/s with the default and at 230 with this.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
