@@ -16,7 +16,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-ONE_CORE = ("cli_startup", "gallery_search", "serve_share", "gallery_add", "gallery_open")
+ONE_CORE = ("cli_startup", "gallery_search", "serve_share", "gallery_ann", "gallery_add", "gallery_open")
 ALL = (*ONE_CORE, "embed", "upgrade_run")
 
 

@@ -92,7 +92,7 @@ def test_verify_of_a_damaged_gallery_names_the_damage_and_exits_with_one(filled:
     ("arguments", "message"),
     [
         (["search", "{path}"], "say what to search with"),
-        (["search", "{path}", "--id", "nobody"], "item 'nobody' has no vector"),
+        (["search", "{path}", "--id", "nobody"], "has no item 'nobody'"),
         (["search", "{path}", "--id", "item-1", "-k", "0"], "k is 0"),
         (["search", "{path}", "--id", "item-1", "--where", "year"], "expected KEY=VALUE"),
         (["search", "{path}", "--image", "cat.jpg"], "black-box:hosted, which cannot be loaded"),
@@ -110,7 +110,7 @@ def test_mistakes_are_one_message_and_exit_code_two(filled: Path, arguments: lis
     assert message in output and "Traceback" not in output
 
 
-@pytest.mark.parametrize("name", ["create", "add", "delete", "search", "verify", "stats", "info", "relate"])
+@pytest.mark.parametrize("name", ["create", "add", "delete", "search", "index", "verify", "stats", "info", "relate"])
 def test_every_command_has_examples(name: str) -> None:
     assert "Examples:" in run(name, "--help").output
 

@@ -18,6 +18,7 @@ from bowerbird.cli import main
 from bowerbird.errors import GalleryError, GalleryLockedError, InputError, MissingExtraError
 from bowerbird.gallery import Gallery, Space
 from bowerbird.gallery.ann import IndexUnusableWarning
+from bowerbird.gallery.part import Part
 from bowerbird.retrieval.index import FaissIndex
 
 pytest.importorskip("faiss")
@@ -147,9 +148,26 @@ def test_deleted_and_replaced_items_are_never_found(gallery: Gallery, monkeypatc
     assert all(len(row) == 10 for row in found.ids)
 
 
+def test_where_some_are_gone_so_many_more_are_fetched_that_enough_remain(
+    gallery: Gallery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gallery.delete(NAMES[::4])
+    gallery.search(QUERY)
+    calls = used(monkeypatch)
+    search = Part.search
+    by_itself: list[int] = []
+    monkeypatch.setattr(Part, "search", lambda self, q, *a: (by_itself.append(len(q)), search(self, q, *a))[1])
+    found = gallery.search(QUERY, 30)
+    assert calls and calls[0] >= 30 * 4 / 3 and sum(by_itself) <= 0.05 * len(QUERY)
+    kept = np.flatnonzero(np.arange(COUNT) % 4 > 0)
+    assert recall(found.ids, kept[exact(VECTORS[OLD.fingerprint][kept], QUERY, 30)]) >= 0.9
+
+
 def test_a_list_is_never_shorter_than_an_exact_one(gallery: Gallery) -> None:
     assert [len(row) for row in gallery.search(QUERY[:2], 4000).ids] == [4000, 4000]
-    assert [len(row) for row in gallery.search(QUERY[:2], COUNT + 5).ids] == [COUNT, COUNT]
+    gallery.add(["fresh-1", "fresh-2"], QUERY[:2])
+    for row in gallery.search(QUERY[:2], COUNT + 5).ids:
+        assert sorted(row) == ["fresh-1", "fresh-2", *NAMES]
 
 
 def test_equal_distances_come_in_the_order_of_adding(gallery: Gallery) -> None:
