@@ -128,7 +128,7 @@ def template(session: nox.Session) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """Build the documentation site (strict: a broken link fails) and compare generated pages with their sources."""
-    install(session, f"{CORE}", *(folder for name, (folder, _) in PACKAGES.items() if name == "emoji"))
+    install(session, *EVERYTHING)
     session.install("mkdocs>=1.6", "mkdocs-material>=9.5")
     session.run("python", "docs/generate.py", "--check")
     session.run(

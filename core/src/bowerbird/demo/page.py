@@ -47,16 +47,25 @@ def flips_chart(result: Mapping[str, Any]) -> str:
 
 def verdict(result: Mapping[str, Any]) -> str:
     """One sentence per finding, from the numbers."""
-    curves, levels = result["curves"], result["levels"]
-    best = max(curves, key=lambda key: curves[key]["area"])
-    calmest = min(("rank_merge", "compatible"), key=lambda key: max(curves[key]["nfr"]))
+    curves, levels, shares = result["curves"], result["levels"], result["shares"]
+    served = {key: curves[key] for key in ("rank_merge", "compatible")}
+    best = max(served, key=lambda key: served[key]["area"])
+    calmest = min(served, key=lambda key: max(served[key]["nfr"]))
+    findings = [
+        f"Of the two that serve through the upgrade, {ARMS[best][0]} has the larger area under the curve and "
+        f"{ARMS[calmest][0]} the fewer negative flips at its worst moment."
+    ]
+    low = min(range(len(shares)), key=lambda step: curves["rank_merge"]["map"][step])
+    dip = levels["old_old"]["map"] - curves["rank_merge"]["map"][low]
+    if dip > 0.005:
+        findings.append(
+            f"Rank merge falls {100 * dip:.1f} points below the old model when {shares[low]:.0%} is re-encoded: the "
+            "distances of the two models are not on one scale. `bowerbird upgrade plan` forecasts this before anything is moved."
+        )
     loss = levels["new_new"]["map"] - levels["bct_bct"]["map"]
     side = "below" if loss > 0 else "above"
-    end = f"The compatible model ends {100 * abs(loss):.1f} points {side} the freely trained one"
-    return (
-        f"Largest area under the curve: {ARMS[best][0]}. Fewest negative flips at the worst moment, of the two that "
-        f"serve through the upgrade: {ARMS[calmest][0]}. {end}. One seed: docs/claims.md has the averages."
-    )
+    findings.append(f"The compatible model ends {100 * abs(loss):.1f} points {side} the freely trained one.")
+    return " ".join([*findings, "One seed; docs/claims.md has averages over seeds."])
 
 
 def write_page(
@@ -70,7 +79,7 @@ def write_page(
     half = len(result["shares"]) // 2
     rows = [
         {
-            "name": name.capitalize(), "needs": needs, "start": curve["map"][0], "half": curve["map"][half],
+            "name": name[0].upper() + name[1:], "needs": needs, "start": curve["map"][0], "half": curve["map"][half],
             "end": curve["map"][-1], "area": curve["area"], "max_nfr": max(curve["nfr"]),
         }
         for key, (name, _, _, needs) in ARMS.items() for curve in [result["curves"][key]]
