@@ -334,9 +334,9 @@ class TestRefusals:
 
     def test_an_encoder_that_returns_another_width(self, gallery):
         space = Space("wide", "wide", 24)
-        with pytest.raises(SpaceError, match=r"\(64, 16\).*\(64, 24\)"):
+        with pytest.raises(SpaceError, match=r"\((\d+), 16\).*\(\1, 24\)"):
             run(gallery, ItemEncoder(old_encoder().__call__, space=space), strategy=STRATEGY)
-        assert status(gallery).tasks == {"free": 1}
+        assert set(status(gallery).tasks) == {"free"}
 
     def test_unknown_names_are_suggested(self, gallery):
         with pytest.raises(UnknownNameError, match="world:two-queries"):
