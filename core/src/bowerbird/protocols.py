@@ -128,7 +128,7 @@ class Objective(nn.Module):
         trainable = [p for p in self.parameters() if p.requires_grad]
         matrices = [p for p in trainable if p.ndim > 1]
         vectors = [p for p in trainable if p.ndim <= 1]
-        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
         return [group for group in groups if group["params"]]
 
     def before_step(self, step: int) -> None:
