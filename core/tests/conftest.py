@@ -6,3 +6,19 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+from importlib.util import find_spec
+
+# Without torch (session core_bare) the tests of training and of encoders have nothing to test.
+collect_ignore = (
+    []
+    if find_spec("torch")
+    else [
+        "test_commands_of_training.py",
+        "test_encoders.py",
+        "test_objectives.py",
+        "test_recipe.py",
+        "test_train.py",
+        "test_train_context.py",
+    ]
+)

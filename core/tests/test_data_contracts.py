@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,7 @@ class TestFashionMnist(DatasetContract):
         self.config = {"root": tmp_path}
 
 
+@pytest.mark.skipif(find_spec("sklearn") is None, reason="needs the extra [digits]")
 class TestDigits(DatasetContract):
     name = "core:digits"
     disjoint = (("train", "test"),)

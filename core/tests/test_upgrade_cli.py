@@ -146,7 +146,7 @@ def test_failed_items_are_listed_and_accepted_only_explicitly(path):
     ("arguments", "message"),
     [
         (["run"], "name the new encoder"),
-        (["run", "--to", "fake:old"], "already serves"),
+        (["run", "--to", "fake:old", "--strategy", "two-queries"], "already serves"),
         (
             ["run", "--to", "fake:new", "--strategy", "rank-mergee"],
             "no retriever with role 'upgrade' named 'rank-mergee'",

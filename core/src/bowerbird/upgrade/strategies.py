@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from bowerbird.errors import PluginError, SpaceError, UpgradeError
+from bowerbird.errors import MissingExtraError, PluginError, SpaceError, UnknownNameError, UpgradeError
 from bowerbird.registry import get_registry
 
 if TYPE_CHECKING:
@@ -81,7 +81,12 @@ def load_strategy(name: str) -> tuple[str, Strategy]:
         PluginError: If the target lacks a part of the interface.
     """
     registry = get_registry()
-    record = registry.get("retriever", name, role="upgrade")
+    try:
+        record = registry.get("retriever", name, role="upgrade")
+    except UnknownNameError as exc:
+        if name in ("rank-merge", "compat:rank-merge"):  # the default, and not in core
+            raise MissingExtraError("strategy 'rank-merge' comes with: pip install bowerbird-compat") from exc
+        raise
     strategy: Any = registry.load(record)()
     missing = [
         part for part in ("needs_old_encoder", "merger", "check", "old_part_queries") if not hasattr(strategy, part)

@@ -1,0 +1,111 @@
+"""Write docs/benchmarks.md from benchmarks/results/*.json.
+
+    python benchmarks/table.py           write it
+    python benchmarks/table.py --check   fail if the committed page differs
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+PAGE = ROOT / "docs" / "benchmarks.md"
+Row = tuple[str, str, str, bool]  # what, measured, limit, within the limit
+
+INTRO = """# Benchmarks
+
+Written by `python benchmarks/table.py` from the committed results; do not edit. Every benchmark measures its subject and the
+limit that it is held against in turns in one process, so that the ratio can be trusted where absolute times cannot.
+`python benchmarks/run.py` runs them all (about 15 minutes on an idle machine).
+"""
+
+
+def startup(r: Mapping[str, Any]) -> list[Row]:
+    limit, bare = r["limit_s"], r["median_s"]["python -c pass"]
+    return [
+        (f"`bowerbird {name}`, median of {r['runs']} (bare Python: {1e3 * bare:.0f} ms)", f"{1e3 * seconds:.0f} ms",
+         f"{1e3 * limit:.0f} ms", seconds <= limit)
+        for name, seconds in r["median_s"].items() if name != "python -c pass"
+    ]  # fmt: skip
+
+
+def ratios(what: str) -> Callable[[Mapping[str, Any]], list[Row]]:
+    def rows(r: Mapping[str, Any]) -> list[Row]:
+        limit = r["limit_ratio"]
+        return [
+            (f"{what}, {case}", f"{v['ratio']:.2f}x ({v['ms']:.2f} ms against {v['reference_ms']:.2f} ms)",
+             f"at most {limit}x", v["ratio"] <= limit)
+            for case, v in r.items() if isinstance(v, dict) and "ratio" in v
+        ]  # fmt: skip
+
+    return rows
+
+
+def add(r: Mapping[str, Any]) -> list[Row]:
+    speed = r["speed"]
+    what = "`gallery.add` of 1M x 256 vectors, against `numpy.save` with fsync of the same bytes"
+    measured = f"{speed:.2f} of its speed, {r['vectors_per_s']:,.0f} vectors/s, memory grows by "
+    measured += f"{r['anonymous_memory_growth_mb']:.0f} MB"
+    return [(what, measured, f"at least {r['limit_speed']}", speed >= r["limit_speed"])]
+
+
+def opening(r: Mapping[str, Any]) -> list[Row]:
+    seconds, memory = r["open_s"], r["resident_mb"]
+    within = seconds <= r["limit_open_s"] and memory <= r["limit_resident_mb"]
+    limit = f"{r['limit_open_s']:g} s, {r['limit_resident_mb']:g} MB"
+    return [("opening a gallery of 1M x 256", f"{1e3 * seconds:.1f} ms, {memory:.0f} MB resident", limit, within)]
+
+
+def share(what: str, key: str, limit_key: str) -> Callable[[Mapping[str, Any]], list[Row]]:
+    return lambda r: [(what, f"{r[key]:.2f} of it", f"at least {r[limit_key]}", r[key] >= r[limit_key])]
+
+
+ROWS: dict[str, Callable[[Mapping[str, Any]], list[Row]]] = {
+    "cli_startup": startup,
+    "embed": share("`embed` from JPEG files, against the bare forward pass on ready tensors", "ratio", "limit_ratio"),
+    "gallery_search": ratios("`gallery.search`, 100k x 256, top-10, against bare FAISS with the BLAS threshold set"),
+    "serve_share": ratios("search of a half-migrated gallery, 100k x 256, against one search of that size"),
+    "gallery_add": add,
+    "gallery_open": opening,
+    "gallery_ann": ratios("approximate search, 100k x 256"),
+    "upgrade_run": share("`upgrade run`, against the bare encoder on the same files", "ratio_wall", "limit_ratio"),
+}
+
+
+def page() -> str:
+    lines = [INTRO, "| what | measured | limit | within |", "|---|---|---|---|"]
+    sources = []
+    for name, rows in ROWS.items():
+        file = RESULTS / f"{name}.json"
+        if not file.exists():
+            continue
+        whole = json.loads(file.read_text())
+        for what, measured, limit, within in rows(whole["result"]):
+            lines.append(f"| {what} | {measured} | {limit} | {'yes' if within else '**no**'} |")
+        versions = ", ".join(f"{k} {v}" for k, v in whole["versions"].items())
+        machine = whole["machine"]
+        sources.append(
+            f"- `{whole['command']}` on {machine['processor']}, {machine['cores']} cores, load average "
+            f"{machine['load_average']:.1f} ({versions})"
+        )
+    return "\n".join([*lines, "", "## How", "", *sources, ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    if parser.parse_args().check:
+        if PAGE.read_text() != page():
+            sys.exit(f"{PAGE} is out of date. Run: python benchmarks/table.py")
+    else:
+        PAGE.write_text(page())
+
+
+if __name__ == "__main__":
+    main()
