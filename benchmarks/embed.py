@@ -2,19 +2,15 @@
 on ready tensors of the same batch size. The two are timed in turns, so that a busy machine slows both; the limit holds
 for the median of the paired ratios.
 
-    python benchmarks/embed.py --json benchmarks/results/embed.json
+    python benchmarks/embed.py --threads 1 --output benchmarks/results/embed.json
 """
 
 from __future__ import annotations
 
 import argparse
 import io
-import json
-import platform
 import statistics
-import sys
 import time
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +18,7 @@ import torch
 from PIL import Image
 
 from bowerbird.encoders import load_encoder
+from common import write_result
 
 LIMIT = 0.95
 
@@ -38,7 +35,7 @@ def make_files(count: int, side: int, kind: str) -> list[bytes]:
     return files
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", default="core:efficientnet-lite?model=lite0")
     parser.add_argument("--images", type=int, default=256)
@@ -47,7 +44,7 @@ def main() -> int:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--output", type=Path)
     options = parser.parse_args()
 
     torch.set_num_threads(options.threads)
@@ -82,26 +79,20 @@ def main() -> int:
         times = {first: seconds(first), second: seconds(second)}
         pairs.append((times[bare], times[full]))
     ratios = [b / f for b, f in pairs]
-    result = {
-        "benchmark": "embed",
-        "command": " ".join(["python", *sys.argv]),
-        "limit": LIMIT,
-        "share_of_bare_forward": statistics.median(ratios),
-        "ratios": ratios,
-        "bare_images_per_second": options.images / min(b for b, _ in pairs),
-        "encode_images_per_second": options.images / min(f for _, f in pairs),
-        "within_limit": statistics.median(ratios) >= LIMIT,
-        "settings": {k: v for k, v in vars(options).items() if k != "json"},
-        "machine": {"platform": platform.platform(), "threads": torch.get_num_threads(), "device": str(encoder.device)},
-        "versions": {name: metadata.version(name) for name in ("bowerbird-core", "torch", "timm", "pillow", "numpy")},
-    }
-    text = json.dumps(result, indent=2)
-    print(text)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(text + "\n")
-    return 0 if result["within_limit"] else 1
+    write_result(
+        "embed",
+        {
+            "limit_ratio": LIMIT,
+            "ratio": statistics.median(ratios),
+            "ratios": ratios,
+            "bare_images_per_second": options.images / min(b for b, _ in pairs),
+            "encode_images_per_second": options.images / min(f for _, f in pairs),
+            "threads": torch.get_num_threads(),
+            "settings": {k: str(v) for k, v in vars(options).items()},
+        },
+        out=options.output,
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

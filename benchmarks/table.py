@@ -1,7 +1,7 @@
 """Write docs/benchmarks.md from benchmarks/results/*.json.
 
-    python benchmarks/table.py           write it
-    python benchmarks/table.py --check   fail if the committed page differs
+python benchmarks/table.py           write it
+python benchmarks/table.py --check   fail if the committed page differs
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ Row = tuple[str, str, str, bool]  # what, measured, limit, within the limit
 
 INTRO = """# Benchmarks
 
-Written by `python benchmarks/table.py` from the committed results; do not edit. Every benchmark measures its subject and the
-limit that it is held against in turns in one process, so that the ratio can be trusted where absolute times cannot.
+Written by `python benchmarks/table.py` from the committed results; do not edit. Every benchmark measures its subject
+and the limit that it is held against in turns in one process, so that the ratio can be trusted where absolute times
+cannot.
 `python benchmarks/run.py` runs them all (about 15 minutes on an idle machine).
 """
 

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from bowerbird.encoders import load_encoder
@@ -31,9 +32,12 @@ def main() -> None:
     parser.add_argument("--task-items", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--size", type=int, nargs=2, default=[320, 240], help="Of the JPEG images in pixels.")
+    parser.add_argument("--threads", type=int, help="of the encoder; default: all cores")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
 
+    if args.threads:
+        torch.set_num_threads(args.threads)
     encoder = load_encoder(args.encoder)
     items = (args.pairs + 1) * args.task_items  # the first pair warms up
     rng = np.random.default_rng(0)
