@@ -307,7 +307,7 @@ def decode_batches(
         sources: Anything with a length and positions; ``sources[i]`` is read in a worker thread, so that it may be lazy
             (see ``bowerbird.data.images_of``).
         batch_size: Images per batch; the last may be smaller.
-        workers: Threads. ``None``: one per CPU, at most 8. 0: decode in the calling thread.
+        workers: Threads. ``None``: one per CPU but one, at most 8: the caller works too. 0: decode in the calling thread.
         prefetch: Batches that are decoded ahead. Memory is at most ``prefetch + 1`` batches, and the one in use.
         on_error: ``raise`` the ``DataError`` of the first unreadable image, in order; ``skip`` it; or a function that
             is told ``(position, error)`` of each one skipped.
@@ -323,7 +323,7 @@ def decode_batches(
     if not callable(on_error) and on_error not in ("raise", "skip"):
         raise InputError(f"on_error must be 'raise', 'skip' or a function, found {on_error!r}.")
     if workers is None:
-        workers = min(8, os.cpu_count() or 1)
+        workers = max(1, min(8, (os.cpu_count() or 1) - 1))
     if workers < 0:
         raise InputError(f"workers must be 0 or more, found {workers}.")
 
