@@ -307,7 +307,7 @@ def decode_batches(
         sources: Anything with a length and positions; ``sources[i]`` is read in a worker thread, so that it may be lazy
             (see ``bowerbird.data.images_of``).
         batch_size: Images per batch; the last may be smaller.
-        workers: Threads. ``None``: one per CPU but one, at most 8: the caller works too. 0: decode in the calling thread.
+        workers: Threads. ``None``: one per CPU but one, at most 8 (the caller works too). 0: decode in its thread.
         prefetch: Batches that are decoded ahead. Memory is at most ``prefetch + 1`` batches, and the one in use.
         on_error: ``raise`` the ``DataError`` of the first unreadable image, in order; ``skip`` it; or a function that
             is told ``(position, error)`` of each one skipped.

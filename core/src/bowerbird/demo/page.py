@@ -60,7 +60,8 @@ def verdict(result: Mapping[str, Any]) -> str:
     if dip > 0.005:
         findings.append(
             f"Rank merge falls {100 * dip:.1f} points below the old model when {shares[low]:.0%} is re-encoded: the "
-            "distances of the two models are not on one scale. `bowerbird upgrade plan` forecasts this before anything is moved."
+            "distances of the two models are not on one scale. `bowerbird upgrade plan` forecasts this before anything "
+            "is moved."
         )
     loss = levels["new_new"]["map"] - levels["bct_bct"]["map"]
     side = "below" if loss > 0 else "above"
