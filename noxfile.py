@@ -133,6 +133,7 @@ def docs(session: nox.Session) -> None:
     install(session, *EVERYTHING)
     session.install("mkdocs>=1.6", "mkdocs-material>=9.5")
     session.run("python", "docs/generate.py", "--check")
+    session.run("python", "benchmarks/table.py", "--check")
     session.run(
         "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(Path(session.create_tmp()).resolve() / "site")
     )
