@@ -29,6 +29,6 @@ def bowerbird_retrievers() -> Iterable[RetrieverRecord]:
         name="compat:rank-merge",
         target="bowerbird_compat.rank_merge:RankMerge",
         role="upgrade",
-        summary="Each part searched in its own space, merged by distance: no training, no regret.",
+        summary="Each part searched in its own space, merged by distance: no training, exact at both ends.",
         paper="Online Backfilling with No Regret for Large-Scale Image Retrieval, WACV 2025, arXiv:2301.03767",
     )
