@@ -138,6 +138,11 @@ def test_a_truncated_ranking_counts_its_missing_positives_as_missed():
     assert R.recall_all(ranked, rel, 2).mean() == pytest.approx(1 / 3)
 
 
+def test_a_positive_beyond_a_truncated_ranking_is_missed_at_every_k():
+    ranked, rel = R.RankedList([[3, 1], [3, 8]]), R.Relevance([[8], [8]])
+    assert R.cmc(ranked, rel, [1, 2, 3, 50]).values.tolist() == [[0, 0, 0, 0], [0, 1, 1, 1]]
+
+
 def test_positives_given_twice_or_excluded_do_not_count():
     ranked = R.RankedList(np.arange(5)[None])
     rel = R.Relevance([[2, 2, 0, 1]], ignore=[[1]], self_ids=[0])
@@ -174,6 +179,18 @@ def test_relevance_from_labels_knows_distractors_self_matches_and_strings():
         R.Relevance.from_labels([1, 2], [1, 2, 3], exclude_self=True)
 
 
+def test_positives_may_be_lists_sets_padded_or_ragged_arrays():
+    ranked, expected = R.RankedList([[0, 1, 2], [2, 1, 0]], [[0.9, 0.5, 0.1], [0.9, 0.5, 0.1]]), [1.0, 0.5]
+    for positives in (
+        [[0, 1], [1]],
+        ({0, 1}, {1}),
+        np.array([[0, 1], [1, -1]]),
+        np.array([[0, 1], [1]], dtype=object),
+        [np.array([0, 1], np.int32), np.array([1])],
+    ):
+        assert R.average_precision(ranked, R.Relevance(positives)).values.tolist() == expected
+
+
 def test_torch_tensors_and_search_hits_are_accepted():
     torch = pytest.importorskip("torch")
     scores, labels = torch.tensor([[0.1, 0.9]]), torch.tensor([3])
@@ -181,6 +198,10 @@ def test_torch_tensors_and_search_hits_are_accepted():
     assert R.cmc(R.RankedList.from_scores(scores), rel, 1).mean() == 1
     hits = R.exact_search(np.eye(3, dtype=np.float32), np.eye(3)[:1], 5)
     assert R.RankedList.from_hits(hits).ids.tolist() == [[0, 1, 2, -1, -1]]
+    encoder, items = torch.nn.Linear(4, 3), torch.randn(6, 4)  # its output still wants gradients
+    labels = torch.arange(6) % 2
+    data = R.RetrievalData(R.Relevance.from_labels(labels, labels, exclude_self=True), queries=items)
+    assert R.self_test(encoder, data) == R.self_test(lambda x: encoder(x).detach().numpy(), data)
 
 
 @pytest.mark.parametrize(
@@ -201,6 +222,8 @@ def test_torch_tensors_and_search_hits_are_accepted():
             "Did you mean 'trapezoid'",
         ),
         (lambda: R.average_precision(R.RankedList([[0]]), R.Relevance([[0]]), "ap", 5), "k belongs to"),
+        (lambda: float(R.cmc(R.RankedList([[0]]), R.Relevance([[0]]), (1, 5))), "2 ranks k"),
+        (lambda: R.Hits([0.5], [0.1]), "must be integers; got float64"),
         (lambda: R.similarity(np.ones((1, 3)), np.ones((1, 4))), "3 dimensions, the gallery 4"),
         (lambda: R.similarity(np.zeros((1, 3)), np.ones((1, 3))), "zero vector"),
         (lambda: R.similarity(np.ones((1, 3)), np.ones((1, 3)), "cosin"), "Did you mean 'cosine'"),
@@ -328,6 +351,9 @@ def test_flips_count_the_queries_valid_in_both_and_refuse_other_queries():
         R.flips([1, 0], [1, 0], query_ids_ref=["a", "b"], query_ids_new=["b", "a"])
     with pytest.raises(InputError, match="0 and 1"):
         R.flips([0.5], [1])
+    assert R.flips([1, np.nan, 1], [0, 1, np.nan]).nfr == 1  # NaN: not valid
+    one_k = R.cmc(R.RankedList([[0, 1], [1, 0]]), R.Relevance([[0], [0]]), [1])
+    assert R.flips(one_k, [0, 0]).nfr == 0.5
     with pytest.raises(InputError, match="no query is valid"):
         R.flips(R.PerQuery(np.array([np.nan]), np.array([False])), [1])
 
@@ -356,6 +382,8 @@ def test_a_constant_curve_has_its_level_as_area_and_no_gain(seed, level):
     assert curve.negative_steps() == 0
     assert math.isnan(curve.beta_at())
     assert curve.relative_gain(level, level + 1) == pytest.approx(0)
+    assert curve.relative_gain(level) == 0
+    assert math.isnan(curve.relative_gain(level + 1)), "a new model below the old one has no gain to obtain"
 
 
 @few
@@ -368,6 +396,7 @@ def test_a_linear_curve_gains_half_and_more_points_on_it_change_no_area(seed):
     assert curve.relative_gain(low) == pytest.approx(0.5)
     assert curve.area() == pytest.approx(R.Curve([0, 1], [low, high]).area())
     assert curve.beta_at(0.9) == pytest.approx(0.9)
+    assert curve.beta_at(1.0) == 1
     assert curve.regret(low) == 0
     assert curve.gap(high) == pytest.approx(0)
 
@@ -385,6 +414,16 @@ def test_the_backfill_curve_is_the_metric_of_the_mixed_scores(seed):
         moved = np.isin(np.arange(n), order[: int(beta * n + 1e-9)])
         mixed = np.where(moved, new, old)
         assert value == pytest.approx(R.average_precision(R.RankedList.from_scores(mixed), rel).mean())
+
+
+@pytest.mark.parametrize("old_type", [np.float32, np.int64])
+def test_new_scores_keep_their_precision_beside_coarser_old_ones(old_type):
+    old, new = np.array([[3, 2, 1]], old_type), np.array([[0.25, 0.25 + 1e-12, 0.125]])
+    rel = R.Relevance([[1]])
+    curve = R.backfill_curve(
+        R.BackfillState(old, new), [0, 1, 2], [0, 1], lambda ranked: R.average_precision(ranked, rel)
+    )
+    assert curve.values.tolist() == [0.5, 1]
 
 
 def test_a_tenth_of_ten_items_is_one_item_at_every_step():
@@ -473,6 +512,13 @@ def test_the_report_holds_the_tests_flips_and_gains_of_the_single_functions(seed
     def right(ranked, rel):
         return R.cmc(ranked, rel, 1)
 
+    def as_number(ranked, rel):
+        return R.average_precision(ranked, rel).mean()
+
+    assert R.cross_test((new, old), rel, as_number) == R.cross_test((new, old), rel)
+    assert np.array_equal(
+        R.compatibility_matrix([old, new], rel, as_number), R.compatibility_matrix([old, new], rel), equal_nan=True
+    )
     start, end = R.measure(new, old, rel, right), R.measure(new, new, rel, right)
     assert summary["new/new vs_start nfr"] == R.flips(start, end).nfr
     assert report.compatible["mAP"] == (summary["new/old mAP"] > summary["old/old mAP"])

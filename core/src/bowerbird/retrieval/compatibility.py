@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
 DISTANCES = ("cosine", "dot", "l2")
-Metric = Callable[[RankedList, Relevance], PerQuery]
+Metric = Callable[[RankedList, Relevance], PerQuery]  # the means below also take a metric that returns a number
 logger = logging.getLogger(__name__)
 
 
@@ -99,7 +99,7 @@ def self_test(
     encoder: Model, data: RetrievalData | Relevance, metric: Metric = average_precision, *, distance: str = "cosine"
 ) -> float:
     """``M(encoder, encoder)``, mean over valid queries. ``measure`` keeps the single queries."""
-    return measure(encoder, encoder, data, metric, distance=distance).mean()
+    return _mean(measure(encoder, encoder, data, metric, distance=distance))
 
 
 def cross_test(
@@ -111,7 +111,7 @@ def cross_test(
 ) -> float:
     """``M(query encoder, gallery encoder)`` of the pair ``encoders``: (new, old) for the cross test of an upgrade."""
     query_model, gallery_model = encoders
-    return measure(query_model, gallery_model, data, metric, distance=distance).mean()
+    return _mean(measure(query_model, gallery_model, data, metric, distance=distance))
 
 
 @dataclass(frozen=True)
@@ -333,7 +333,7 @@ def compatibility_matrix(
     matrix = np.full((len(vectors), len(vectors)), np.nan)
     for i, query_side in enumerate(vectors):
         for j in range(i + 1):
-            matrix[i, j] = measure(query_side, vectors[j], data, metric, distance=distance).mean()
+            matrix[i, j] = _mean(measure(query_side, vectors[j], data, metric, distance=distance))
     return matrix
 
 
@@ -395,8 +395,13 @@ def _embed(model: Model, data: RetrievalData) -> Embeddings:
     return Embeddings(queries, queries)
 
 
-def _vectors(values: ArrayLike, name: str) -> NDArray[np.floating]:
-    array = np.asarray(values)
+def _mean(result: PerQuery | float) -> Any:
+    return result.mean() if isinstance(result, PerQuery) else float(result)
+
+
+def _vectors(values: Any, name: str) -> NDArray[np.floating]:
+    # An encoder that is a torch module gives tensors that still want gradients.
+    array = np.asarray(values.detach() if hasattr(values, "detach") else values)
     if not np.issubdtype(array.dtype, np.floating):
         array = array.astype(np.float64)
     if array.ndim != 2:

@@ -93,10 +93,13 @@ class Curve:
         return float((np.diff(self.betas) * (self.values[1:] + self.values[:-1]) / 2).sum())
 
     def relative_gain(self, m_old: float, m_new: float | None = None) -> float:
-        """``(area - M(old, old)) / (M(new, new) - M(old, old))``: 0.5 for linear improvement; NaN where there is none
-        to make. ``m_new`` defaults to the value at beta = 1."""
+        """``(area - M(old, old)) / (M(new, new) - M(old, old))``: 0.5 for linear improvement. ``m_new`` defaults to
+        the value at beta = 1. Undefined, and NaN, unless M(new, new) is above M(old, old); only a curve that stays at
+        M(old, old) all the time has gained 0."""
         room = (self.values[-1] if m_new is None else m_new) - m_old
-        return float((self.area() - m_old) / room) if room != 0 else float("nan")
+        if room > 0:
+            return float((self.area() - m_old) / room)
+        return 0.0 if room == 0 and (self.values == m_old).all() else float("nan")
 
     def drawdown(self) -> float:
         """The deepest fall below an earlier value."""
@@ -116,6 +119,8 @@ class Curve:
         if gain <= 0:
             return float("nan")
         level = start + share * gain
+        if share <= 1:
+            level = min(level, float(self.values[-1]))  # rounding must not lift it above what is reached
         reached = np.flatnonzero(self.values >= level)
         if not len(reached):
             return float("nan")
@@ -166,8 +171,8 @@ def backfill_curve(
     permutation = np.asarray(order)
     if permutation.shape != (n,) or not np.array_equal(np.sort(permutation), np.arange(n)):
         raise InputError(f"order must be a permutation of 0..{n - 1}, one entry per gallery item.")
-    scores = np.array(state.old_scores)
-    new_scores, moved = np.asarray(state.new_scores), 0
+    old_scores, new_scores, moved = np.asarray(state.old_scores), np.asarray(state.new_scores), 0
+    scores = old_scores.astype(np.result_type(old_scores, new_scores))  # a copy that holds both without rounding
     results: list[PerQuery | float] = []
     for beta in grid:
         count = num_backfilled(float(beta), n)
@@ -175,7 +180,7 @@ def backfill_curve(
         scores[:, columns], moved = new_scores[:, columns], count
         results.append(metric(RankedList.from_scores(scores, ids=gallery_ids)))
     kept = [r for r in results if isinstance(r, PerQuery)]
-    values = [r.mean() if isinstance(r, PerQuery) else float(r) for r in results]
+    values = [float(r) for r in results]
     return Curve(grid, values, kept if len(kept) == len(results) else None)
 
 

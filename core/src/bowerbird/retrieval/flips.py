@@ -55,7 +55,8 @@ def flips(
     """Count flips between two systems.
 
     Args:
-        correct_ref: ``(Q,)`` outcomes 0/1 of the reference system, for example ``cmc(ranked, rel, 1)``.
+        correct_ref: ``(Q,)`` outcomes 0/1 of the reference system, for example ``cmc(ranked, rel, 1)``; NaN where a
+            query is not valid.
         correct_new: ``(Q,)`` outcomes of the current system for the same queries in the same order.
         query_ids_ref, query_ids_new: Ids of the queries; where given, they must be equal.
 
@@ -142,6 +143,8 @@ def _values(values: PerQuery | ArrayLike, name: str) -> NDArray[np.float64]:
         array = np.where(values.valid, values.values.T, np.nan).T
     else:
         array = np.asarray(values, np.float64)
+    if array.ndim == 2 and array.shape[1] == 1:  # of one k
+        array = array[:, 0]
     if array.ndim != 1:
         raise InputError(f"{name} must have shape (Q,), one value per query; got {array.shape}.")
     return array
@@ -149,7 +152,7 @@ def _values(values: PerQuery | ArrayLike, name: str) -> NDArray[np.float64]:
 
 def _outcomes(correct: PerQuery | ArrayLike, name: str) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     array = _values(correct, name)
-    valid = ~np.isnan(array) if isinstance(correct, PerQuery) else np.ones(len(array), bool)
+    valid = ~np.isnan(array)
     if not np.isin(array[valid], (0, 1)).all():
         raise InputError(f"{name} must hold 0 and 1 only, right or wrong per query; got {array[valid][:5].tolist()}...")
     return valid & (array == 1), valid

@@ -232,7 +232,10 @@ class PerQuery:
         return float(mean) if mean.ndim == 0 else mean
 
     def __float__(self) -> float:
-        return float(self.mean())
+        mean = np.asarray(self.mean())
+        if mean.size != 1:
+            raise InputError(f"there are values for {mean.size} ranks k; one number needs a single k.")
+        return float(mean.item())
 
 
 # ------------------------------------------------------------------------------------------------------ metrics
@@ -263,8 +266,8 @@ def cmc(
     """
     judged = _judge(ranked, rel, tie)
     if form == "first":
-        first = np.where(judged.relevant.any(axis=1), judged.relevant.argmax(axis=1), judged.relevant.shape[1])
-        return _at_ranks(ks, lambda k: np.where(judged.num_ranked > 0, first < k, 0.0), judged, no_positive)
+        # A positive that a truncated ranking does not show is missed at every k, also at one beyond the ranking's end.
+        return _at_ranks(ks, lambda k: judged.relevant[:, :k].any(axis=1), judged, no_positive)
     if form == "all":
         column = np.arange(judged.relevant.shape[1])
         place = column - (np.cumsum(judged.relevant, axis=1) - 1)  # r - j at the positives
@@ -336,15 +339,12 @@ def average_precision(
     With ranks r_1 < r_2 < ... of the n positives (1-based, after exclusions; a positive that is not ranked adds
     nothing):
 
-    =============  ===================================================================
-    =================================== ``ap``         1/n sum_j j / r_j
-        Market-1501 script ``ties``       sum over distinct scores of (step of recall) x precision             openBCT,
-        BT-2, FCT
-    ``at_k``       1/min(n, k) sum_{r_j <= k} j / r_j                                   GLDv2 (k = 100), OpenCompatible
-    ``trapezoid``  1/n sum_j ((j-1)/(r_j - 1) + j/r_j) / 2, first term 1 if r_j = 1     revisited Oxford and Paris
-    ``at_r``       1/n sum_{r_j <= n} j / r_j                                           MAP@R
-    =============  ===================================================================
-    ===================================
+    - ``ap``: ``1/n sum_j j / r_j`` (Market-1501 script)
+    - ``ties``: sum over distinct scores of (step of recall) x precision (openBCT, BT-2, FCT)
+    - ``at_k``: ``1/min(n, k) sum_{r_j <= k} j / r_j`` (GLDv2 with k = 100, OpenCompatible)
+    - ``trapezoid``: ``1/n sum_j ((j-1)/(r_j - 1) + j/r_j) / 2``, first term 1 if ``r_j = 1`` (revisited Oxford and
+      Paris)
+    - ``at_r``: ``1/n sum_{r_j <= n} j / r_j`` (MAP@R)
 
     Args:
         ranked, rel: The rankings and what is right.
@@ -405,9 +405,9 @@ def revisited_protocol(
         ks: Ranks of mP@k.
 
     Returns:
-        easy: positives easy, ignored junk and hard; medium: positives easy and hard, ignored junk; hard: positives
-            hard,
-        ignored junk and easy. A query without positives in a set-up is not valid there (NaN).
+        Per set-up: ``easy`` (positives easy, ignored junk and hard), ``medium`` (positives easy and hard, ignored
+        junk) and ``hard`` (positives hard, ignored junk and easy). A query without positives in a set-up is not valid
+        there (NaN).
     """
     easy, hard = _ragged(easy, "easy"), _ragged(hard, "hard")
     junk = _ragged([[]] * len(easy) if junk is None else junk, "junk")
@@ -534,7 +534,7 @@ def _ragged(values: Any, name: str) -> list[NDArray[np.int64]]:
     rows: Iterable[Any] = values
     if not isinstance(values, (list, tuple)):
         array = np.asarray(values)
-        if array.ndim != 2:
+        if array.ndim != 2 and not (array.ndim == 1 and array.dtype == object):  # object: one array per query
             raise InputError(
                 f"{name} must be one sequence of ids per query, or an array (Q, P); got shape {array.shape}."
             )

@@ -78,16 +78,15 @@ def template_features(
     return features / norms, known
 
 
-def pair_scores(
-    first: NDArray[np.floating], second: NDArray[np.floating], pair_a: ArrayLike, pair_b: ArrayLike
-) -> NDArray[np.floating]:
+def pair_scores(first: ArrayLike, second: ArrayLike, pair_a: ArrayLike, pair_b: ArrayLike) -> NDArray[np.floating]:
     """``(P,)`` dot products of rows ``pair_a`` of ``first`` with rows ``pair_b`` of ``second``.
 
     Self test: both are the new model's features. Cross test: ``first`` from the old model, ``second`` from the new one.
     """
-    if first.shape[1:] != second.shape[1:]:
-        raise InputError(f"features of widths {first.shape[1:]} and {second.shape[1:]} have no dot product.")
-    return np.einsum("pd,pd->p", first[np.asarray(pair_a)], second[np.asarray(pair_b)])
+    a, b = _floats(first), _floats(second)
+    if a.shape[1:] != b.shape[1:]:
+        raise InputError(f"features of widths {a.shape[1:]} and {b.shape[1:]} have no dot product.")
+    return np.einsum("pd,pd->p", a[np.asarray(pair_a)], b[np.asarray(pair_b)])
 
 
 @dataclass(frozen=True)
