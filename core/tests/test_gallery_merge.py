@@ -49,6 +49,12 @@ def test_a_batch_of_merges_equals_sorting_each_union(data: st.DataObject) -> Non
         assert list(zip(merged.ids[query].tolist(), merged.distances[query].tolist(), strict=True)) == expected
 
 
+def test_hits_may_be_given_as_lists_also_empty_ones() -> None:
+    merged = merge_by_distance(Hits([1, 2], [0.1, 0.4]), Hits([], []), np.array(3))
+    assert merged.ids.dtype == np.int64
+    assert merged.ids.tolist() == [1, 2, -1] and merged.distances.tolist() == [0.1, 0.4, np.inf]
+
+
 def test_a_single_query_gives_flat_hits() -> None:
     merged = merge_by_distance(hits([1, 2], [0.1, 0.4]), hits([3], [0.2]), 2)
     assert merged.ids.tolist() == [1, 3] and merged.distances.tolist() == [0.1, 0.2]

@@ -7,6 +7,8 @@ union.
 
 from __future__ import annotations
 
+import operator
+
 import numpy as np
 
 from bowerbird.errors import InputError, IntegrityError
@@ -33,8 +35,13 @@ def merge_by_distance(old: Hits, new: Hits, k: int, tie: str = "new_first", *, d
         InputError: If the shapes do not fit, ``k`` is below 1, an argument is unknown, or a distance is NaN.
         IntegrityError: With ``duplicates="raise"``, if an id is in both parts of one query; lists the ids.
     """
-    if not isinstance(k, int | np.integer) or isinstance(k, bool) or k < 1:
+    try:
+        size = 0 if isinstance(k, bool) else operator.index(k)
+    except TypeError:
+        size = 0
+    if size < 1:
         raise InputError(f"k is {k!r}; it must be a whole number of at least 1")
+    k = size
     if tie not in TIES:
         raise InputError(f"tie is {tie!r}; accepted: {', '.join(TIES)}")
     if duplicates not in ("keep_new", "raise"):

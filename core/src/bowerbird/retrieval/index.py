@@ -41,7 +41,8 @@ class Hits:
     """The nearest items of each query, nearest first; equal distances by lower id.
 
     Attributes:
-        ids: int64 ``(Q, k)``, or ``(k,)`` for a single query. ``-1`` where there are fewer than k items.
+        ids: int64 ``(Q, k)``, or ``(k,)`` for a single query; lists and tensors are converted. ``-1`` where there are
+            fewer than k items.
         distances: float64 of the same shape, ``1 - cosine`` in 0..2 (rounding can give -1e-7), ascending; ``inf``
             beside ``-1``.
     """
@@ -50,6 +51,11 @@ class Hits:
     distances: NDArray[np.floating]
 
     def __post_init__(self) -> None:
+        ids, distances = np.asarray(self.ids), np.asarray(self.distances)
+        if ids.size and not np.issubdtype(ids.dtype, np.integer):
+            raise InputError(f"ids of Hits must be integers; got {ids.dtype}.")
+        object.__setattr__(self, "ids", ids.astype(np.int64, copy=False))
+        object.__setattr__(self, "distances", distances)
         if self.ids.shape != self.distances.shape or self.ids.ndim not in (1, 2):
             raise InputError(f"Hits needs two arrays (k,) or (Q, k); got {self.ids.shape} and {self.distances.shape}.")
 
