@@ -367,6 +367,15 @@ def test_labels_that_are_not_integers_are_a_type_error(labels):
         InfluenceLoss(random(3, 4, seed=0))(random(3, 4, seed=1), labels)
 
 
+def test_numpy_arrays_are_accepted_like_tensors():
+    w, feat, labels = random(3, 4, seed=0), random(6, 5, seed=1), random_labels(6, 3, 2)
+    influence = InfluenceLoss(w.numpy())
+    assert torch.equal(influence(feat, labels.numpy()), InfluenceLoss(w)(feat, labels))
+    assert torch.equal(match_dim(feat.numpy(), 7), match_dim(feat, 7))
+    made = build_prototypes(lambda x: 2 * x, [(feat.numpy(), labels.numpy())], 3, on_missing="zero")
+    assert torch.equal(made.weight, build_prototypes(nn.Identity(), [(feat, labels)], 3, on_missing="zero").weight)
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.int16])
 def test_any_integer_type_of_labels_is_accepted(dtype):
     influence, feat = InfluenceLoss(random(3, 4, seed=0)), random(3, 4, seed=1)
@@ -384,6 +393,7 @@ def test_any_integer_type_of_labels_is_accepted(dtype):
         (lambda: InfluenceLoss(torch.eye(3), reduction="max"), "reduction is 'max'"),
         (lambda: InfluenceLoss(torch.full((2, 2), math.nan)), "not finite"),
         (lambda: InfluenceLoss(torch.ones(3)), r"shape \(3,\)"),
+        (lambda: InfluenceLoss(torch.eye(3), margin=0.3), r"margin is 0\.3; give MarginSoftmax"),
         (lambda: InfluenceLoss(torch.eye(3))(torch.ones(2, 3), torch.tensor([0])), r"shape \(2,\)"),
         (lambda: MarginSoftmax("arcfase"), "Did you mean 'arcface'"),
         (lambda: MarginSoftmax("arcface", 1.0, 4.0), "at most pi"),

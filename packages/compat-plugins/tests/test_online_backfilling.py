@@ -179,6 +179,14 @@ def test_with_perfect_separation_every_fraction_has_an_average_precision_of_one(
         assert (labels[hits.ids[:, :5]] == query_labels[:, None]).all(), moved
 
 
+def test_moving_nothing_changes_nothing():
+    g_old, g_new, *_ = system(2)
+    gallery = mixed(g_old, g_new, [3])
+    gallery.move([], [])
+    gallery.move(np.empty(0, np.int64), g_new[:0])
+    assert gallery.progress == 1 / 14
+
+
 def test_a_moved_item_can_be_moved_again_and_then_has_the_later_vector():
     g_old, g_new, q_old, q_new = system(3)
     gallery = mixed(g_old, -g_new, [2, 5])
@@ -342,6 +350,17 @@ def test_a_transform_between_equal_sizes_starts_as_the_identity(hidden):
     assert ReverseQueryTransform(6, 4, hidden)(x).shape == (3, 4)
 
 
+@pytest.mark.parametrize("labels", [None, np.arange(20) % 4])
+def test_vectors_in_double_precision_are_taken_like_those_in_single(labels):
+    rng = np.random.default_rng(2)
+    new, old = rng.standard_normal((20, 5)), rng.standard_normal((20, 3))
+    psi = fit_reverse_transform(new, old, labels, steps=2)
+    reverse = psi(torch.tensor(new))
+    assert torch.equal(reverse, psi(torch.tensor(new).float()))
+    terms = MetricCompatibleLoss()(reverse, torch.tensor(old), torch.tensor(new), np.arange(20) % 4)
+    assert_close(terms["rqt_cos"], 1 - F.cosine_similarity(reverse, torch.tensor(old).float()).mean())
+
+
 def test_a_linear_relation_between_encoders_is_learnt_and_then_serves_like_rank_merge():
     rng = np.random.default_rng(0)
     a = normals(rng, 5, 5) + 2 * np.eye(5, dtype=np.float32)
@@ -455,7 +474,7 @@ def test_a_paused_backfill_resumes_where_the_consumer_stopped(tmp_path):
     for _ in backfill(done.extend, range(10), batch_size=2, checkpoint=tmp_path / "c"):
         if len(done) == 4:
             break
-    list(backfill(done.extend, range(10), batch_size=5, checkpoint=tmp_path / "c"))
+    list(backfill(done.extend, torch.arange(10), batch_size=5, checkpoint=tmp_path / "c"))  # the same order
     assert done == list(range(10))
 
 

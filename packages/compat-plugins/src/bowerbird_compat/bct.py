@@ -78,6 +78,9 @@ class InfluenceLoss(nn.Module):
             raise InputError(f"scale is {scale}; it must be a finite number above 0.")
         if not 0 <= label_smoothing < 1:
             raise InputError(f"label_smoothing is {label_smoothing}; it must be in [0, 1).")
+        if margin is not None and not isinstance(margin, nn.Module):
+            raise InputError(f"margin is {margin!r}; give MarginSoftmax(kind, scale, margin) or None.")
+        old_classifier = torch.as_tensor(old_classifier)
         self.register_buffer("old_classifier", _checked_classifier(old_classifier))
         self.register_buffer("_rows", _row_of_class(class_map, len(old_classifier)).to(old_classifier.device))
         self.weight, self.scale, self.normalize = float(weight), float(scale), bool(normalize)

@@ -12,8 +12,10 @@ from __future__ import annotations
 import math
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bowerbird.errors import InputError, did_you_mean
@@ -24,11 +26,11 @@ DimMode = Literal["truncate_or_pad", "strict"]
 COSINE_EPS = 1e-7  # arccos has an infinite derivative at -1 and 1
 
 
-def match_dim(x: Tensor, dim: int, mode: DimMode = "truncate_or_pad") -> Tensor:
+def match_dim(x: Tensor | NDArray[np.floating], dim: int, mode: DimMode = "truncate_or_pad") -> Tensor:
     """``x`` with ``dim`` entries in its last axis: the first ``dim`` are kept, or zeros are appended.
 
     Args:
-        x: ``(B, D)`` (any leading axes).
+        x: ``(B, D)`` (any leading axes); an array becomes a tensor.
         dim: Wanted size, at least 1.
         mode: ``strict`` accepts no difference.
 
@@ -43,6 +45,7 @@ def match_dim(x: Tensor, dim: int, mode: DimMode = "truncate_or_pad") -> Tensor:
         )
     if dim < 1:
         raise InputError(f"dim is {dim}; it must be at least 1.")
+    x = torch.as_tensor(x)
     size = x.shape[-1]
     if size == dim:
         return x
@@ -54,13 +57,15 @@ def match_dim(x: Tensor, dim: int, mode: DimMode = "truncate_or_pad") -> Tensor:
     return x[..., :dim] if size > dim else F.pad(x, (0, dim - size))
 
 
-def integer_labels(labels: Tensor, batch: int) -> Tensor:
-    """``labels`` as int64 ``(batch,)``.
+def integer_labels(labels: Tensor | NDArray[np.integer], batch: int) -> Tensor:
+    """``labels``, a tensor or an array, as an int64 tensor ``(batch,)``.
 
     Raises:
         TypeError: The labels are not integers.
         InputError: (a ``ValueError``) There is not one label per embedding.
     """
+    if isinstance(labels, np.ndarray):
+        labels = torch.as_tensor(labels)
     if (
         not isinstance(labels, Tensor)
         or labels.dtype.is_floating_point

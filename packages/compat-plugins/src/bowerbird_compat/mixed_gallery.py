@@ -56,6 +56,8 @@ class MixedGallery:
         Raises ``IntegrityError`` listing the ids that are in neither part; then nothing has moved.
         """
         wanted = np.asarray(ids, np.int64)
+        if not wanted.size and not np.size(new_vectors):
+            return
         moved = np.isin(wanted, self.new.ids)
         self._refuse(wanted[~moved & ~np.isin(wanted, self.old.ids)], "in neither part")
         vectors = unit_rows(new_vectors, dim=self.new.dim, what="new vectors")
@@ -135,7 +137,7 @@ def backfill(
     """
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; it must be at least 1.")
-    ids = [item.item() if isinstance(item, np.generic) else item for item in order]
+    ids = [item.item() if hasattr(item, "item") else item for item in order]  # entries of arrays and tensors
     if len(set(ids)) != len(ids):
         raise InputError(f"The order names {len(ids) - len(set(ids))} items twice.")
     digest = hashlib.sha256(json.dumps(ids).encode()).hexdigest()

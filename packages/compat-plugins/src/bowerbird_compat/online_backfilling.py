@@ -2,7 +2,7 @@
 
 Seo, Uzunbas, Han, Cao, Lim: Online Backfilling with No Regret for Large-Scale Image Retrieval (arXiv 2301.03767),
 WACV 2025 as "Metric Compatible Training for Online Backfilling in Large-Scale Retrieval". No code was published;
-docs/methods/ online-backfilling.md lists what the paper leaves open and what was chosen. Here: the transforms and
+docs/methods/online-backfilling.md lists what the paper leaves open and what was chosen. Here: the transforms and
 their losses; the served side is in ``mixed_gallery``, the strategy of an upgrade in ``rank_merge``.
 
 Letters: B batch, N items, D_old / D_new embedding sizes, psi reverse query transform, rho learnable module on the
@@ -62,7 +62,8 @@ class ReverseQueryTransform(Transform):
             self.branch = nn.Sequential(nn.Linear(in_dim, hidden), nn.ReLU(), last)
 
     def forward(self, vectors: Tensor) -> Tensor:
-        """``(B, D_new) -> (B, D_old)``, not normalised."""
+        """``(B, D_new) -> (B, D_old)``, not normalised, in the precision of the transform."""
+        vectors = vectors.to(self.linear.weight.dtype)
         mapped = self.linear(vectors)
         return mapped if self.branch is None else mapped + self.branch(vectors)
 
@@ -150,7 +151,7 @@ class MetricCompatibleLoss(nn.Module):
                 "(B, D_old) and (B, D_new) with B at least 1."
             )
         labels = integer_labels(labels, len(old)).to(old.device)
-        r, o = F.normalize(reverse), F.normalize(old.detach())
+        r, o = F.normalize(reverse), F.normalize(old.detach().to(reverse.dtype))
         n = F.normalize(new if self.include_new_side else new.detach())
         # exp(-d / t) = exp(cos / t) * exp(-1 / t): the constant is in every sum and cancels.
         old_logits, new_logits = r @ o.T / self.temperature, n @ n.T / self.temperature
@@ -262,6 +263,7 @@ def _fit(
     seed: int,
 ) -> tuple[nn.Linear | None, ReverseQueryTransform]:
     source, target = _vectors(new, "new"), _vectors(old, "old")
+    target = target.to(source.device)
     if len(source) != len(target):
         raise InputError(f"{len(source)} new and {len(target)} old vectors; both of the same items are needed.")
     classes = None if labels is None else integer_labels(torch.as_tensor(labels), len(source))
@@ -275,7 +277,7 @@ def _fit(
         torch.manual_seed(seed)
         psi = ReverseQueryTransform(source.shape[1], target.shape[1], hidden)
         rho = _identity_linear(source.shape[1], source.shape[1]) if learn_new else None
-    modules = nn.ModuleList([psi] if rho is None else [psi, rho])
+    modules = nn.ModuleList([psi] if rho is None else [psi, rho]).to(source.device)
     optimiser = torch.optim.Adam(modules.parameters(), lr=lr)
     with torch.enable_grad():
         for _ in range(steps):

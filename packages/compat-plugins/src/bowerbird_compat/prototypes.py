@@ -54,7 +54,7 @@ def build_prototypes(
         encoder: What embeds a batch: returns ``(B, D)``, or an object with such a ``pooled``. A module is run in eval
             mode and put back into its mode afterwards. No gradient is kept.
         loader: Yields batches: dicts with a ``label`` (given whole to ``encoder``) or pairs ``(inputs, labels)``. They
-            should be made with the encoder's evaluation transform.
+            should be made with the encoder's evaluation transform. Tensors or arrays.
         num_classes: Labels are in ``0..num_classes - 1``.
         normalize: Whether the rows get norm 1 in the end.
         on_missing: A class without samples: ``raise``; ``zero`` gives it a row of zeros, which ``InfluenceLoss``
@@ -76,7 +76,7 @@ def build_prototypes(
         for batch in loader:
             inputs, labels = (batch, batch["label"]) if isinstance(batch, dict) else batch
             output = encoder(inputs)
-            embeddings = getattr(output, "pooled", output)
+            embeddings = torch.as_tensor(getattr(output, "pooled", output))
             unit, labels = _checked(embeddings, labels, num_classes)
             if sums is None:
                 dtype = embeddings.dtype
