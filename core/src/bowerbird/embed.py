@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from bowerbird.data.images import SUFFIXES, OnError
 from bowerbird.encoders.bundle import LoadedEncoder
 from bowerbird.errors import DataError, InputError, MissingExtraError, did_you_mean
-from bowerbird.files import write_atomically, write_json
+from bowerbird.files import new_rows, write_atomically, write_json
 
 KINDS = (".npy", ".safetensors", ".parquet")
 SAVE_EVERY = 1024  # items
@@ -91,7 +91,7 @@ def embed_to_file(
     done, skipped = _resume_point(part, note, asked)
     resumed_at = done
     if not done:
-        rows = np.lib.format.open_memmap(part, mode="w+", dtype=np.float32, shape=(len(ids), encoder.dim))
+        rows = new_rows(part, (len(ids), encoder.dim))
     else:
         rows = np.lib.format.open_memmap(part, mode="r+")
     if progress is not None and done:
@@ -128,7 +128,8 @@ def embed_to_file(
     if progress is not None and done < len(ids):
         progress(len(ids) - done)
     kept = [i for i, name in enumerate(ids) if name not in skipped]
-    rows.flush()
+    done = len(ids)
+    save()
     final: NDArray[np.float32] = rows if len(kept) == len(ids) else rows[kept]
     _write(out, [ids[i] for i in kept], final)
     part.unlink()
@@ -189,7 +190,6 @@ def _write(out: Path, ids: Sequence[str], vectors: NDArray[np.float32]) -> None:
     temporary = out.with_name(f".{out.name}.tmp")
     try:
         if out.suffix == ".npy":
-            write_atomically(out.with_suffix(".ids.txt"), "".join(f"{name}\n" for name in ids))
             with temporary.open("wb") as file:
                 np.save(file, vectors)
         elif out.suffix == ".safetensors":
@@ -203,7 +203,14 @@ def _write(out: Path, ids: Sequence[str], vectors: NDArray[np.float32]) -> None:
             parquet.write_table(pa.table({"id": pa.array(list(ids)), "vector": column}), temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
+        if out.suffix == ".npy":
+            write_atomically(out.with_suffix(".ids.txt"), "".join(f"{name}\n" for name in ids))
         temporary.replace(out)
+    except OSError as error:
+        raise DataError(
+            f"{out} cannot be written: {error}. The vectors are kept beside it; once there is room, the same call "
+            "writes them without encoding again"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 

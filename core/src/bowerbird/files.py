@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -9,7 +10,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:
@@ -24,9 +28,34 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
             os.fsync(file.fileno())
         Path(name).chmod(0o644)
         Path(name).replace(path)
-    except BaseException:
+    except BaseException as error:
         Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a failed write does not know its file
         raise
+
+
+def new_rows(path: Path, shape: tuple[int, int]) -> np.memmap[Any, np.dtype[np.float32]]:
+    """A new ``.npy`` file of float32 zeros, mapped for writing.
+
+    Its space is reserved at once: a write to a mapping that finds the disk full kills the process (SIGBUS).
+
+    Raises ``OSError`` where there is no room; no file is left then.
+    """
+    import numpy as np
+
+    try:
+        rows = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+        if hasattr(os, "posix_fallocate"):
+            with path.open("rb+") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except OSError as error:
+        if error.errno == errno.EOPNOTSUPP:  # a file system that cannot reserve
+            return rows
+        path.unlink(missing_ok=True)
+        error.filename = str(path)
+        raise
+    return rows
 
 
 def write_json(path: str | Path, value: Any) -> None:

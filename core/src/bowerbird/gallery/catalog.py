@@ -270,13 +270,18 @@ def disk_full(path: Path, exc: Exception) -> GalleryError:
     )
 
 
+def says_full(exc: sqlite3.OperationalError) -> bool:
+    """SQLite reports a full disk as such, or, where it fills its shared memory, as a failed operation."""
+    return "full" in str(exc) or "disk I/O error" in str(exc)
+
+
 @contextmanager
 def _sqlite_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.OperationalError as exc:
         text = str(exc)
-        if "full" in text or "disk I/O error" in text:
+        if says_full(exc):
             raise disk_full(path, exc) from exc
         if "locked" in text:
             raise GalleryLockedError(f"the catalogue of {path} stayed locked for {BUSY_SECONDS:g} s: {text}") from exc

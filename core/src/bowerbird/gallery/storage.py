@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from bowerbird.errors import CorruptionError, GalleryError, InputError, SpaceError
 from bowerbird.gallery import ann
-from bowerbird.gallery.catalog import DISK_FULL, Catalog, create_catalog, disk_full
+from bowerbird.gallery.catalog import DISK_FULL, Catalog, create_catalog, says_full
 from bowerbird.gallery.segments import (
     Batch,
     MappedSegment,
@@ -88,8 +88,11 @@ class Storage:
             for file in sorted(temporary.rglob("*"), reverse=True):
                 file.rmdir() if file.is_dir() else file.unlink()
             temporary.rmdir()
-            if isinstance(exc, OSError) and exc.errno in DISK_FULL:
-                raise disk_full(path, exc) from exc
+            full = isinstance(exc, OSError) and exc.errno in DISK_FULL
+            if full or (isinstance(exc, sqlite3.OperationalError) and says_full(exc)):
+                raise GalleryError(
+                    f"cannot create a gallery at {path}: the disk is full ({exc}). Free some space."
+                ) from exc
             raise
 
     def close(self) -> None:

@@ -22,6 +22,7 @@ from bowerbird.batch import Batch
 from bowerbird.data import images_of
 from bowerbird.data.images import Preprocessing, decode_batches
 from bowerbird.errors import InputError, RecipeError
+from bowerbird.files import new_rows
 from bowerbird.protocols import Dataset, Encoder
 
 Position = tuple[int, int]  # epoch and index of an item
@@ -216,8 +217,7 @@ def cache_trunk(
                         "set encoder.freeze_trunk = true, or train.cache_trunk = false"
                     )
                 if rows is None:
-                    shape = (len(dataset), features.shape[1])
-                    rows = np.lib.format.open_memmap(part, mode="w+", dtype=np.float32, shape=shape)
+                    rows = new_rows(part, (len(dataset), features.shape[1]))
                 rows[start : start + len(features)] = features.float().cpu().numpy()
                 start += len(features)
         rows.flush()
