@@ -55,7 +55,6 @@ def create(
 ) -> None:
     """Create the gallery PATH, for the images of an encoder or for ready vectors."""
     import hashlib
-    from dataclasses import replace
 
     from bowerbird.errors import InputError
     from bowerbird.gallery import Gallery, Space
@@ -68,8 +67,6 @@ def create(
         from bowerbird.encoders import load_encoder
 
         space = load_encoder(encoder, device=device).space()
-        if Path(encoder).exists():  # the gallery is opened from other folders too
-            space = replace(space, encoder=str(Path(encoder).resolve()))
     else:
         assert dim is not None
         name = name or "vectors"
@@ -219,7 +216,7 @@ def search(
 
     if sum([bool(images), bool(ids), vector is not None]) != 1:
         raise InputError("say what to search with, one of: --image, --id, --vector")
-    wanted = _where(where)
+    wanted = parse_where(where)
     with Gallery.open(path, readonly=True) as gallery:
         if images:
             found = search_images(gallery, _encoder_of(gallery, device), images, k, where=wanted)
@@ -249,6 +246,8 @@ def search(
         click.echo(str(result["query"]))
         for rank, hit in enumerate(result["hits"], 1):
             click.echo(f"  {rank:>3}  {hit['distance']:.4f}  {hit['id']}")
+        if not result["hits"]:
+            click.echo("  nothing found" + (": no item matches --where" if where else ": the gallery is empty"))
 
 
 @command.command(
@@ -439,14 +438,28 @@ def _add_vectors(
     existing: str,
     progress: Callable[[int], None] | None,
 ) -> Any:
+    """Add the rows of ``file``. Everything is checked first: a file is added as a whole or not at all, unless the
+    process or the disk fails."""
     import numpy as np
 
     from bowerbird.errors import InputError
     from bowerbird.gallery.images import Added
+    from bowerbird.gallery.vectors import checked_ids, unit_vectors
 
     vectors = _npy(file)
     if vectors.ndim != 2 or len(vectors) != len(ids):
         raise InputError(f"{file} has shape {vectors.shape}; {len(ids)} ids need ({len(ids)}, D)")
+    checked_ids(ids)
+    known = _there_already(gallery, ids) if existing == "error" else []
+    if known:
+        raise InputError(
+            f"{len(known)} of {len(ids)} ids are in the gallery already ({', '.join(map(repr, known[:5]))}"
+            f"{', ...' if len(known) > 5 else ''}); nothing was added. Leave them out, or say what to do with them: "
+            "--existing skip, or --existing update"
+        )
+    dim = gallery.snapshot().write_space.dim
+    for start in range(0, len(ids), CALL_ITEMS):
+        unit_vectors(vectors[start : start + CALL_ITEMS], dim, what=file, first_row=start)
     result = Added()
     for start in range(0, len(ids), CALL_ITEMS):
         chunk = slice(start, start + CALL_ITEMS)
@@ -468,12 +481,20 @@ def _add_vectors(
     return result
 
 
+def _there_already(gallery: Gallery, ids: list[str]) -> list[str]:
+    chunks = (ids[start : start + CALL_ITEMS] for start in range(0, len(ids), CALL_ITEMS)) if len(gallery) else ()
+    return [item.id for chunk in chunks for item in gallery.get_many(chunk) if item is not None]
+
+
 def _npy(file: str) -> Any:
     import numpy as np
 
     from bowerbird.errors import DataError
 
     try:
+        with Path(file).open("rb") as stream:
+            if stream.read(2) == b"PK":  # numpy would open it and give a mapping
+                raise ValueError("it is an archive, as numpy.savez makes them; save one array with numpy.save")
         return np.load(file, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError) as exc:
         raise DataError(f"{file} cannot be read as a .npy file of numbers: {exc}") from exc
@@ -483,7 +504,8 @@ def _lines(file: str) -> list[str]:
     from bowerbird.errors import DataError
 
     try:
-        return Path(file).read_text("utf-8").splitlines()
+        text = Path(file).read_text("utf-8-sig")
+        return text.removesuffix("\n").split("\n") if text else []  # splitlines would cut ids at exotic characters
     except UnicodeDecodeError as exc:
         raise DataError(f"{file} is not UTF-8 text: {exc}") from exc
 
@@ -512,16 +534,22 @@ def _metadata_rows(file: str) -> dict[str, dict[str, Any]]:
         if Path(file).suffix == ".jsonl":
             rows = [json.loads(line) for line in _lines(file) if line.strip()]
         elif Path(file).suffix == ".csv":
-            with Path(file).open(newline="", encoding="utf-8") as stream:
+            with Path(file).open(newline="", encoding="utf-8-sig") as stream:
                 rows = [{k: _scalar(v) if k != "id" else v for k, v in row.items()} for row in csv.DictReader(stream)]
         else:
             raise DataError(f"metadata {file}: accepted are .csv and .jsonl")
     except (ValueError, csv.Error) as exc:
         raise DataError(f"metadata {file} cannot be read: {exc}") from exc
+    found: dict[str, dict[str, Any]] = {}
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or not isinstance(row.get("id"), str):
             raise DataError(f"metadata {file}: row {number} has no text `id`: {row!r}")
-    return {row["id"]: {key: value for key, value in row.items() if key != "id"} for row in rows}
+        if None in row:
+            raise DataError(f"metadata {file}: row {number} ({row['id']!r}) has more columns than the header")
+        if row["id"] in found:
+            raise DataError(f"metadata {file}: row {number} has the id {row['id']!r} of an earlier row")
+        found[row["id"]] = {key: value for key, value in row.items() if key != "id"}
+    return found
 
 
 def _json_object(file: str) -> dict[str, Any]:
@@ -545,7 +573,7 @@ def _scalar(text: Any) -> Any:
     return text if isinstance(value, dict | list) else value
 
 
-def _where(pairs: tuple[str, ...]) -> dict[str, Any] | None:
+def parse_where(pairs: tuple[str, ...]) -> dict[str, Any] | None:
     """``key=value`` options; a key that is given again accepts any of its values."""
     from bowerbird.errors import InputError
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bowerbird.cli import examples
+from bowerbird.cli.gallery import parse_where
 
 if TYPE_CHECKING:
     from bowerbird.gallery import Gallery, Space
@@ -131,7 +132,7 @@ def serve(gallery: str, images: tuple[str, ...], k: int, where: tuple[str, ...],
     """
     from bowerbird.upgrade.serve import serve as make_service
 
-    filters = _where(where)
+    filters = parse_where(where)
     with _open(gallery, readonly=True) as opened:
         given = [_encoder(ref, batch_size, device) for ref in (old, to) if ref is not None]
         service = make_service(opened, given, loader=lambda space: _encoder(space.encoder, batch_size, device, space))
@@ -442,19 +443,6 @@ def _settings(overrides: tuple[str, ...]) -> dict[str, Any]:
     for override in overrides:
         apply_override(settings, override)
     return settings
-
-
-def _where(pairs: tuple[str, ...]) -> dict[str, Any] | None:
-    from bowerbird.errors import InputError
-    from bowerbird.recipe import parse_value
-
-    filters: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise InputError(f"--where {pair!r}: expected KEY=VALUE")
-        filters[key] = parse_value(value)
-    return filters or None
 
 
 def _print_results(images: tuple[str, ...], found: Any, state: Any, as_json: bool) -> None:

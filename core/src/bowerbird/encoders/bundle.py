@@ -80,7 +80,8 @@ class LoadedEncoder:
         """The folder it came from, or the record and settings that it was built from."""
         if self.spec.path is not None:
             return str(self.spec.path)
-        return f"{self.spec.use}?{'&'.join(f'{key}={value}' for key, value in self.spec.config.items())}"
+        settings = "&".join(f"{key}={value}" for key, value in self.spec.config.items())
+        return f"{self.spec.use}?{settings}" if settings else self.spec.use
 
     def encode(
         self, items: Sequence[Any], *, batch_size: int = 64, progress: Callable[[int], None] | None = None
@@ -149,7 +150,9 @@ class LoadedEncoder:
         """The space of its vectors, for a gallery."""
         from bowerbird.gallery.space import Space
 
-        return Space(fingerprint=self.fingerprint, encoder=self.name, dim=self.dim)
+        # A gallery loads its encoder by this reference, from whatever folder it is used in.
+        encoder = self.name if self.spec.path is None else str(self.spec.path.resolve())
+        return Space(fingerprint=self.fingerprint, encoder=encoder, dim=self.dim)
 
     def _batches(
         self, items: Sequence[Any], batch_size: int, on_error: OnError

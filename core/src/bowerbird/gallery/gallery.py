@@ -208,7 +208,7 @@ class Gallery:
         """One item. Raises ``UnknownNameError`` if it is not in the gallery."""
         found = self._find([item_id])[0]
         if found is None:
-            raise UnknownNameError(f"item {item_id!r} is not in the gallery {self.path}")
+            raise self._unknown(item_id)
         return found
 
     def get_many(self, ids: Sequence[str]) -> list[Item | None]:
@@ -224,6 +224,10 @@ class Gallery:
             ).fetchall()
         found = {row[0]: item_of_row(row) for row in rows}
         return [found.get(name) for name in ids]
+
+    def _unknown(self, item_id: str) -> UnknownNameError:
+        with self.storage.catalog.reading() as db:
+            return UnknownNameError(f"gallery {self.path} has no item {item_id!r}.{ingest.close_id(db, item_id)}")
 
     def items(self, batch: int = 1000) -> Iterator[Item]:
         """Every live item of one epoch, by number."""
@@ -265,7 +269,7 @@ class Gallery:
         if absent.any():
             name = list(ids)[int(np.argmax(absent))]
             if name not in self:
-                raise UnknownNameError(f"gallery {self.path} has no item {name!r}")
+                raise self._unknown(name)
             raise UnknownNameError(
                 f"item {name!r} has no vector in space {part.space} (it is not migrated, or damaged)"
             )
@@ -383,7 +387,8 @@ class Gallery:
         raise SpaceError(
             f"{part.count} items are in space {part.space}, and the queries are of "
             f"{', '.join(name[:12] for name in given)}, which is "
-            "not registered as compatible with it. Give queries of that space too."
+            "not registered as compatible with it. Give queries of that space too, or search with images through "
+            "`bowerbird upgrade serve`."
         )
 
     def _merger(self, name: str) -> Merger:

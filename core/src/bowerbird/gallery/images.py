@@ -162,9 +162,16 @@ def _add_chunk(
     def keep(position: int, error: DataError) -> None:
         result.skipped[ids[wanted[position]]] = str(error)
 
+    def refuse(position: int, error: DataError) -> None:
+        done = result.added + result.replaced
+        raise DataError(
+            f"{error} {done} items were written before and stay. Repair or remove it and repeat the call, or leave "
+            "such images out: --on-error skip (on_error='skip')."
+        ) from error
+
     good: list[int] = []
     vectors: list[np.ndarray] = []
-    policy = keep if on_error == "skip" else "raise"
+    policy = keep if on_error == "skip" else refuse
     if wanted:
         sources = images.only(wanted)
         for positions, rows in encoder.encode_batches(sources, batch_size=batch_size, on_error=policy):

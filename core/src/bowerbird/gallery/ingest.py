@@ -208,7 +208,7 @@ def delete_items(storage: Storage, ids: Sequence[str]) -> int:
             raise UnknownNameError(
                 f"{len(missing)} of {len(names)} ids are not in the gallery ({', '.join(map(repr, missing[:5]))}); "
                 "nothing was "
-                f"deleted.{_close_id(db, missing[0])}"
+                f"deleted.{close_id(db, missing[0])}"
             )
         epoch = db.execute("SELECT epoch + 1 FROM head").fetchone()[0]
         _bury_nums(db, [(num,) for num in found.values()], epoch)
@@ -216,7 +216,7 @@ def delete_items(storage: Storage, ids: Sequence[str]) -> int:
     return len(names)
 
 
-def _close_id(db: sqlite3.Connection, name: str) -> str:
+def close_id(db: sqlite3.Connection, name: str) -> str:
     """A suggestion among the neighbours of ``name`` in the order of ids: reading every id of a large gallery would
     take long."""
     sql = "SELECT id FROM item WHERE deleted_epoch = 0 AND id {} ? ORDER BY id {} LIMIT 50"
