@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import resource
 import sqlite3
+import subprocess
 import sys
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from upgrade_world import FakeEncoder, make_gallery, new_encoder
 
 from bowerbird.cli import main
 from bowerbird.errors import GalleryError
-from bowerbird.files import new_rows, write_atomically
+from bowerbird.files import atomic_folder, new_rows, write_atomically
 from bowerbird.gallery import Gallery, Space
 from bowerbird.gallery.catalog import FORMAT
 from bowerbird.registry import get_registry
@@ -229,6 +230,40 @@ def test_rows_that_do_not_fit_the_disk_are_an_error_and_not_the_end_of_the_proce
     rows = new_rows(tmp_path / "rows.npy", (1000, 100))
     assert rows.shape == (1000, 100) and not rows.any()
     assert (tmp_path / "rows.npy").stat().st_blocks * 512 >= 400_000, "the space is reserved"
+
+
+def test_weights_that_do_not_fit_the_disk_are_an_error_of_the_system_and_leave_nothing(tmp_path: Path) -> None:
+    class SafetensorError(Exception):
+        pass
+
+    with pytest.raises(OSError, match="No space left") as caught, atomic_folder(tmp_path / "encoder") as folder:
+        (folder / "half").write_text("written")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert caught.value.filename == str(tmp_path / "encoder")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_gallery_that_sqlite_cannot_open_is_not_called_damaged(ready: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(sqlite3.Connection):
+        def execute(self, statement: str, *values: object) -> sqlite3.Cursor:
+            if "application_id" in statement:
+                raise sqlite3.OperationalError("disk I/O error")  # no room for the shared memory of the WAL
+            return super().execute(statement, *values)
+
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *a, **k: connect(*a, **k, factory=Full))
+    message = run("gallery", "stats", ready / "gallery", code=2).stderr
+    assert "cannot be opened: disk I/O error" in message and "room on the disk" in message
+
+
+def test_a_warning_is_one_line_without_source_code(ready: Path) -> None:
+    add(ready)
+    (segment,) = (ready / "gallery" / "seg").glob("*.f32")
+    segment.write_bytes(segment.read_bytes()[:-1])
+    command = [sys.executable, "-m", "bowerbird", "gallery", "search", str(ready / "gallery"), "--id", "item-1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "item-1" in done.stdout
+    assert done.stderr.startswith("warning: damaged rows are left out") and done.stderr.count("\n") == 1
 
 
 def test_ctrl_c_in_an_upgrade_gives_the_task_back_and_the_same_command_goes_on(

@@ -95,7 +95,7 @@ def test_verify_of_a_damaged_gallery_names_the_damage_and_exits_with_one(filled:
         (["search", "{path}", "--id", "nobody"], "has no item 'nobody'"),
         (["search", "{path}", "--id", "item-1", "-k", "0"], "k is 0"),
         (["search", "{path}", "--id", "item-1", "--where", "year"], "expected KEY=VALUE"),
-        (["search", "{path}", "--image", "cat.jpg"], "black-box:hosted, which cannot be loaded"),
+        (["search", "{path}", "--image", "{path}/catalog.db"], "black-box:hosted, which cannot be loaded"),
         (["add", "{path}"], "say what to add"),
         (["add", "{path}", "x.png"], "black-box:hosted, which cannot be loaded"),
         (["create", "{path}", "--dim", "4"], "something is there already"),

@@ -155,6 +155,8 @@ def test_failed_items_are_listed_and_accepted_only_explicitly(path):
         (["run", "--to", "fake:new", "--old", "fake:other"], "foreign encoder"),
         (["plan", "--to", "fake:new", "--label-key", "nothing"], "keys found: even, label"),
         (["plan", "--to", "fake:new", "--queries", "nowhere"], "there is no such folder"),
+        (["plan", "--to", "fake:new", "--strategy", "two-querys"], "Did you mean 'world:two-queries'"),
+        (["plan", "--to", "fake:new", "--order", "uncertanty"], "Did you mean 'core:uncertainty'"),
         (["serve", "--image", "nowhere.png"], "nowhere.png"),
         (["finish"], "no upgrade is under way"),
         (["rollback"], "no upgrade is under way"),

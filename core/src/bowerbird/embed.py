@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 
 from bowerbird.data.images import SUFFIXES, OnError
 from bowerbird.encoders.bundle import LoadedEncoder
@@ -206,7 +207,7 @@ def _write(out: Path, ids: Sequence[str], vectors: NDArray[np.float32]) -> None:
         if out.suffix == ".npy":
             write_atomically(out.with_suffix(".ids.txt"), "".join(f"{name}\n" for name in ids))
         temporary.replace(out)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise DataError(
             f"{out} cannot be written: {error}. The vectors are kept beside it; once there is room, the same call "
             "writes them without encoding again"

@@ -85,6 +85,11 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(replaced)
         else:
             temporary.rename(path)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        # safetensors reports a full disk by an exception of its own; it is not imported here, most writers need none.
+        if type(error).__name__ == "SafetensorError" and "I/O error" in str(error):
+            raise OSError(errno.EIO, str(error), str(path)) from error
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
         raise

@@ -10,6 +10,8 @@ import errno
 import importlib
 import os
 import traceback
+import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +118,11 @@ def _as_reported(exc: Exception) -> _ReportedError:
     )
 
 
+def _warning_line(message: Warning | str, *_: Any) -> str:
+    """A warning as one line: a person who runs a command has no use for the line of code that gave it."""
+    return f"warning: {message}\n"
+
+
 def _reported(message: str, exit_code: int) -> _ReportedError:
     error = _ReportedError(message)
     error.exit_code = exit_code  # type: ignore[misc]  # click declares it for the class
@@ -159,8 +166,11 @@ def _use_plugin_files(ctx: click.Context, _param: click.Parameter, paths: tuple[
     help="Try a plugin file without packaging it. May be repeated; also $BOWERBIRD_PLUGIN.",
 )
 @click.option("--debug", is_flag=True, envvar="BOWERBIRD_DEBUG", help="Show the traceback of an error.")
-def main(plugin: tuple[str, ...], debug: bool) -> None:
+@click.pass_context
+def main(ctx: click.Context, plugin: tuple[str, ...], debug: bool) -> None:
     """Train representations, search a durable gallery with them, and upgrade the model while the gallery serves."""
     # OpenMP reads this when it is loaded. Threads that spin while they wait are worst where cores are shared: small
     # layers on two busy cores trained at 5 steps/s with the default and at 230 with this.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    ctx.call_on_close(partial(setattr, warnings, "formatwarning", warnings.formatwarning))
+    warnings.formatwarning = _warning_line  # type: ignore[assignment]  # it needs the message only

@@ -58,11 +58,13 @@ def create(
 
     from bowerbird.errors import InputError
     from bowerbird.gallery import Gallery, Space
+    from bowerbird.gallery.storage import refuse_occupied
 
     if (encoder is None) == (dim is None) or (name is not None and dim is None):
         raise InputError(
             "a gallery needs either --encoder, or --dim (with --name) for vectors that come from elsewhere"
         )
+    refuse_occupied(Path(path))  # before the encoder is loaded, which takes seconds
     if encoder is not None:
         from bowerbird.encoders import load_encoder
 
@@ -194,7 +196,13 @@ def delete(path: str, names: tuple[str, ...], ids_file: str | None, as_json: boo
     )
 )
 @gallery_argument
-@click.option("--image", "images", multiple=True, type=click.Path(), help="Query image; may be repeated.")
+@click.option(
+    "--image",
+    "images",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False),
+    help="Query image; may be repeated.",
+)
 @click.option("--id", "ids", multiple=True, help="Use a stored item as the query; may be repeated.")
 @click.option(
     "--vector", type=click.Path(exists=True, dir_okay=False), help="Query vectors: .npy of shape (Q, D) or (D,)."
@@ -459,7 +467,7 @@ def _add_vectors(
         )
     dim = gallery.snapshot().write_space.dim
     for start in range(0, len(ids), CALL_ITEMS):
-        unit_vectors(vectors[start : start + CALL_ITEMS], dim, what=file, first_row=start)
+        unit_vectors(vectors[start : start + CALL_ITEMS], dim, what=f"the vectors of {file}", first_row=start)
     result = Added()
     for start in range(0, len(ids), CALL_ITEMS):
         chunk = slice(start, start + CALL_ITEMS)

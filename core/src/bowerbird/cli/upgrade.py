@@ -115,7 +115,8 @@ def plan(gallery: str, to: str, old: str | None, queries: str | None, split: str
     )
 )
 @gallery_argument
-@click.option("--image", "images", multiple=True, required=True, type=click.Path(dir_okay=False), help="A query image.")
+@click.option("--image", "images", multiple=True, required=True, type=click.Path(exists=True, dir_okay=False),
+              help="A query image.")  # fmt: skip
 @click.option("--k", "-k", type=click.IntRange(min=1), default=10, show_default=True, help="Results per query.")
 @click.option("--where", multiple=True, metavar="KEY=VALUE", help="Only items with this metadata.")
 @click.option("--old", metavar="ENCODER", help="The old encoder; default: what its space names.")
@@ -467,6 +468,8 @@ def _print_results(images: tuple[str, ...], found: Any, state: Any, as_json: boo
         click.echo(result["image"])
         for rank, hit in enumerate(result["results"], start=1):
             click.echo(f"  {rank:>3}  {hit['distance']:.4f}  {hit['side']}  {hit['id']}")
+        if not result["results"]:
+            click.echo("  nothing found")
 
 
 def _print_status(status: UpgradeStatus, as_json: bool) -> None:

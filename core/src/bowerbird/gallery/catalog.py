@@ -113,6 +113,11 @@ class Catalog:
         try:
             application = self.read.execute("PRAGMA application_id").fetchone()[0]
             version = self.read.execute("PRAGMA user_version").fetchone()[0]
+        except sqlite3.OperationalError as exc:
+            raise GalleryError(
+                f"gallery {self.path} cannot be opened: {exc}. SQLite writes a little beside the catalogue even for a "
+                "reader: there must be room on the disk, and the folder must be writable"
+            ) from exc
         except sqlite3.DatabaseError as exc:
             raise CorruptionError(f"{self.path / CATALOG} cannot be read as a catalogue: {exc}") from exc
         if application != APPLICATION_ID:

@@ -65,10 +65,7 @@ class Storage:
         path = Path(path)
         if dtype not in DTYPES:
             raise InputError(f"dtype is {dtype!r}; accepted: {', '.join(DTYPES)}")
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise GalleryError(
-                f"cannot create a gallery at {path}: something is there already. Choose another path, or remove it."
-            )
+        refuse_occupied(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         temporary.mkdir()
@@ -340,6 +337,14 @@ class Storage:
                 writer.discard()
                 raise
             writer.committed()
+
+
+def refuse_occupied(path: Path) -> None:
+    """Raise ``GalleryError`` if a gallery cannot be created at ``path`` because something is there."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise GalleryError(
+            f"cannot create a gallery at {path}: something is there already. Choose another path, or remove it."
+        )
 
 
 def active_upgrade(db: sqlite3.Connection) -> UpgradeState | None:

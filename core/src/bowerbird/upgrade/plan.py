@@ -19,6 +19,7 @@ import numpy as np
 from bowerbird.errors import BowerbirdError, InputError, UpgradeError
 from bowerbird.files import write_json
 from bowerbird.gallery.space import Space
+from bowerbird.registry import get_registry
 from bowerbird.retrieval.intervals import Interval, bootstrap_interval
 from bowerbird.upgrade.canary import check_canary
 from bowerbird.upgrade.forecast import ForecastCurve, Forecaster, PairedVectors
@@ -134,6 +135,7 @@ def plan(
         UpgradeError: If an upgrade is under way, or the gallery is empty.
         SpaceError: If the old encoder does not reproduce the gallery's vectors, or the new one is the old one.
         InputError: If labels or an encoder are missing.
+        UnknownNameError: If there is no such strategy or order; suggests close names.
     """
     snapshot = gallery.snapshot()
     if snapshot.upgrade is not None:
@@ -153,6 +155,9 @@ def plan(
         new_space = Space("given-vectors", "known by its vectors only", int(np.shape(paired.gallery_new)[1]))
     if new_space.fingerprint == old.fingerprint:
         raise UpgradeError(f"the gallery already serves space {old}; there is nothing to upgrade")
+    for name in strategies or ():
+        load_strategy(name)  # a wrong name is told before anything is encoded
+    get_registry().get("retriever", order, role="order")
     canary = check_canary(gallery, old_encoder) if old_encoder is not None else None
 
     rate, failed = None, 0
@@ -288,10 +293,11 @@ def _strategy_curve(
         full_name, strategy = load_strategy(name)
         strategy.check(gallery, old, new)
         queries = {old.fingerprint: forecaster.paired.query_old, new.fingerprint: forecaster.paired.query_new}
-        return forecaster.curve(full_name, strategy.old_part_queries(queries, old, new), order)
+        registry = get_registry()
+        merger = registry.load(registry.get("retriever", strategy.merger, role="merger"))
+        rescale = getattr(merger, "rescale", None)
+        return forecaster.curve(full_name, strategy.old_part_queries(queries, old, new), order, rescale=rescale)
     except BowerbirdError as exc:
-        if strategy_names().count(name) == 0 and ":" in name:
-            raise
         return ForecastCurve(name, (), (), (), float("nan"), str(exc))
 
 
