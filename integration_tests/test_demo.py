@@ -17,7 +17,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     from bowerbird.demo.run import run_demo
 
     out = tmp_path_factory.mktemp("demo") / "out"
-    return out, run_demo(out, limit=60, steps=4, epochs=3)
+    return out, run_demo(out, limit=60, steps=4, epochs=12, new_split="validation")
 
 
 def test_rank_merge_starts_exactly_at_the_old_and_ends_exactly_at_the_new_system(demo: tuple[Path, dict]) -> None:
@@ -38,11 +38,13 @@ def test_switching_at_once_collapses_and_the_compatible_model_does_not(demo: tup
 
 
 def test_the_page_is_one_file_with_every_picture_inside(demo: tuple[Path, dict]) -> None:
+    from bowerbird.demo.page import ARMS
+
     out, _ = demo
     page = (out / "index.html").read_text()
     assert not re.search(r"""(src|href)=["']?(https?:|/|\.)""", page)
     data = json.loads(re.search(r'id="data">(.*?)</script>', page, flags=re.DOTALL).group(1))
-    shown = {hit[0] for row in data["wall"] for moment in row["rank_merge"] for hit in moment}
+    shown = {hit[0] for row in data["wall"] for arm in ARMS for moment in row[arm] for hit in moment}
     assert shown <= set(data["thumbs"])
 
 

@@ -57,6 +57,10 @@ class TestDistanceMerger(MergerContract):
     name = "core:distance"
 
 
+class TestZScoreMerger(MergerContract):
+    name = "core:zscore"
+
+
 class TestCompatible(UpgradeContract):
     name = "core:compatible"
 

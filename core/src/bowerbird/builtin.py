@@ -127,6 +127,12 @@ def bowerbird_retrievers() -> Iterable[RetrieverRecord]:
         paper="Online Backfilling with No Regret for Large-Scale Image Retrieval, arXiv 2301.03767",
     )
     yield RetrieverRecord(
+        name="core:zscore",
+        role="merger",
+        target="bowerbird.gallery.merge:merge_by_zscore",
+        summary="Merge by distances standardised per query and model on a background sample.",
+    )
+    yield RetrieverRecord(
         name="core:compatible",
         role="upgrade",
         target="bowerbird.upgrade.strategies:Compatible",

@@ -40,7 +40,12 @@ def command(out: Path, seed: int, steps: int, as_json: bool) -> None:
     levels, curves, queries = result["levels"], result["curves"], result["gallery"]["queries"]
     depth = result["gallery"]["depth"]
     click.echo(f"\n{'':26}{'mAP@' + str(depth) + ' at 0 %':>16}{'at 100 %':>12}{'area':>9}{'most flips':>13}")
-    for name, key in (("switch at once", "switch"), ("rank merge", "rank_merge"), ("compatible (BCT)", "compatible")):
+    for name, key in (
+        ("switch at once", "switch"),
+        ("rank merge", "rank_merge"),
+        ("rank merge, one scale", "zscore"),
+        ("compatible (BCT)", "compatible"),
+    ):
         curve = curves[key]
         click.echo(
             f"{name:26}{curve['map'][0]:16.3f}{curve['map'][-1]:12.3f}{curve['area']:9.3f}{max(curve['nfr']):12.1%}"

@@ -23,7 +23,7 @@ ENCODER = {
 COSINE = {"use": "core:softmax", "cosine": True, "scale": 16.0}
 
 
-def recipes(old_run: Path, *, seed: int, epochs: int) -> dict[str, Recipe]:
+def recipes(old_run: Path, *, seed: int, epochs: int, new_split: str = "new-train") -> dict[str, Recipe]:
     """Recipes by name, in the order in which they must be trained: BCT reads the old run."""
     bct = {
         "use": "compat:bct",
@@ -36,8 +36,8 @@ def recipes(old_run: Path, *, seed: int, epochs: int) -> dict[str, Recipe]:
     }
     objectives: dict[str, tuple[dict[str, Any], str, int]] = {
         "old": (COSINE, "old-train", seed),
-        "new": (COSINE, "new-train", seed + 1),  # another seed: an honest incompatible pair
-        "bct": (bct, "new-train", seed + 1),
+        "new": (COSINE, new_split, seed + 1),  # another seed: an honest incompatible pair
+        "bct": (bct, new_split, seed + 1),
     }
     return {
         name: resolve_recipe(

@@ -13,6 +13,7 @@ from bowerbird.report import Series, line_chart, render_page
 ARMS = {  # key -> (name, colour, marker, what it needs)
     "switch": ("switch at once", "red", "X", "nothing; any vector database"),
     "rank_merge": ("rank merge", "blue", "o", "both encoders at query time"),
+    "zscore": ("rank merge, one scale", "purple", "D", "both encoders at query time"),
     "compatible": ("compatible model (BCT)", "green", "s", "training the new encoder for the old one"),
 }
 
@@ -48,20 +49,21 @@ def flips_chart(result: Mapping[str, Any]) -> str:
 def verdict(result: Mapping[str, Any]) -> str:
     """One sentence per finding, from the numbers."""
     curves, levels, shares = result["curves"], result["levels"], result["shares"]
-    served = {key: curves[key] for key in ("rank_merge", "compatible")}
+    served = {key: curves[key] for key in ("rank_merge", "zscore", "compatible")}
     best = max(served, key=lambda key: served[key]["area"])
     calmest = min(served, key=lambda key: max(served[key]["nfr"]))
     findings = [
-        f"Of the two that serve through the upgrade, {ARMS[best][0]} has the larger area under the curve and "
-        f"{ARMS[calmest][0]} the fewer negative flips at its worst moment."
+        f"Of those that serve through the upgrade, {ARMS[best][0]} has the largest area under the curve and "
+        f"{ARMS[calmest][0]} the fewest negative flips at its worst moment."
     ]
     low = min(range(len(shares)), key=lambda step: curves["rank_merge"]["map"][step])
     dip = levels["old_old"]["map"] - curves["rank_merge"]["map"][low]
     if dip > 0.005:
         findings.append(
             f"Rank merge falls {100 * dip:.1f} points below the old model when {shares[low]:.0%} is re-encoded: the "
-            "distances of the two models are not on one scale. `bowerbird upgrade plan` forecasts this before anything "
-            "is moved."
+            "distances of the two models are not on one scale. Brought to one scale (strategy rank-merge-zscore) it "
+            f"never falls below {100 * min(curves['zscore']['map']):.1f} %. `bowerbird upgrade plan` forecasts both "
+            "before anything is moved."
         )
     loss = levels["new_new"]["map"] - levels["bct_bct"]["map"]
     side = "below" if loss > 0 else "above"

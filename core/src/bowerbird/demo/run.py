@@ -27,12 +27,13 @@ from numpy.typing import NDArray
 from bowerbird.data.dataset import Dataset
 from bowerbird.data.images import open_image
 from bowerbird.demo.encoders import recipes, train_encoder
-from bowerbird.demo.page import write_page
+from bowerbird.demo.page import ARMS, write_page
 from bowerbird.encoders import LoadedEncoder
 from bowerbird.errors import GalleryError, MissingExtraError, SpaceError, UnknownNameError
 from bowerbird.files import write_json
 from bowerbird.gallery import Gallery
 from bowerbird.gallery.gallery import SearchResult
+from bowerbird.gallery.merge import merge_by_zscore
 from bowerbird.recipe import build_config
 from bowerbird.registry import get_registry
 from bowerbird.report import data_uri
@@ -80,6 +81,7 @@ def run_demo(
     steps: int = 10,
     epochs: int = 40,
     limit: int | None = None,
+    new_split: str = "new-train",
     say: Callable[[str], None] = lambda _: None,
     show: bool = False,
 ) -> dict[str, Any]:
@@ -88,7 +90,8 @@ def run_demo(
     Args:
         out: Folder. An earlier demo there is replaced; anything else is refused.
         steps: Measurements between 0 and 100 %.
-        limit: Only so many of the unseen concepts (for quick tests).
+        limit: Only so many of the unseen concepts, and
+        new_split: what the new encoders are trained on (both for quick tests).
         say: Called with one line per step.
         show: Draw progress bars.
 
@@ -109,7 +112,7 @@ def run_demo(
         "new": "448 concepts, 5 styles, another seed",
         "bct": "the same data, compatible with the old encoder",
     }
-    for name, recipe in recipes(out / "runs/old", seed=seed, epochs=epochs).items():
+    for name, recipe in recipes(out / "runs/old", seed=seed, epochs=epochs, new_split=new_split).items():
         with clock.step(f"train {name}", what[name]):
             encoders[name] = train_encoder(recipe, out / "runs" / name, show=show)
     old, new, bct = encoders["old"], encoders["new"], encoders["bct"]
@@ -124,7 +127,9 @@ def run_demo(
         start = _judge(before, items, relevance)
         refusal = _refusal(gallery, vectors["new"][:1], new)
         with clock.step("rank merge", "the live gallery is re-encoded while it serves; measured at every share"):
-            shares, moved, merged, changed = _rank_merge(gallery, old, new, vectors, items, relevance, steps, before)
+            shares, moved, merged, scaled, changed = _rank_merge(
+                gallery, old, new, vectors, items, relevance, steps, before
+            )
         after = gallery.search(vectors["new"], DEPTH)
         new_vectors = gallery.vectors_of([item["id"] for item in items])
     with clock.step("compatible", "a second gallery moves to the BCT encoder; no query needs the old encoder any more"):
@@ -136,7 +141,7 @@ def run_demo(
         fresh = _from_scratch(out / "fresh", new, items, vectors["new"])
     best = _judge(fresh, items, relevance)
 
-    arms = {"switch": switched, "rank_merge": merged, "compatible": compatible}
+    arms = {"switch": switched, "rank_merge": merged, "zscore": scaled, "compatible": compatible}
     result = {
         "format": 1,
         "command": "bowerbird " + " ".join(sys.argv[1:]) if Path(sys.argv[0]).name == "bowerbird" else "bowerbird demo",
@@ -236,9 +241,10 @@ def _rank_merge(
     relevance: Relevance,
     steps: int,
     before: SearchResult,
-) -> tuple[list[float], list[NDArray[np.bool_]], Arm, int]:
-    """Shares, which items were new at each, the results, and how many result lists changed at the start."""
-    arm, shares, moved, changed = Arm(), [], [], 0
+) -> tuple[list[float], list[NDArray[np.bool_]], Arm, Arm, int]:
+    """Shares, which items were new at each, the results merged by plain distances and on one scale, and how many
+    result lists changed at the start."""
+    arm, scaled, shares, moved, changed = Arm(), Arm(), [], [], 0
     queries = {old.fingerprint: vectors["old"], new.fingerprint: vectors["new"]}
     upgrade = Upgrade(gallery, new, old=old)
     upgrade.begin(strategy="rank-merge", task_items=_task_items(items, steps))
@@ -252,8 +258,10 @@ def _rank_merge(
         shares.append(upgrade.status().share)
         moved.append(_moved(gallery, new.fingerprint, items))
         arm.moments.append(_judge(found, items, relevance))
+        on_one_scale = gallery.search(queries, DEPTH, merger=merge_by_zscore)  # what rank-merge-zscore serves
+        scaled.moments.append(_judge(on_one_scale, items, relevance))
     upgrade.finish()
-    return shares, moved, arm, changed
+    return shares, moved, arm, scaled, changed
 
 
 def _compatible(
@@ -309,9 +317,8 @@ def _moved(gallery: Gallery, fingerprint: str, items: Sequence[Mapping[str, Any]
 def _judge(found: SearchResult, items: Sequence[Mapping[str, Any]], relevance: Relevance) -> Moment:
     position = {item["id"]: index for index, item in enumerate(items)}
     ranked = np.array([[position[name] for name in row] for row in found.ids], np.int64)
-    return _moment(
-        RankedList(ranked, -found.distances[:, : ranked.shape[1]]), found.sides[:, : ranked.shape[1]] == 1, relevance
-    )
+    ranks = np.broadcast_to(-np.arange(ranked.shape[1], dtype=np.float64), ranked.shape)
+    return _moment(RankedList(ranked, ranks), found.sides[:, : ranked.shape[1]] == 1, relevance)
 
 
 def _judge_scores(scores: NDArray[np.float32], moved: NDArray[np.bool_], relevance: Relevance) -> Moment:
@@ -386,7 +393,7 @@ def _spread(positions: NDArray[np.int64], count: int) -> list[int]:
 
 def _thumbs(wall: Sequence[Mapping[str, Any]], paths: Mapping[str, Path]) -> dict[str, str]:
     shown = {row["query"] for row in wall}
-    shown |= {hit[0] for row in wall for name in ("switch", "rank_merge", "compatible") for m in row[name] for hit in m}
+    shown |= {hit[0] for row in wall for name in ARMS for m in row[name] for hit in m}
     return {name: data_uri(open_image(paths[name]), side=64) for name in sorted(shown)}
 
 

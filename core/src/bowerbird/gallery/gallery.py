@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from bowerbird.gallery.verify import Report
 
 CANARY_ITEMS = 64
-Merger = Callable[[Hits, Hits, int], Hits]
+Merger = Callable[..., Hits]  # (old, new, k), and background=... where it has `background_items`
 
 
 @dataclass(frozen=True)
@@ -348,7 +348,13 @@ class Gallery:
             side = np.where(merged.ids < 0, -1, sides[0]).astype(np.int8)
         else:
             assert snapshot.upgrade is not None
-            merged = (merger or self._merger(snapshot.upgrade.merger))(hits[0], hits[1], k)
+            merge = merger or self._merger(snapshot.upgrade.merger)
+            wanted = getattr(merge, "background_items", 0)
+            if wanted:
+                samples = tuple(part.background(self._queries_for(part, given), wanted) for part in parts)
+                merged = merge(hits[0], hits[1], k, background=samples)
+            else:
+                merged = merge(hits[0], hits[1], k)
             is_new = snapshot.new.contains(np.maximum(merged.ids, 0))
             side = np.where(merged.ids < 0, -1, is_new).astype(np.int8)
         return self._named(snapshot, merged, side)

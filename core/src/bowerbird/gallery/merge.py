@@ -77,6 +77,68 @@ def merge_by_distance(old: Hits, new: Hits, k: int, tie: str = "new_first", *, d
     return Hits(ids[0], distances[0]) if one else Hits(ids, distances)
 
 
+class ZScoreMerge:
+    """Merge by distances that are brought to one scale, per query and per model.
+
+    Two models' distances are rarely on one scale: the model whose distances are smaller crowds the other's items out.
+    Here a distance becomes ``(d - mean) / std`` of the query's distances to a background sample of the part that it is
+    in. Within a part nothing is reordered, so that an upgrade still begins exactly at the old and ends exactly at the
+    new system. The hits keep their cosine distances, which then need not ascend.
+
+    Attributes:
+        background_items: How many items of each part the caller samples.
+        fewest: With fewer items than this in a part, plain distances are merged: a scale cannot be estimated.
+    """
+
+    background_items = 1000
+    fewest = 32
+
+    def __call__(
+        self, old: Hits, new: Hits, k: int, *, background: tuple[np.ndarray, np.ndarray] | None = None
+    ) -> Hits:
+        """The ``k`` nearest of two lists of hits, in the order of their standardised distances.
+
+        Args:
+            old, new: Hits ``(Q, M)`` and ``(Q, L)``.
+            background: Distances ``(Q, B)`` of the queries to samples of the old and of the new part, each with the
+                query vectors of its part. ``None``: plain distances are merged.
+        """
+        if background is None or min(np.shape(part)[-1] for part in background) < self.fewest:
+            return merge_by_distance(old, new, k)
+        scaled = [
+            Hits(hits.ids, self.rescale(hits.distances, part))
+            for hits, part in zip((old, new), background, strict=True)
+        ]
+        merged = merge_by_distance(scaled[0], scaled[1], k)
+        return Hits(merged.ids, _distances_of(merged.ids, old, new))
+
+    @staticmethod
+    def rescale(distances: np.ndarray, background: np.ndarray) -> np.ndarray:
+        """``(distances - mean) / std`` by row, float64; ``distances`` ``(Q, M)``, ``background`` ``(Q, B)``.
+
+        A background of one distance only (std 0) moves the distances but does not stretch them.
+        """
+        rows = np.atleast_2d(np.asarray(background, np.float64))
+        spread = rows.std(axis=1, keepdims=True)
+        scaled = (np.atleast_2d(np.asarray(distances, np.float64)) - rows.mean(axis=1, keepdims=True)) / np.where(
+            spread > 0, spread, 1.0
+        )
+        return scaled.reshape(np.shape(distances))
+
+
+merge_by_zscore = ZScoreMerge()
+
+
+def _distances_of(ids: np.ndarray, old: Hits, new: Hits) -> np.ndarray:
+    """The cosine distance of each merged id, that of the new copy where there are two; ``inf`` for padding."""
+    known_ids = np.concatenate([np.atleast_2d(new.ids), np.atleast_2d(old.ids)], axis=1)
+    known = np.concatenate([np.atleast_2d(new.distances), np.atleast_2d(old.distances)], axis=1)
+    rows = np.atleast_2d(ids)
+    found = (rows[:, :, None] == known_ids[:, None, :]).argmax(axis=2)
+    distances = np.where(rows < 0, np.inf, np.take_along_axis(known, found, axis=1))
+    return distances.astype(known.dtype, copy=False).reshape(np.shape(ids))
+
+
 def _matrix(hits: Hits, name: str) -> tuple[np.ndarray, np.ndarray, bool]:
     """Ids int64 ``(Q, M)``, distances ``(Q, M)``, and whether they were given for one query."""
     ids = np.asarray(hits.ids, np.int64)

@@ -66,6 +66,21 @@ class Part:
         assert (rows >= 0).all(), "items that are not in this part"
         return self._gather(rows)
 
+    def background(self, queries: NDArray[np.float32], count: int) -> NDArray[np.float32]:
+        """``(Q, B)`` distances of the queries to at most ``count`` items, evenly spaced over the part."""
+        return 1 - queries @ self._sample(count).T
+
+    def _sample(self, count: int) -> NDArray[np.float32]:
+        if count not in self._samples:
+            nums = self.nums
+            chosen = nums[np.linspace(0, len(nums) - 1, min(count, len(nums)), dtype=np.int64)]
+            self._samples[count] = self.vectors_of(chosen)
+        return self._samples[count]
+
+    @cached_property
+    def _samples(self) -> dict[int, NDArray[np.float32]]:
+        return {}  # of this snapshot; gathered once
+
     def vectors(self) -> NDArray:
         """``(count, D)`` in the order of ``nums``: a memory map where that is possible, a copy otherwise."""
         if len(self.segments) == 1 and self.segments[0][1] is None:

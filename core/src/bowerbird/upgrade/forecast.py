@@ -9,7 +9,7 @@ Shapes: Q queries, N gallery items of the sample, Do and Dn widths of the two sp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,7 +140,13 @@ class Forecaster:
         self.new_old, _ = self._measure(RankedList.from_scores(mixed_scores))
 
     def curve(
-        self, name: str, old_part_queries: np.ndarray, order: np.ndarray, shares: Sequence[float] = DEFAULT_BETAS
+        self,
+        name: str,
+        old_part_queries: np.ndarray,
+        order: np.ndarray,
+        shares: Sequence[float] = DEFAULT_BETAS,
+        *,
+        rescale: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
     ) -> ForecastCurve:
         """The curve of a strategy that searches the old part with ``old_part_queries`` ``(Q, Do)``.
 
@@ -148,8 +154,13 @@ class Forecaster:
             name: Of the strategy.
             order: Permutation of 0..N-1: what is moved first stands first.
             shares: Ascending, from 0 to 1.
+            rescale: Of the strategy's merger, where it brings distances to one scale. The whole sample is the
+                background here; serving has the part of it that is old, or new, at that moment.
         """
-        state = BackfillState(similarity(old_part_queries, self.paired.gallery_old), self._new_scores)
+        old_scores, new_scores = similarity(old_part_queries, self.paired.gallery_old), self._new_scores
+        if rescale is not None:
+            old_scores, new_scores = (-rescale(1 - scores, 1 - scores) for scores in (old_scores, new_scores))
+        state = BackfillState(old_scores, new_scores)
         nfr: list[float] = []
 
         def metric(ranking: RankedList) -> PerQuery:

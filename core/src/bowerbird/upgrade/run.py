@@ -124,7 +124,11 @@ def begin(
         settings={"seed": seed, "order_settings": dict(order_settings or {}), "label_key": label_key},
     )
     if frozen is not None:
-        frozen.save(gallery, state.id)
+        try:
+            frozen.save(gallery, state.id)
+        except BaseException:
+            gallery.store.rollback()  # nothing has moved; an upgrade that was to be watched is watched, or not begun
+            raise
     return state
 
 

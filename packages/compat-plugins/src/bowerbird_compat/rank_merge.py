@@ -1,9 +1,13 @@
-"""``compat:rank-merge``: the strategy of an upgrade that trains nothing and regrets nothing.
+"""``compat:rank-merge``: the strategy of an upgrade that trains nothing.
 
 Distance rank merge of Seo et al., "Online Backfilling with No Regret for Large-Scale Image Retrieval" (arXiv
 2301.03767): the part of the gallery that still has old vectors is searched with the old encoder's query, the other
 part with the new encoder's, and the two lists are joined by distance. Before the first item has moved that is exactly
 the old system, after the last one exactly the new system. The price is a second encoder pass per query in between.
+
+The two models' distances are compared as they are. Where they are not on one scale, the model with the smaller ones
+crowds the other's items out, and quality may fall below the old system's on the way: ``compat:rank-merge-zscore`` is
+for that, and ``bowerbird upgrade plan`` forecasts both.
 
 No torch here: a process that serves a gallery loads this.
 """
@@ -44,3 +48,9 @@ class RankMerge:
                 f"(space {old.fingerprint[:12]}); got spaces {', '.join(f[:12] for f in queries) or 'none'}"
             )
         return queries[old.fingerprint]
+
+
+class RankMergeZScore(RankMerge):
+    """Rank merge by distances brought to one scale, per query and per model (our addition to the paper)."""
+
+    merger = "core:zscore"
