@@ -403,6 +403,19 @@ def test_a_linear_curve_gains_half_and_more_points_on_it_change_no_area(seed):
 
 @few
 @given(seed=seeds)
+def test_drawdown_is_the_deepest_fall_and_beta_at_the_first_crossing(seed):
+    rng = np.random.default_rng(seed)
+    betas, values = np.linspace(0, 1, 6), rng.random(6)
+    values[-1] = values.max() + 0.1
+    curve = R.Curve(betas, values)
+    assert curve.drawdown() == pytest.approx(max(values[i] - values[j] for j in range(6) for i in range(j + 1)))
+    fine = np.linspace(0, 1, 20001)
+    reached = np.interp(fine, betas, values) >= values[0] + 0.9 * (values[-1] - values[0])
+    assert curve.beta_at(0.9) == pytest.approx(fine[reached][0], abs=1e-4)
+
+
+@few
+@given(seed=seeds)
 def test_the_backfill_curve_is_the_metric_of_the_mixed_scores(seed):
     rng = np.random.default_rng(seed)
     n, q = int(rng.integers(2, 20)), 4
@@ -429,6 +442,8 @@ def test_new_scores_keep_their_precision_beside_coarser_old_ones(old_type):
 def test_a_tenth_of_ten_items_is_one_item_at_every_step():
     assert [R.num_backfilled(i / 10, 10) for i in range(11)] == list(range(11))
     assert [R.num_backfilled(i * 0.1, 10) for i in range(11)] == list(range(11))
+    assert 0.29 * 100 < 29
+    assert R.num_backfilled(0.29, 100) == 29
 
 
 @pytest.mark.parametrize("betas", [[0, 0.5], [0.5, 1], [0, 0.5, 0.5, 1], [0, 0.7, 0.3, 1], [1, 0]])
@@ -467,6 +482,17 @@ def test_identical_models_are_never_strictly_compatible_and_forget_nothing(seed)
     assert R.forgetting(matrix).tolist() == [0, 0]
     assert R.backward_transfer(matrix) == 0
     assert R.strict_compatibility(model, model, rel).share == 1
+
+
+@few
+@given(seed=seeds, models=st.integers(2, 6))
+def test_forgetting_is_the_fall_below_the_best_earlier_model_and_negative_where_the_last_is_best(seed, models):
+    c = np.random.default_rng(seed).random((models, models))
+    last = models - 1
+    expected = [max(c[step, j] for step in range(j, last)) - c[last, j] for j in range(last)]
+    assert R.forgetting(c) == pytest.approx(expected)
+    assert R.backward_transfer(c) == pytest.approx(np.mean([c[last, j] - c[j, j] for j in range(last)]))
+    assert R.forgetting([[0.5, 0], [0.75, 0.5]]).tolist() == [-0.25]
 
 
 @few
@@ -566,6 +592,22 @@ def test_verification_is_the_largest_rate_that_some_threshold_reaches(seed, dist
 
 
 @few
+@given(seed=seeds, distinct=st.booleans())
+def test_nearest_verification_takes_the_nearest_point_of_the_library_curve(seed, distinct):
+    library = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(seed)
+    labels = np.append(rng.integers(0, 2, 30), [0, 1])
+    scores = rng.random(32) if distinct else rng.integers(0, 6, 32) / 6
+    fpr, tpr, _ = library.roc_curve(labels, scores)
+    targets = [1e-4, 0.1, 0.3, 0.8]
+    found = R.verification_at_fpr(scores, labels, targets, "nearest")
+    for target, at_fpr, at_tpr in zip(targets, found.fpr, found.tpr, strict=True):
+        away = np.abs(fpr - target)
+        best = np.flatnonzero(away == away.min())[-1]  # of equally near points the larger rates
+        assert (at_fpr, at_tpr) == pytest.approx((fpr[best], tpr[best]))
+
+
+@few
 @given(seed=seeds)
 def test_a_template_does_not_change_when_an_image_is_repeated_within_its_medium(seed):
     rng = np.random.default_rng(seed)
@@ -599,6 +641,12 @@ def test_identification_follows_its_definition(seed):
     both = R.combine_galleries(found, found)
     assert both.accuracy[1] == pytest.approx(2 * len(top1) / 21)
     assert np.allclose(both.tpir, found.tpir)
+
+
+def test_a_probe_must_score_above_the_threshold_and_not_just_reach_it():
+    found = R.identification_at_fpir([[0.5, 0.1], [0.2, 0.6], [0.5, 0.3]], [1, 2, 9], [1, 2], 1.0)
+    assert found.thresholds.tolist() == [0.5]
+    assert found.tpir.tolist() == [0.5]
 
 
 def test_verification_refuses_what_it_cannot_measure():

@@ -259,6 +259,25 @@ def test_the_target_logit_never_rises_with_the_margin(seed, kind, low, high):
     assert (target[1] <= target[0] + 1e-6).all()
 
 
+@invariant
+@given(seed=SEEDS, margin=st.floats(0.01, 1.5), scale=st.floats(0.5, 64))
+def test_target_logits_are_the_written_out_margins(seed, margin, scale):
+    feat, w, labels = random(6, 5, seed=seed), random(4, 5, seed=seed + 1), random_labels(6, 4, seed)
+    for row, label in enumerate(labels):
+        c = float(F.cosine_similarity(feat[row], w[label], dim=0))
+        angle = math.acos(c)
+        monotone = c > math.cos(math.pi - margin)
+        expected = {
+            "none": c,
+            "cosface": c - margin,
+            "arcface": math.cos(angle + margin),
+            "arcface_monotone": math.cos(angle + margin) if monotone else c - margin * math.sin(math.pi - margin),
+        }
+        for kind, target in expected.items():
+            found = MarginSoftmax(kind, scale, margin)(feat, w, labels)[row, label]
+            assert float(found) == pytest.approx(scale * target, rel=1e-6, abs=1e-6), kind
+
+
 @pytest.mark.parametrize("kind", ["arcface", "arcface_monotone"])
 def test_margins_have_finite_gradients_where_embedding_and_class_coincide(kind):
     for dtype in (torch.float32, torch.float64):
@@ -336,6 +355,8 @@ def test_normalised_influence_is_a_scaled_softmax_of_unit_embeddings_and_ignores
     expected = F.cross_entropy(scale * F.normalize(match_dim(feat, d_old)) @ w_old.T, labels)
     assert_close(influence(feat, labels), expected, **TIGHT)
     assert_close(influence(feat * 37.0, labels), expected, rtol=1e-6, atol=1e-9)
+    weighted = InfluenceLoss(w_old, weight=2.5, normalize=True, scale=scale)
+    assert_close(weighted(feat, labels), 2.5 * expected, **TIGHT)
 
 
 def test_an_influence_with_margin_uses_the_margin_logits():
