@@ -5,9 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from bowerbird.hookspecs import hookimpl
-from bowerbird.records import ObjectiveRecord, RetrieverRecord
+from bowerbird.records import EncoderRecord, ObjectiveRecord, RetrieverRecord
 
 BOWERBIRD_API = "1.0"
+
+
+@hookimpl
+def bowerbird_encoders() -> Iterable[EncoderRecord]:
+    yield EncoderRecord(
+        name="compat:basis-transform",
+        target="bowerbird_compat.bt2_objective:BasisTransformEncoder",
+        config="bowerbird_compat.bt2_objective:BasisTransformConfig",
+        summary="Any encoder with the head of compat:bt2: old-compatible entries first, then the added ones.",
+        paper="BT^2: Backward-compatible Training with Basis Transformation, ICCV 2023, arXiv:2211.03989",
+    )
 
 
 @hookimpl
@@ -21,6 +32,14 @@ def bowerbird_objectives() -> Iterable[ObjectiveRecord]:
         paper="Towards Backward-Compatible Representation Learning, CVPR 2020, arXiv:2003.11942",
         needs=("image", "label"),
     )
+    yield ObjectiveRecord(
+        name="compat:bt2",
+        target="bowerbird_compat.bt2_objective:BT2Objective",
+        config="bowerbird_compat.bt2_objective:BT2Config",
+        summary="Compatible in a few added dimensions: orthonormal maps, a free teacher, no tax on the new model.",
+        paper="BT^2: Backward-compatible Training with Basis Transformation, ICCV 2023, arXiv:2211.03989",
+        needs=("image", "label", "index"),
+    )
 
 
 @hookimpl
@@ -31,4 +50,10 @@ def bowerbird_retrievers() -> Iterable[RetrieverRecord]:
         role="upgrade",
         summary="Each part searched in its own space, merged by distance: no training, exact at both ends.",
         paper="Online Backfilling with No Regret for Large-Scale Image Retrieval, WACV 2025, arXiv:2301.03767",
+    )
+    yield RetrieverRecord(
+        name="compat:rank-merge-zscore",
+        target="bowerbird_compat.rank_merge:RankMergeZScore",
+        role="upgrade",
+        summary="Rank merge with the distances of both models on one scale; for models that differ in it.",
     )
