@@ -221,6 +221,16 @@ def test_a_name_with_settings_gives_the_same_encoder_every_time() -> None:
     assert np.array_equal(a.encode(pictures(2)), b.encode(pictures(2)))
 
 
+def test_a_space_names_its_encoder_so_that_it_is_found_from_every_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_encoder(build("tiny:net"), tmp_path / "e", use="tiny:net", config={})
+    monkeypatch.chdir(tmp_path)
+    assert load_encoder("e").space().encoder == str(tmp_path / "e")
+    assert load_encoder("tiny:net").space().encoder == "tiny:net"
+    assert load_encoder("tiny:net?embed_dim=4").space().encoder == "tiny:net?embed_dim=4"
+
+
 def test_changed_weights_a_newer_format_and_missing_files_are_named(tmp_path: Path) -> None:
     folder = tmp_path / "e"
     save_encoder(build("tiny:net"), folder, use="tiny:net", config={})

@@ -545,6 +545,11 @@ def test_the_report_holds_the_tests_flips_and_gains_of_the_single_functions(seed
     assert np.array_equal(
         R.compatibility_matrix([old, new], rel, as_number), R.compatibility_matrix([old, new], rel), equal_nan=True
     )
+
+    def at_one(ranked, rel):
+        return R.cmc(ranked, rel, [1])
+
+    assert R.self_test(new, rel, at_one) == R.compatibility_matrix([new], rel, right)[0, 0]
     start, end = R.measure(new, old, rel, right), R.measure(new, new, rel, right)
     assert summary["new/new vs_start nfr"] == R.flips(start, end).nfr
     assert report.compatible["mAP"] == (summary["new/old mAP"] > summary["old/old mAP"])

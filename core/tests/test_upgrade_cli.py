@@ -80,6 +80,18 @@ def test_the_whole_way_from_plan_to_finish(path, tmp_path):
     assert "no upgrade is under way" in invoke("status", path, code=2).stderr
 
 
+def test_a_filter_key_that_is_given_twice_accepts_either_value_and_finding_nothing_is_said(path, tmp_path):
+    query = write_image(tmp_path, 20_000)
+
+    def labels(*wanted):
+        where = [argument for value in wanted for argument in ("--where", f"label={value}")]
+        return invoke("serve", path, "--image", query, "--k", 120, *where).stdout
+
+    assert labels("class-1").count("item-") == labels("class-2").count("item-") == 10
+    assert labels("class-1", "class-2").count("item-") == 20
+    assert "nothing found" in labels("class-99")
+
+
 def test_rollback_and_its_old_results(path, tmp_path):
     query = write_image(tmp_path, 20_000)
     before = invoke("serve", path, "--image", query, "--json").stdout

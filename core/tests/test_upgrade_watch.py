@@ -147,6 +147,19 @@ def test_the_object_freezes_items_of_the_gallery_as_queries(gallery):
     assert upgrade.history()[-1]["share"] == 1
 
 
+def test_an_upgrade_whose_queries_cannot_be_written_down_does_not_begin(gallery, monkeypatch):
+    def full(path, content):
+        raise OSError(28, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("bowerbird.upgrade.watch.write_atomically", full)
+        with pytest.raises(OSError, match="No space left"):
+            begin(gallery, new_encoder().space(), strategy=STRATEGY, watch_set=watched())
+    assert gallery.store.upgrade_state() is None and gallery.verify().ok
+    begin(gallery, new_encoder().space(), strategy=STRATEGY, watch_set=watched())
+    assert watch(gallery).share == 0
+
+
 def test_what_cannot_be_watched_is_refused(gallery):
     with pytest.raises(UpgradeError, match="no upgrade is under way"):
         watch(gallery)

@@ -209,7 +209,7 @@ def _write(out: Path, ids: Sequence[str], vectors: NDArray[np.float32]) -> None:
         temporary.replace(out)
     except (OSError, SafetensorError) as error:
         raise DataError(
-            f"{out} cannot be written: {error}. The vectors are kept beside it; once there is room, the same call "
+            f"{out} cannot be written; is the disk full? ({error}) The vectors are kept beside it: the same call "
             "writes them without encoding again"
         ) from error
     finally:

@@ -1,7 +1,8 @@
-"""Golden numbers: see the README beside each folder in data/."""
+"""Golden numbers: see the README beside each folder in data/. ``small_upgrade`` can be imported by its name."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 DATA = Path(__file__).parent / "data"
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture

@@ -203,6 +203,14 @@ def test_a_single_query_gives_a_single_list():
     assert np.array_equal(gallery.search(q_old[0], q_new[0], 5).ids, gallery.search(q_old, q_new, 5).ids[0])
 
 
+def test_the_output_of_a_transform_is_a_query_as_it_comes():
+    g_old, g_new, _, q_new = system(4)
+    gallery, psi = mixed(g_old, g_new, [1, 2]), ReverseQueryTransform(6, 4)
+    reverse = psi(torch.tensor(q_new))
+    assert reverse.requires_grad
+    assert np.array_equal(gallery.search(reverse, q_new, 5).ids, gallery.search(reverse.detach().numpy(), q_new, 5).ids)
+
+
 def test_items_in_both_or_neither_part_are_listed_and_nothing_moves():
     g_old, g_new, *_ = system(5)
     with pytest.raises(IntegrityError, match="2 items are in both parts of the gallery: 3, 9"):

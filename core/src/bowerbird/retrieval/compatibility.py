@@ -99,7 +99,7 @@ def self_test(
     encoder: Model, data: RetrievalData | Relevance, metric: Metric = average_precision, *, distance: str = "cosine"
 ) -> float:
     """``M(encoder, encoder)``, mean over valid queries. ``measure`` keeps the single queries."""
-    return _mean(measure(encoder, encoder, data, metric, distance=distance))
+    return float(measure(encoder, encoder, data, metric, distance=distance))
 
 
 def cross_test(
@@ -111,7 +111,7 @@ def cross_test(
 ) -> float:
     """``M(query encoder, gallery encoder)`` of the pair ``encoders``: (new, old) for the cross test of an upgrade."""
     query_model, gallery_model = encoders
-    return _mean(measure(query_model, gallery_model, data, metric, distance=distance))
+    return float(measure(query_model, gallery_model, data, metric, distance=distance))
 
 
 @dataclass(frozen=True)
@@ -333,7 +333,7 @@ def compatibility_matrix(
     matrix = np.full((len(vectors), len(vectors)), np.nan)
     for i, query_side in enumerate(vectors):
         for j in range(i + 1):
-            matrix[i, j] = _mean(measure(query_side, vectors[j], data, metric, distance=distance))
+            matrix[i, j] = float(measure(query_side, vectors[j], data, metric, distance=distance))
     return matrix
 
 
@@ -393,10 +393,6 @@ def _embed(model: Model, data: RetrievalData) -> Embeddings:
     if (data.relevance.self_ids == PAD_ID).all():
         raise InputError("the queries are their own gallery; build the relevance with exclude_self=True or with ids.")
     return Embeddings(queries, queries)
-
-
-def _mean(result: PerQuery | float) -> Any:
-    return result.mean() if isinstance(result, PerQuery) else float(result)
 
 
 def _vectors(values: Any, name: str) -> NDArray[np.floating]:

@@ -75,7 +75,7 @@ def unit_rows(vectors: ArrayLike, *, dim: int | None = None, what: str = "vector
     Raises:
         InputError: Not two-dimensional, another width than ``dim``, or a row with NaN, infinity or norm 0 (row named).
     """
-    array = np.asarray(vectors)
+    array = _without_gradient(vectors)
     if array.dtype != np.float32:
         array = array.astype(np.float32)
     if array.ndim != 2 or array.shape[1] == 0:
@@ -96,6 +96,11 @@ def unit_rows(vectors: ArrayLike, *, dim: int | None = None, what: str = "vector
         array = array.copy()
         array[off] /= norms[off, None]
     return array
+
+
+def _without_gradient(values: Any) -> NDArray[Any]:
+    """An array; also of a torch tensor that still wants gradients, as a transform gives it."""
+    return np.asarray(values.detach() if hasattr(values, "detach") else values)
 
 
 def _checked_ids(ids: ArrayLike, n: int) -> NDArray[np.int64]:
@@ -122,7 +127,7 @@ def _checked_k(k: int) -> int:
 
 
 def _as_batch(queries: ArrayLike, dim: int | None) -> tuple[NDArray[np.float32], bool]:
-    array = np.asarray(queries)
+    array = _without_gradient(queries)
     single = array.ndim == 1
     return unit_rows(array[None] if single else array, dim=dim, what="queries"), single
 

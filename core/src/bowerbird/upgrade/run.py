@@ -92,7 +92,7 @@ def begin(
         centers: ``(C, D)`` class centres in the old space, for orders that use them.
         label_key: Metadata key with the items' class; class means of the old vectors are the centres then.
         task_items: Items that a worker leases and commits at once. Default: 512, fewer in a small gallery, so that a
-            share at which a run stops is met within two percent.
+            share at which a run stops is met within two percent, but at least 16.
         old_encoder: Where given, it must reproduce stored old vectors (a swapped model of the same size is caught).
         watch_set: Queries whose old results are frozen now; see ``bowerbird.upgrade.watch``.
 

@@ -40,6 +40,16 @@ def bowerbird_objectives() -> Iterable[ObjectiveRecord]:
         paper="BT^2: Backward-compatible Training with Basis Transformation, ICCV 2023, arXiv:2211.03989",
         needs=("image", "label", "index"),
     )
+    yield ObjectiveRecord(
+        name="compat:ract",
+        target="bowerbird_compat.ract:RACTObjective",
+        config="bowerbird_compat.ract:RACTConfig",
+        summary="Compatible training for hot refreshes: wrong new items count, too, so that a backfill flips less.",
+        presets={"opencompatible": "bowerbird_compat.ract:opencompatible", "contra": "bowerbird_compat.ract:contra"},
+        paper="Hot-Refresh Model Upgrades with Regression-Alleviating Compatible Training in Image Retrieval, "
+        "ICLR 2022, arXiv:2201.09724",
+        needs=("image", "label"),
+    )
 
 
 @hookimpl
