@@ -87,8 +87,8 @@ def test_a_filter_key_that_is_given_twice_accepts_either_value_and_finding_nothi
         where = [argument for value in wanted for argument in ("--where", f"label={value}")]
         return invoke("serve", path, "--image", query, "--k", 120, *where).stdout
 
-    assert labels("class-1").count("item-") == labels("class-2").count("item-") == 10
-    assert labels("class-1", "class-2").count("item-") == 20
+    assert labels("class-1").count("  item-") == labels("class-2").count("  item-") == 10
+    assert labels("class-1", "class-2").count("  item-") == 20
     assert "nothing found" in labels("class-99")
 
 
