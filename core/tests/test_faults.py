@@ -167,6 +167,8 @@ def test_metadata_of_a_spreadsheet_is_read_and_its_mistakes_are_named(ready: Pat
     }
     table.write_text("id,year\nitem-1,2024,red\n")
     assert "row 1 ('item-1') has more columns" in add(ready, "--metadata", table, code=2).stderr
+    message = add(ready, "--metadata", ready / "vectors.npy", code=2).stderr
+    assert message == f"error: metadata {ready / 'vectors.npy'}: accepted are .csv and .jsonl\n"
     table.write_text("id,year\nitem-1,2024\nitem-1,2025\n")
     assert "row 2 has the id 'item-1' of an earlier row" in add(ready, "--metadata", table, code=2).stderr
 

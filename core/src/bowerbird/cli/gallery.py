@@ -537,15 +537,15 @@ def _metadata_rows(file: str) -> dict[str, dict[str, Any]]:
 
     from bowerbird.errors import DataError
 
+    if Path(file).suffix not in (".csv", ".jsonl"):
+        raise DataError(f"metadata {file}: accepted are .csv and .jsonl")
     rows: list[dict[str, Any]] = []
     try:
         if Path(file).suffix == ".jsonl":
             rows = [json.loads(line) for line in _lines(file) if line.strip()]
-        elif Path(file).suffix == ".csv":
+        else:
             with Path(file).open(newline="", encoding="utf-8-sig") as stream:
                 rows = [{k: _scalar(v) if k != "id" else v for k, v in row.items()} for row in csv.DictReader(stream)]
-        else:
-            raise DataError(f"metadata {file}: accepted are .csv and .jsonl")
     except (ValueError, csv.Error) as exc:
         raise DataError(f"metadata {file} cannot be read: {exc}") from exc
     found: dict[str, dict[str, Any]] = {}
