@@ -35,7 +35,7 @@ def pictures(tmp_path: Path) -> Path:
     from bowerbird_emoji.styles import EmojiStyles
 
     gallery, queries = EmojiStyles.build(None, "validation-gallery"), EmojiStyles.build(None, "validation-query")
-    for position in range(0, len(gallery), 4):
+    for position in range(0, len(gallery), 16):
         file = tmp_path / "pictures" / f"{gallery.item_ids[position]}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         gallery[position]["image"].save(file)
