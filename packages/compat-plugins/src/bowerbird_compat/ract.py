@@ -1,0 +1,283 @@
+"""Regression-alleviating compatible training: a new encoder for a gallery that is half old and half new.
+
+Zhang, Ge, Shen, Li, Yuan, Xu, Wang, Shan: Hot-Refresh Model Upgrades with Regression-Alleviating Compatible Training
+in Image Retrieval, ICLR 2022 (arXiv 2201.09724). While a gallery is backfilled, a wrong item that has its new vector
+already can beat the right item that still has its old one. The compatibility losses here therefore hold both kinds of
+wrong items against the right old vector. Where the paper is silent the authors' code is followed (OpenCompatible), see
+docs/methods/ract.md.
+
+Letters: B batch, C classes, D embedding size, N gallery items. The losses are in ``compatible_losses``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+
+from bowerbird.batch import Batch
+from bowerbird.errors import InputError, RecipeError
+from bowerbird.protocols import BuildContext, Encoder, LossOutput, Objective
+from bowerbird.upgrade import orders
+from bowerbird_compat.compatible_losses import (
+    ClassLevelCompatibleLoss,
+    CompatibleContrastiveLoss,
+    CompatibleTripletLoss,
+)
+from bowerbird_compat.heads import MarginKind, MarginSoftmax, integer_labels
+from bowerbird_compat.old_model import OldModel, measured_compatibility
+from bowerbird_compat.prototypes import evaluating
+
+__all__ = [
+    "BackfillState", "ClassLevelCompatibleLoss", "CompatibleContrastiveLoss", "CompatibleTripletLoss", "RACTConfig",
+    "RACTObjective", "backfill_order",
+]  # fmt: skip
+
+# ------------------------------------------------------------------------------------------------------- backfilling
+
+
+def backfill_order(
+    old_gallery: Tensor,
+    centers: Tensor | None,
+    strategy: Literal["entropy", "least_confidence", "margin", "random"] = "entropy",
+    temperature: float = 0.1,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """The order in which gallery items are encoded again, int64 ``(N,)``: most uncertain first, ties by index.
+
+    For tensors; ``bowerbird.upgrade.orders`` has the definitions, and the order ``core:uncertainty`` of an upgrade.
+
+    Args:
+        old_gallery: ``(N, D)`` old vectors, in any scale.
+        centers: ``(C, D)`` class centres or classifier rows; not read by ``random``.
+        strategy: Of ``p = softmax(cos / temperature)``: its entropy, 1 - largest, or 1 - (largest - second).
+        temperature: Above 0.
+        generator: Read by ``random`` only.
+
+    Raises ``InputError`` (a ``ValueError``): shapes, temperature, strategy, or a row that is not finite (named).
+    """
+    if strategy == "random":
+        return torch.randperm(len(old_gallery), generator=generator)
+    if centers is None:
+        raise InputError(f"Strategy {strategy!r} needs class centres; give centers, or strategy='random'.")
+    vectors, rows = (np.asarray(t.detach().cpu().to(torch.float64)) for t in (old_gallery, centers))
+    return torch.from_numpy(orders.backfill_order(vectors, rows, strategy, temperature))
+
+
+@dataclass
+class BackfillState:
+    """One gallery while it is backfilled: one vector per item, the first ``done`` items of ``order`` have new ones.
+
+    Attributes:
+        order: ``(N,)`` int64, a permutation of ``0..N - 1``.
+        done: In ``0..N``.
+    """
+
+    order: Tensor
+    done: int = 0
+
+    def __post_init__(self) -> None:
+        size = len(self.order)
+        if not torch.equal(integer_labels(self.order, size).sort().values.cpu(), torch.arange(size)):
+            raise InputError(f"order must be a permutation of 0..{size - 1}.")
+        if not 0 <= self.done <= size:
+            raise InputError(f"done is {self.done}; it must be in 0..{size}.")
+
+    @property
+    def fraction(self) -> float:
+        """Share of the items that have new vectors, 0 to 1; an empty gallery is done."""
+        return self.done / len(self.order) if len(self.order) else 1.0
+
+    def advance(self, n: int) -> None:
+        """The next ``n`` items of the order have been encoded, or all that are left."""
+        if n < 0:
+            raise InputError(f"n is {n}; a backfill does not go back.")
+        self.done = min(self.done + n, len(self.order))
+
+    def vectors(self, old: Tensor, new: Tensor) -> Tensor:
+        """``(N, D)`` what the index holds now, from all old and all new vectors ``(N, D)``."""
+        if old.shape != new.shape or old.ndim != 2 or len(old) != len(self.order):
+            raise InputError(
+                f"Old vectors {tuple(old.shape)} and new ones {tuple(new.shape)} must both be ({len(self.order)}, D)."
+            )
+        moved = self.order[: self.done].to(old.device)
+        return old.index_copy(0, moved, new.to(old)[moved])
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+
+class RACTConfig(BaseModel):
+    """Settings of ``compat:ract``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    old_run: str | None = Field(
+        None, description="folder of the run that trained the old encoder, or of the exported encoder"
+    )
+    old_encoder: str | None = Field(
+        None, description="instead of old_run: an encoder by name, such as core:timm?model=resnet18"
+    )
+    compatibility: Literal["contrastive", "triplet", "class", "l2"] = Field(
+        "contrastive",
+        description="form of the compatibility loss; class: needs the old classifier, with every new class; "
+        "l2: mean squared difference of unit vectors, a baseline",
+    )
+    new_to_new: bool = Field(
+        True, description="new vectors of other classes as negatives, too; false: the baseline without RACT's term"
+    )
+    weight: float = Field(1.0, ge=0, description="factor of the compatibility loss")
+    temperature: float = Field(0.01, gt=0, description="of the contrastive form")
+    topk: int = Field(10, description="hardest negatives per kind, contrastive and triplet; 0: all")
+    triplet_margin: float = Field(0.8, ge=0, description="of the triplet form, on distances of unit vectors (0 to 2)")
+    gather: bool = Field(True, description="negatives from all processes")
+    detach_keys: bool | None = Field(
+        None, description="no gradient through new vectors that are negatives; default: as gather"
+    )
+    old_features: Literal["step", "cached"] = Field(
+        "step",
+        description="step: the old encoder sees the same augmented picture; cached: it runs once over the training "
+        "split, without augmentation (always so with train.cache_trunk)",
+    )
+    classifier: Literal["softmax", "cosine", "cosface", "arcface", "arcface_monotone"] = Field(
+        "softmax", description="the new classifier: linear without bias, or cosine with a margin"
+    )
+    scale: float = Field(30.0, gt=0, description="factor of the new logits; not used by softmax")
+    margin: float = Field(0.3, ge=0, description="margin of cosface and arcface, for arcface in radians")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="of the classification loss")
+    measure: bool = Field(True, description="measure the compatibility on training items when the encoder is exported")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.old_run is not None and self.old_encoder is not None:
+            raise ValueError("give old_run or old_encoder, not both")
+        if self.compatibility == "class" and self.classifier != "softmax":
+            raise ValueError("compatibility = 'class' compares linear logits; it needs classifier = 'softmax'")
+        return self
+
+
+def opencompatible() -> dict[str, Any]:
+    """Settings of the authors' code."""
+    return {"compatibility": "contrastive", "new_to_new": True, "weight": 1.0, "temperature": 0.01, "topk": 10}
+
+
+def contra() -> dict[str, Any]:
+    """The baseline of the authors' code: the same without new-to-new negatives."""
+    return opencompatible() | {"new_to_new": False}
+
+
+class RACTObjective(Objective):
+    """``CE(new classifier) + weight * compatibility loss``; see ``RACTConfig``.
+
+    Needs ``image`` (or ``frozen_features``) and ``label``; ``index`` with cached old features. ``old_features`` in the
+    batch are used where they are given.
+    """
+
+    def __init__(self, encoder: Encoder, num_classes: int, compatibility: nn.Module | None, config: RACTConfig) -> None:
+        super().__init__()
+        self.encoder, self.compatibility, self.config = encoder, compatibility, config
+        self.classifier = nn.Linear(encoder.embed_dim, num_classes, bias=False)
+        kind: MarginKind = "none" if config.classifier in ("softmax", "cosine") else config.classifier  # type: ignore[assignment]
+        self.head = None if config.classifier == "softmax" else MarginSoftmax(kind, config.scale, config.margin)
+        self._old: OldModel | None = None
+        self._context: BuildContext | None = None
+        self._cached: Tensor | None = None
+
+    @classmethod
+    def build(cls, config: RACTConfig, encoder: Encoder, context: BuildContext) -> Self:
+        """Loads the old model and freezes it.
+
+        Raises ``RecipeError`` where no old model is named, the training split has no classes, the sizes of the
+        embeddings or the preparation of pictures differ, or the class-level form lacks an old classifier.
+        """
+        if config.old_run is None and config.old_encoder is None:
+            raise RecipeError("compat:ract needs the old model: set objective.old_run to the folder of its run.")
+        if not context.classes:
+            raise RecipeError("compat:ract needs a data set with labels; the training split has no classes.")
+        old = OldModel.load(config.old_run, config.old_encoder, context)
+        if old.encoder.embed_dim != encoder.embed_dim:
+            raise RecipeError(
+                f"compat:ract compares new with old embeddings: the new encoder has size {encoder.embed_dim}, "
+                f"{old.path} has {old.encoder.embed_dim}. Set encoder.embed_dim = {old.encoder.embed_dim}."
+            )
+        if config.old_features == "step" and old.encoder.preprocessing != encoder.preprocessing:
+            raise RecipeError(
+                f"old_features = 'step' gives both encoders the same picture, but {old.path} prepares pictures "
+                "differently from the new encoder. Use the same preparation, or old_features = 'cached'."
+            )
+        old.encoder.to(next(encoder.parameters()).device)
+        self = cls(encoder, len(context.classes), _compatibility(config, old, context), config)
+        self._old, self._context = old, context  # no modules: neither trained nor saved with this objective
+        return self
+
+    def forward(self, batch: Batch) -> LossOutput:
+        """Parts ``new`` and ``compatibility`` (weighted); stats ``accuracy`` (with the margin), ``old_cosine``."""
+        embeddings, labels = self.encoder(batch).pooled, batch["label"]
+        weight = self.classifier.weight
+        logits = F.linear(embeddings, weight) if self.head is None else self.head(embeddings, weight, labels)
+        new = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
+        old = self._old_embeddings(batch).to(embeddings)
+        if self.compatibility is None:
+            compatibility = self.config.weight * F.mse_loss(F.normalize(embeddings), F.normalize(old))
+        elif isinstance(self.compatibility, ClassLevelCompatibleLoss):
+            compatibility = self.compatibility(embeddings, labels, weight)
+        else:
+            compatibility = self.compatibility(embeddings, old, labels)
+        stats = {
+            "accuracy": (logits.detach().argmax(dim=1) == labels).float().mean(),
+            "old_cosine": F.cosine_similarity(embeddings.detach(), old).mean(),
+        }
+        return LossOutput(new + compatibility, {"new": new.detach(), "compatibility": compatibility.detach()}, stats)
+
+    def _old_embeddings(self, batch: Batch) -> Tensor:
+        if "old_features" in batch:
+            return batch["old_features"].detach()
+        if self._old is None or self._context is None:
+            raise InputError("The batch has no old_features, and this objective was not built with an old model.")
+        if self.config.old_features == "step" and "image" in batch:
+            with torch.no_grad():
+                return self._old.encoder(batch).pooled
+        # Cached features of a trunk are features of pictures without augmentation: nothing is lost by one pass.
+        if self._cached is None:
+            with evaluating(self._old.encoder):
+                passes = self._context.eval_batches(self._old.encoder)
+                self._cached = torch.cat([self._old.encoder(part).pooled.float().cpu() for part in passes])
+        return self._cached[batch["index"].cpu()]
+
+    def relations(self) -> list[dict[str, Any]]:
+        """The relation that the export records: ``compatible`` with the old space, with its measured evidence."""
+        if self._old is None or self._context is None:
+            return []
+        evidence: dict[str, Any] = {
+            "method": "compat:ract", "compatibility": self.config.compatibility,
+            "new_to_new": self.config.new_to_new, "weight": self.config.weight,
+        }  # fmt: skip
+        if self.config.measure:
+            evidence |= measured_compatibility(self.exported_encoder(), self._old.encoder, self._context)
+        return [{"kind": "compatible", "to": self._old.fingerprint(), "evidence": evidence}]
+
+
+def _compatibility(config: RACTConfig, old: OldModel, context: BuildContext) -> nn.Module | None:
+    shared: dict[str, Any] = {"gather": config.gather, "detach_keys": config.detach_keys, "weight": config.weight}
+    if config.compatibility == "contrastive":
+        return CompatibleContrastiveLoss(config.temperature, config.topk, config.new_to_new, **shared)
+    if config.compatibility == "triplet":
+        return CompatibleTripletLoss(config.triplet_margin, config.topk, config.new_to_new, **shared)
+    if config.compatibility == "l2":
+        return None
+    if old.classifier is None:
+        raise RecipeError(f"compatibility = 'class' needs the old classifier, but {old.path} holds none.")
+    row_of = {name: row for row, name in enumerate(old.classes)}
+    unknown = [name for name in context.classes if name not in row_of]
+    if unknown:
+        raise RecipeError(
+            f"compatibility = 'class' needs every class in the old model; {old.path} lacks {', '.join(unknown[:5])}. "
+            "Use compatibility = 'contrastive'."
+        )
+    rows = old.classifier[[row_of[name] for name in context.classes]]
+    return ClassLevelCompatibleLoss(rows, config.new_to_new, weight=config.weight)
