@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
-from bowerbird.data.images import SUFFIXES, OnError
+from bowerbird.data.images import OnError
 from bowerbird.encoders.bundle import LoadedEncoder
 from bowerbird.errors import DataError, InputError, MissingExtraError, did_you_mean
 from bowerbird.files import new_rows, write_atomically, write_json
@@ -39,24 +39,6 @@ class Embedded:
     count: int
     resumed_at: int
     skipped: dict[str, str]
-
-
-def images_in(folder: str | Path) -> tuple[list[str], list[Path]]:
-    """Ids (paths relative to ``folder``, with ``/``) and paths of the images below ``folder``, sorted by id.
-
-    Raises:
-        DataError: There is no such folder, or no image in it.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise DataError(f"{str(folder)!r} is no folder")
-    found = {
-        p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()
-    }
-    if not found:
-        raise DataError(f"{str(folder)!r} holds no image; looked for {', '.join(SUFFIXES)}")
-    ids = sorted(found)
-    return ids, [found[name] for name in ids]
 
 
 def embed_to_file(

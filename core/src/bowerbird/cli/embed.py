@@ -46,7 +46,8 @@ def command(
     """
     from pathlib import Path
 
-    from bowerbird.embed import embed_to_file, images_in
+    from bowerbird.data.images import images_in
+    from bowerbird.embed import embed_to_file
     from bowerbird.encoders import load_encoder
     from bowerbird.errors import InputError
 

@@ -420,7 +420,7 @@ def _images(
     if images:
         return [Path(image).as_posix() for image in images], list(images), None
     if folder is not None:
-        from bowerbird.embed import images_in
+        from bowerbird.data.images import images_in
 
         ids, paths = images_in(folder)
         # In subfolders the first one is the label, as in `core:image-folder`.

@@ -160,6 +160,24 @@ def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[N
 # ------------------------------------------------------------------------------------------------- opening
 
 
+def images_in(folder: str | Path) -> tuple[list[str], list[Path]]:
+    """Ids (paths relative to ``folder``, with ``/``) and paths of the images below ``folder``, sorted by id.
+
+    Raises:
+        DataError: There is no such folder, or no image in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"{str(folder)!r} is no folder")
+    found = {
+        p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()
+    }
+    if not found:
+        raise DataError(f"{str(folder)!r} holds no image; looked for {', '.join(SUFFIXES)}")
+    ids = sorted(found)
+    return ids, [found[name] for name in ids]
+
+
 def open_image(
     source: ImageSource,
     *,

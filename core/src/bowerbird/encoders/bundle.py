@@ -261,7 +261,8 @@ def load_encoder(ref: str | Path, *, device: str = "auto") -> LoadedEncoder:
                 return _load_folder(folder, pick_device(device))
         if (path / "recipe.json").is_file():
             raise InputError(
-                f"run {text!r} is not finished: it holds no encoder yet. Continue it: bowerbird train RECIPE --out {text} --resume auto"
+                f"run {text!r} is not finished: it holds no encoder yet. Continue it: "
+                f"bowerbird train RECIPE --out {text} --resume auto"
             )
         raise InputError(f"folder {text!r} holds no encoder: expected {MANIFEST}, or a run with encoder/{MANIFEST}")
     if ":" not in text.split("?", 1)[0] or text.startswith((".", "/")):

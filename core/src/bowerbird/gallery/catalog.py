@@ -197,7 +197,7 @@ class Catalog:
                 if time.monotonic() >= deadline:
                     raise GalleryLockedError(
                         f"cannot {purpose}: gallery {self.path} is being written by {_owner(descriptor)}. Waited "
-                        f"{self.lock_timeout:g} s; try again when it is done, or wait longer (lock_timeout, --lock-timeout)."
+                        f"{self.lock_timeout:g} s; try again when it is done, or wait longer (--lock-timeout)."
                     ) from None
                 time.sleep(0.02)
         note = {"pid": os.getpid(), "host": socket.gethostname(), "command": _command(), "purpose": purpose}

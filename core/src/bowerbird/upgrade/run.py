@@ -92,7 +92,7 @@ def begin(
         centers: ``(C, D)`` class centres in the old space, for orders that use them.
         label_key: Metadata key with the items' class; class means of the old vectors are the centres then.
         task_items: Items that a worker leases and commits at once. Default: 512, fewer in a small gallery, so that a
-            share at which a run stops is met within two percent, but at least 16.
+            share at which a run stops is met within two percent, but at least 4.
         old_encoder: Where given, it must reproduce stored old vectors (a swapped model of the same size is caught).
         watch_set: Queries whose old results are frozen now; see ``bowerbird.upgrade.watch``.
 
@@ -120,7 +120,7 @@ def begin(
         merger=chosen.merger,
         order_name=order_name,
         order=plan,
-        task_items=task_items or min(TASK_ITEMS, max(16, -(-len(plan) // 50))),
+        task_items=task_items or min(TASK_ITEMS, max(4, -(-len(plan) // 50))),
         settings={"seed": seed, "order_settings": dict(order_settings or {}), "label_key": label_key},
     )
     if frozen is not None:
