@@ -50,6 +50,15 @@ def bowerbird_objectives() -> Iterable[ObjectiveRecord]:
         "ICLR 2022, arXiv:2201.09724",
         needs=("image", "label"),
     )
+    yield ObjectiveRecord(
+        name="compat:bict",
+        target="bowerbird_compat.bict_objective:BiCTObjective",
+        config="bowerbird_compat.bict_objective:BiCTConfig",
+        summary="Bidirectional: a backward-compatible encoder; stored vectors are then lifted without pictures.",
+        paper="Privacy-Preserving Model Upgrades with Bidirectional Compatible Training in Image Retrieval, "
+        "arXiv:2204.13919",
+        needs=("image", "label", "index"),
+    )
 
 
 @hookimpl
