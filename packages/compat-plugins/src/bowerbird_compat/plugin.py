@@ -59,6 +59,18 @@ def bowerbird_objectives() -> Iterable[ObjectiveRecord]:
         "arXiv:2204.13919",
         needs=("image", "label", "index"),
     )
+    yield ObjectiveRecord(
+        name="compat:unibct",
+        target="bowerbird_compat.unibct_objective:UniBCTObjective",
+        config="bowerbird_compat.unibct_objective:UniBCTConfig",
+        summary="Compatible training for classes the old model never saw: old-space prototypes, refined as it learns.",
+        presets={
+            "mixbct": "bowerbird_compat.unibct_objective:mixbct",
+            "advbct": "bowerbird_compat.unibct_objective:advbct",
+        },
+        paper="Towards Universal Backward-Compatible Representation Learning, IJCAI 2022, arXiv:2203.01583",
+        needs=("image", "label"),
+    )
 
 
 @hookimpl
