@@ -250,6 +250,7 @@ for detach in (True, False):
     loss = CompatibleContrastiveLoss(0.1, topk=3, gather=True, detach_keys=detach)(new, old, labels)
     loss.backward()
     torch.save({"loss": loss.detach(), "grad": new.grad}, f"{folder}/{rank}-{detach}.pt")
+torch.distributed.barrier()  # no process may leave while the other still talks to it
 torch.distributed.destroy_process_group()
 """
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -243,10 +243,22 @@ def _gathered(values: Tensor) -> Tensor:
     """``values`` of all processes, joined; differentiable where ``values`` are."""
     if not dist.is_distributed():
         return values
-    if values.requires_grad:
-        from torch.distributed.nn.functional import all_gather
+    joined: Tensor = _AllGather.apply(values)
+    return joined
 
-        return torch.cat(tuple(all_gather(values)))
-    parts = [torch.empty_like(values) for _ in range(dist.world_size())]
-    distributed.all_gather(parts, values.contiguous())
-    return torch.cat(parts)
+
+class _AllGather(torch.autograd.Function):
+    """``distributed.all_gather`` with a gradient: each process gets the sum of all gradients for its own part."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        ctx.size = len(values)
+        parts = [torch.empty_like(values) for _ in range(dist.world_size())]
+        distributed.all_gather(parts, values.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        gradient = gradients[0].clone()
+        distributed.all_reduce(gradient)
+        return gradient[dist.rank() * ctx.size :][: ctx.size]
