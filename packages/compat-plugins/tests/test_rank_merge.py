@@ -52,3 +52,35 @@ def test_a_process_that_serves_needs_no_torch():
         "assert 'torch' not in sys.modules, 'torch'"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_the_forecast_on_one_scale_keeps_both_ends_and_loses_the_sag_of_plain_distances():
+    """Both models see the same content, but all distances of the new one are larger."""
+    from bowerbird.gallery.merge import merge_by_zscore
+    from bowerbird.upgrade.forecast import Forecaster, PairedVectors
+
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(30, 12))
+    labels = np.arange(240) % 30
+    items, queries = centres[labels] + rng.normal(size=(240, 12)), centres + rng.normal(size=(30, 12))
+
+    def encode(rows, common, noise):
+        rows = rows + noise * rng.normal(size=rows.shape)
+        return np.concatenate([rows, np.full((len(rows), 1), common)], axis=1)
+
+    paired = PairedVectors(
+        encode(items, 9, 0.6),
+        encode(items, 1, 0),
+        encode(queries, 9, 0.6),
+        encode(queries, 1, 0),
+        labels,
+        np.arange(30),
+    )
+    forecaster, order = Forecaster(paired), rng.permutation(240)
+    plain = forecaster.curve("plain", paired.query_old, order)
+    scaled = forecaster.curve("scaled", paired.query_old, order, rescale=merge_by_zscore.rescale)
+    for curve in (plain, scaled):
+        assert curve.quality[0] == pytest.approx(forecaster.old_old.mean())
+        assert curve.quality[-1] == pytest.approx(forecaster.new_new.mean())
+    assert min(scaled.quality) > min(plain.quality)
+    assert scaled.area > plain.area + 0.02
