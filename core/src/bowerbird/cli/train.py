@@ -62,14 +62,14 @@ def command(
         click.echo(json.dumps(resolved.to_dict(), indent=2) if as_json else resolved.to_toml(), nl=as_json)
         return
 
+    import os
     import sys
 
-    from bowerbird.dist import is_main
     from bowerbird.train.loop import train
 
     run_dir = Path(out) if out else Path("runs") / resolved.name
     result = train(resolved, run_dir, resume=resume == "auto", show=sys.stderr.isatty() and not as_json)
-    if is_main():
+    if os.environ.get("RANK", "0") == "0":  # torchrun's; its group of processes has ended with the training
         if as_json:
             click.echo(
                 json.dumps(
