@@ -17,8 +17,6 @@ from bowerbird.batch import Batch
 from bowerbird.data.dataset import Dataset
 
 if TYPE_CHECKING:
-    from pydantic import BaseModel
-
     from bowerbird.data.images import Preprocessing
 
 
@@ -224,12 +222,7 @@ def freeze(module: nn.Module) -> nn.Module:
     return module
 
 
-def config_from(model: type[BaseModel] | None, values: Mapping[str, Any]) -> Any:
-    """An instance of a record's config model; ``None`` where the record has none."""
-    return None if model is None else model(**values)
-
-
 __all__ = [
     "Batch", "BuildContext", "Dataset", "Encoder", "EvalContext", "Evaluator", "Features", "LossOutput", "Metrics",
-    "Modifier", "Objective", "TrainedRun", "Transform", "config_from", "freeze",
+    "Modifier", "Objective", "TrainedRun", "Transform", "freeze",
 ]  # fmt: skip

@@ -28,7 +28,8 @@ def command(out: Path, seed: int, steps: int, as_json: bool) -> None:
     """Move a live gallery of real pictures to a better model, and draw what happens.
 
     Trains an old encoder, a better one and one that is compatible with the old (BCT) on emoji pictures, then upgrades a
-    gallery of concepts that none of them has seen, in three ways: switching at once, rank merge, compatible. Writes one
+    gallery of concepts that none of them has seen, in four ways: switching at once, rank merge by
+    plain distances and on one scale, compatible. Writes one
     self-contained page, index.html. About a minute and a half on 2 cores; needs no network.
     """
     from bowerbird.demo.run import run_demo

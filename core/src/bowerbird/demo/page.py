@@ -79,7 +79,7 @@ def write_page(
     wall_rule: str,
     thumbs: Mapping[str, str],
 ) -> None:
-    half = len(result["shares"]) // 2
+    half, quality = len(result["shares"]) // 2, quality_chart(result)
     rows = [
         {
             "name": name[0].upper() + name[1:], "needs": needs, "start": curve["map"][0], "half": curve["map"][half],
@@ -97,7 +97,7 @@ def write_page(
             "wall_rule": wall_rule,
             "steps": result["shares"],
             "identical_at_end": result["different_at_end"] == 0,
-            "quality_chart": quality_chart(result),
+            "quality_chart": quality,
             "flips_chart": flips_chart(result),
             "verdict": verdict(result),
             "pct": lambda value: f"{100 * value:.1f} %",
@@ -105,7 +105,7 @@ def write_page(
         },
     )
     write_atomically(path, html)
-    write_atomically(path.parent / "quality.svg", quality_chart(result))
+    write_atomically(path.parent / "quality.svg", quality)
 
 
 def _percent(values: Sequence[float]) -> list[float]:

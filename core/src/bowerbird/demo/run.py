@@ -6,7 +6,6 @@ space.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import resource
@@ -15,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata, util
 from pathlib import Path
@@ -67,11 +66,7 @@ class Moment:
     first: NDArray[np.bool_]
 
 
-@dataclass
-class Arm:
-    """One way to serve, measured at every share."""
-
-    moments: list[Moment] = field(default_factory=list)
+Arm = list[Moment]  # one way to serve, measured at every share
 
 
 def run_demo(
@@ -134,9 +129,9 @@ def run_demo(
         new_vectors = gallery.vectors_of([item["id"] for item in items])
     with clock.step("compatible", "a second gallery moves to the BCT encoder; no query needs the old encoder any more"):
         compatible = _compatible(out / "gallery-bct", old, bct, old_vectors, vectors, items, relevance, shares)
-    switched = Arm(
-        [_judge_scores(vectors["new"] @ np.where(m[:, None], new_vectors, old_vectors).T, m, relevance) for m in moved]
-    )
+    switched = [
+        _judge_scores(vectors["new"] @ np.where(m[:, None], new_vectors, old_vectors).T, m, relevance) for m in moved
+    ]
     with clock.step("from scratch", "a gallery built with the new encoder alone: the end that an upgrade must reach"):
         fresh = _from_scratch(out / "fresh", new, items, vectors["new"])
     best = _judge(fresh, items, relevance)
@@ -152,8 +147,8 @@ def run_demo(
             "query_style": queries[0].id.split("/")[0], "depth": DEPTH,
         },
         "levels": {
-            "old_old": _level(start), "new_new": _level(best), "new_old": _level(switched.moments[0]),
-            "bct_old": _level(compatible.moments[0]), "bct_bct": _level(compatible.moments[-1]),
+            "old_old": _level(start), "new_new": _level(best), "new_old": _level(switched[0]),
+            "bct_old": _level(compatible[0]), "bct_bct": _level(compatible[-1]),
         },
         "shares": shares,
         "curves": {name: _curve(arm, shares, start) for name, arm in arms.items()},
@@ -164,7 +159,7 @@ def run_demo(
         "environment": _environment(),
         "peak_memory_mb": _peak_memory_mb(),
     }  # fmt: skip
-    wall, rule = _wall(queries, items, arms, start, merged.moments[-1])
+    wall, rule = _wall(queries, items, arms, start, merged[-1])
     thumbs = _thumbs(wall, {q.id: q.path for q in queries} | {str(i["id"]): i["path"] for i in items})
     result["total_seconds"] = round(sum(step["seconds"] for step in clock.steps), 1)
     write_page(out / "index.html", result, wall=wall, wall_rule=rule, thumbs=thumbs)
@@ -257,9 +252,9 @@ def _rank_merge(
             changed = _different(before, found)
         shares.append(upgrade.status().share)
         moved.append(_moved(gallery, new.fingerprint, items))
-        arm.moments.append(_judge(found, items, relevance))
+        arm.append(_judge(found, items, relevance))
         on_one_scale = gallery.search(queries, DEPTH, merger=merge_by_zscore)  # what rank-merge-zscore serves
-        scaled.moments.append(_judge(on_one_scale, items, relevance))
+        scaled.append(_judge(on_one_scale, items, relevance))
     upgrade.finish()
     return shares, moved, arm, scaled, changed
 
@@ -285,7 +280,7 @@ def _compatible(
             if share:
                 upgrade.run(stop_at_share=share)
             found = service.search(vectors={bct.fingerprint: vectors["bct"]}, k=DEPTH)
-            arm.moments.append(_judge(found, items, relevance))
+            arm.append(_judge(found, items, relevance))
         upgrade.finish()
     return arm
 
@@ -338,11 +333,11 @@ def _level(moment: Moment) -> dict[str, float]:
 
 def _curve(arm: Arm, shares: Sequence[float], start: Moment) -> dict[str, Any]:
     """mAP, R@1 and flips against the old system at every share, and the area under the mAP."""
-    maps = [float(m.ap.mean()) for m in arm.moments]
-    each = [flips(start.first, m.first) for m in arm.moments]
+    maps = [float(m.ap.mean()) for m in arm]
+    each = [flips(start.first, m.first) for m in arm]
     return {
         "map": maps,
-        "recall_at_1": [float(m.first.mean()) for m in arm.moments],
+        "recall_at_1": [float(m.first.mean()) for m in arm],
         "nfr": [float(f.nfr) for f in each],
         "pfr": [float(f.pfr) for f in each],
         "area": float(Curve(np.asarray(shares), np.asarray(maps)).area()),
@@ -378,7 +373,7 @@ def _wall(
                     [items[i]["id"], items[i]["concept"] == queries[q].concept, bool(is_new)]
                     for i, is_new in zip(m.ranked[q, :SHOWN], m.is_new[q, :SHOWN], strict=True)
                 ]
-                for m in arm.moments
+                for m in arm
             ]
         wall.append(row)
     return wall, rule
@@ -453,8 +448,3 @@ def _environment() -> str:
 def _peak_memory_mb() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (1024 * 1024 if sys.platform == "darwin" else 1024))
-
-
-def read_demo(out: str | Path) -> dict[str, Any]:
-    """``demo.json`` of a finished demo."""
-    return dict(json.loads((Path(out) / MARKER).read_text()))
