@@ -1,0 +1,253 @@
+"""Maps between embedding spaces, as a gallery keeps and applies them: numpy only, so that no server needs torch.
+
+A transform has a direction. ``source`` and ``target`` are fingerprints of spaces, and nothing is ever applied to
+vectors of another space: a map in the wrong direction has the right shape wherever two models have one width, passes
+every check of integrity, and destroys the search.
+
+N vectors, Di and Do widths of the source and the target.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bowerbird.errors import DataError, InputError, SpaceError
+from bowerbird.files import write_atomically
+
+FORMAT = "bowerbird-transform/1"
+BLOCK = 16_384  # vectors that are in hand at once
+STEPS = ("linear", "scale", "relu", "normalize", "layer_norm", "sum")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a map.
+
+    Attributes:
+        op: ``linear`` (``weight (out, in)``, optional ``bias (out,)``), ``scale`` (``weight (D,)``, ``bias (D,)``: a
+            batch norm at rest), ``relu``, ``normalize`` (length 1), ``layer_norm`` (``weight``, ``bias``, 1e-5), or
+            ``sum`` of the results of ``branches``; a branch without steps is the identity.
+    """
+
+    op: str
+    weight: NDArray[np.float32] | None = None
+    bias: NDArray[np.float32] | None = None
+    branches: tuple[tuple[Step, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.op not in STEPS:
+            raise InputError(f"a transform's step is {self.op!r}; accepted: {', '.join(STEPS)}")
+        for name in ("weight", "bias"):
+            value = getattr(self, name)
+            if value is not None:
+                value = np.ascontiguousarray(value, np.float32)
+                if not np.isfinite(value).all():
+                    raise DataError(f"the {name} of a {self.op!r} step is not finite")
+                object.__setattr__(self, name, value)
+
+    def width(self, given: int) -> int:
+        """Width of the result for vectors of width ``given``. Raises ``InputError`` where they do not fit."""
+        if self.op == "linear":
+            if self.weight is None or self.weight.ndim != 2 or self.weight.shape[1] != given:
+                raise InputError(f"a linear step of shape {np.shape(self.weight)} cannot take vectors of width {given}")
+            if self.bias is not None and self.bias.shape != (len(self.weight),):
+                raise InputError(f"a linear step of shape {self.weight.shape} has a bias of shape {self.bias.shape}")
+            return len(self.weight)
+        if self.op in ("scale", "layer_norm"):
+            for value in (self.weight, self.bias):
+                if value is None or value.shape != (given,):
+                    raise InputError(f"a {self.op} step of shape {np.shape(value)} cannot take width {given}")
+        if self.op == "sum":
+            widths = {_width(branch, given) for branch in self.branches}
+            if len(widths) != 1:
+                raise InputError(f"the branches of a sum have widths {sorted(widths)}; one width is needed")
+            return widths.pop()
+        return given
+
+    def __call__(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        match self.op:
+            case "relu":
+                return np.maximum(rows, np.float32(0))
+            case "normalize":
+                return _unit(rows)
+            case "sum":
+                out = _apply(self.branches[0], rows).copy()
+                for branch in self.branches[1:]:
+                    out += _apply(branch, rows)
+                return out
+        assert self.weight is not None
+        if self.op == "linear":
+            out = rows @ self.weight.T
+            return out if self.bias is None else out + self.bias
+        assert self.bias is not None
+        if self.op == "layer_norm":
+            rows = rows - rows.mean(axis=1, keepdims=True)
+            rows /= np.sqrt((rows**2).mean(axis=1, keepdims=True) + np.float32(1e-5))
+        return rows * self.weight + self.bias
+
+
+@dataclass(frozen=True)
+class VectorTransform:
+    """Vectors of the space ``source`` in, unit vectors of the space ``target`` out. Immutable.
+
+    Attributes:
+        source, target: Fingerprints of two different spaces.
+        dim_in, dim_out: Di, Do.
+        steps: Applied one after the other; the result is brought to length 1.
+        method: Who made it, for example ``compat:adapter``; shown to people.
+        evidence: What was measured on held-out pairs (plain JSON data).
+
+    Raises:
+        InputError: If the steps do not fit each other or the widths, or source and target are one space.
+    """
+
+    source: str
+    target: str
+    dim_in: int
+    dim_out: int
+    steps: tuple[Step, ...]
+    method: str = ""
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.source or not self.target or self.source == self.target:
+            raise InputError(
+                f"a transform goes from one space to another; got source {self.source!r} and target {self.target!r}"
+            )
+        made = _width(self.steps, self.dim_in)
+        if made != self.dim_out:
+            raise InputError(f"the transform makes vectors of width {made}, and dim_out is {self.dim_out}")
+
+    @classmethod
+    def linear(cls, source: str, target: str, weight: Any, bias: Any = None, **more: Any) -> Self:
+        """``x -> weight x + bias``, ``weight`` of shape ``(Do, Di)``."""
+        step = Step("linear", np.asarray(weight, np.float32), None if bias is None else np.asarray(bias, np.float32))
+        assert step.weight is not None
+        return cls(source, target, step.weight.shape[1], step.weight.shape[0], (step,), **more)
+
+    def __call__(self, vectors: Any) -> NDArray[np.float32]:
+        """float32 ``(N, Do)`` unit rows from ``(N, Di)``.
+
+        Raises:
+            SpaceError: If the vectors have another width.
+            DataError: If a result is zero or not finite; names the row.
+        """
+        vectors = np.atleast_2d(np.asarray(vectors))
+        if vectors.shape[1] != self.dim_in:
+            raise SpaceError(
+                f"the transform {self} takes vectors of width {self.dim_in}, got {vectors.shape[1]}; is it meant for "
+                "the other direction?"
+            )
+        out = np.empty((len(vectors), self.dim_out), np.float32)
+        for start in range(0, len(vectors), BLOCK):
+            rows = _apply(self.steps, np.asarray(vectors[start : start + BLOCK], np.float32))
+            broken = ~np.isfinite(rows).all(axis=1) | ~rows.any(axis=1)
+            if broken.any():
+                raise DataError(
+                    f"the transform {self} makes a zero or not finite vector of row {start + int(broken.argmax())}"
+                )
+            out[start : start + BLOCK] = _unit(rows)
+        return out
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identity: a digest of direction, steps and weights."""
+        program, tensors = _encode(self.steps)
+        digest = hashlib.sha256(json.dumps([self.source, self.target, program]).encode())
+        for name in sorted(tensors):
+            digest.update(tensors[name].tobytes())
+        return digest.hexdigest()
+
+    def __str__(self) -> str:
+        return f"{self.method or 'transform'} {self.source[:12]} -> {self.target[:12]}"
+
+    def save(self, path: str | Path) -> None:
+        """One safetensors file, atomically."""
+        from safetensors.numpy import save
+
+        program, tensors = _encode(self.steps)
+        header = {
+            "format": FORMAT, "source": self.source, "target": self.target, "dim_in": self.dim_in,
+            "dim_out": self.dim_out, "steps": program, "method": self.method, "evidence": dict(self.evidence),
+        }  # fmt: skip
+        write_atomically(path, save(tensors or {"none": np.zeros(0, np.float32)}, {"bowerbird": json.dumps(header)}))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Raises ``DataError`` where the file is no transform; names what is wrong."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(path), "numpy") as file:
+                header = json.loads((file.metadata() or {}).get("bowerbird", "null"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, ValueError) as exc:
+            raise DataError(f"{path} cannot be read as a transform (safetensors): {exc}") from exc
+        if not isinstance(header, dict) or header.get("format") != FORMAT:
+            raise DataError(f"{path} is no transform: its header does not say {FORMAT!r}")
+        try:
+            return cls(
+                str(header["source"]), str(header["target"]), int(header["dim_in"]), int(header["dim_out"]),
+                _decode(header["steps"], tensors), str(header.get("method", "")), dict(header.get("evidence", {})),
+            )  # fmt: skip
+        except (KeyError, TypeError) as exc:
+            raise DataError(f"{path} is a damaged transform: {exc!r}") from exc
+
+
+def _apply(steps: Sequence[Step], rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    for step in steps:
+        rows = step(rows)
+    return rows
+
+
+def _width(steps: Sequence[Step], given: int) -> int:
+    for step in steps:
+        given = step.width(given)
+    return given
+
+
+def _unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    out: NDArray[np.float32] = rows / np.where(norms > 0, norms, np.float32(1))
+    return out
+
+
+def _encode(steps: Sequence[Step], prefix: str = "") -> tuple[list[dict[str, Any]], dict[str, NDArray[np.float32]]]:
+    """``(steps as JSON, tensors by name)``."""
+    program: list[dict[str, Any]] = []
+    tensors: dict[str, NDArray[np.float32]] = {}
+    for number, step in enumerate(steps):
+        entry: dict[str, Any] = {"op": step.op}
+        for name in ("weight", "bias"):
+            value = getattr(step, name)
+            if value is not None:
+                entry[name] = f"{prefix}{number}.{name}"
+                tensors[entry[name]] = value
+        if step.branches:
+            inner = [_encode(branch, f"{prefix}{number}.{i}.") for i, branch in enumerate(step.branches)]
+            entry["branches"] = [made for made, _ in inner]
+            for _, more in inner:
+                tensors.update(more)
+        program.append(entry)
+    return program, tensors
+
+
+def _decode(program: Sequence[Mapping[str, Any]], tensors: Mapping[str, NDArray[np.float32]]) -> tuple[Step, ...]:
+    return tuple(
+        Step(
+            entry["op"],
+            tensors[entry["weight"]] if "weight" in entry else None,
+            tensors[entry["bias"]] if "bias" in entry else None,
+            tuple(_decode(branch, tensors) for branch in entry.get("branches", ())),
+        )
+        for entry in program
+    )
