@@ -58,14 +58,14 @@ class Step:
         """Width of the result for vectors of width ``given``. Raises ``InputError`` where they do not fit."""
         if self.op == "linear":
             if self.weight is None or self.weight.ndim != 2 or self.weight.shape[1] != given:
-                raise InputError(f"a linear step of shape {np.shape(self.weight)} cannot take vectors of width {given}")
+                raise InputError(f"a linear step of shape {_shape(self.weight)} cannot take vectors of width {given}")
             if self.bias is not None and self.bias.shape != (len(self.weight),):
                 raise InputError(f"a linear step of shape {self.weight.shape} has a bias of shape {self.bias.shape}")
             return len(self.weight)
         if self.op in ("scale", "layer_norm"):
             for value in (self.weight, self.bias):
                 if value is None or value.shape != (given,):
-                    raise InputError(f"a {self.op} step of shape {np.shape(value)} cannot take width {given}")
+                    raise InputError(f"a {self.op} step of shape {_shape(value)} cannot take width {given}")
         if self.op == "sum":
             widths = {_width(branch, given) for branch in self.branches}
             if len(widths) != 1:
@@ -203,6 +203,10 @@ class VectorTransform:
             raise DataError(f"{path} is a damaged transform: {exc!r}") from exc
 
 
+def _shape(value: NDArray[np.float32] | None) -> tuple[int, ...]:
+    return () if value is None else value.shape
+
+
 def _apply(steps: Sequence[Step], rows: NDArray[np.float32]) -> NDArray[np.float32]:
     for step in steps:
         rows = step(rows)
@@ -217,8 +221,7 @@ def _width(steps: Sequence[Step], given: int) -> int:
 
 def _unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    out: NDArray[np.float32] = rows / np.where(norms > 0, norms, np.float32(1))
-    return out
+    return (rows / np.where(norms > 0, norms, 1)).astype(np.float32, copy=False)
 
 
 def _encode(steps: Sequence[Step], prefix: str = "") -> tuple[list[dict[str, Any]], dict[str, NDArray[np.float32]]]:
