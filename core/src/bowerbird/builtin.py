@@ -140,6 +140,12 @@ def bowerbird_retrievers() -> Iterable[RetrieverRecord]:
         paper="Towards Backward-Compatible Representation Learning, arXiv 2003.11942",
     )
     yield RetrieverRecord(
+        name="core:full",
+        role="upgrade",
+        target="bowerbird.upgrade.strategies:Full",
+        summary="Encode everything again, then switch: the old quality until the last item is done.",
+    )
+    yield RetrieverRecord(
         name="core:random",
         role="order",
         target="bowerbird.upgrade.orders:random_order",

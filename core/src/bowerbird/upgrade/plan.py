@@ -26,7 +26,7 @@ from bowerbird.upgrade.forecast import ForecastCurve, Forecaster, PairedVectors
 from bowerbird.upgrade.queries import QuerySet, no_label
 from bowerbird.upgrade.run import order_positions
 from bowerbird.upgrade.state import space_dict
-from bowerbird.upgrade.strategies import load_strategy, strategy_names
+from bowerbird.upgrade.strategies import load_strategy, strategy_names, switches_at_end
 from bowerbird.upgrade.verdict import FEWEST_QUERIES, Recommendation, recommend
 
 if TYPE_CHECKING:
@@ -190,6 +190,7 @@ def plan(
             *(
                 _strategy_curve(gallery, name, forecaster, old, new_space, positions)
                 for name in strategies or strategy_names()
+                if not switches_at_end(load_strategy(name)[1])
             ),
             forecaster.full(),
             forecaster.switch_now(positions),
