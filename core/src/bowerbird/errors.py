@@ -50,6 +50,12 @@ class GalleryLockedError(GalleryError):
     """Another process writes to the gallery; the message names it."""
 
 
+class StoreUnavailableError(GalleryError):
+    """The store does not answer at the moment (no connection, a full or failing disk); trying again may help."""
+
+    exit_code = 75  # EX_TEMPFAIL: a script may start the same command again
+
+
 class CorruptionError(GalleryError):
     """Stored bytes differ from their checksum; the message names the file and the rows."""
 

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bowerbird.errors import CorruptionError, GalleryError, GalleryLockedError
+from bowerbird.errors import CorruptionError, GalleryError, GalleryLockedError, StoreUnavailableError
 
 APPLICATION_ID = 0x424F5742  # "BOWB": tells a gallery from any other SQLite file
 FORMAT = 1
@@ -267,8 +267,8 @@ def refuse_network_file_system(path: Path) -> None:
         )
 
 
-def disk_full(path: Path, exc: Exception) -> GalleryError:
-    return GalleryError(
+def disk_full(path: Path, exc: Exception) -> StoreUnavailableError:
+    return StoreUnavailableError(
         f"the disk of {path} is full or a limit was reached ({exc}); the operation was undone and the gallery is as "
         "it was "
         "before it. Free some space and run it again."
@@ -291,7 +291,7 @@ def _sqlite_errors(path: Path) -> Iterator[None]:
         if "locked" in text:
             raise GalleryLockedError(f"the catalogue of {path} stayed locked for {BUSY_SECONDS:g} s: {text}") from exc
         if "readonly" in text or "unable to open" in text:
-            raise GalleryError(f"the catalogue of {path} cannot be written: {text}") from exc
+            raise StoreUnavailableError(f"the catalogue of {path} cannot be written: {text}") from exc
         raise
     except sqlite3.DatabaseError as exc:
         if isinstance(exc, sqlite3.IntegrityError | sqlite3.ProgrammingError):

@@ -65,6 +65,16 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Lease:
+    """A task in the hands of a worker; ``lease_until`` (seconds since 1970) moves whenever its owner renews it."""
+
+    task: int
+    owner: str
+    token: int
+    lease_until: float
+
+
+@dataclass(frozen=True)
 class Progress:
     """Counts of an upgrade.
 
@@ -238,6 +248,28 @@ class Store:
         with self.catalog.writing() as db:
             _check_lease(db, task)
             db.execute("UPDATE task SET state = 'free', owner = NULL, lease_until = NULL WHERE id = ?", (task.id,))
+
+    def leases(self) -> list[Lease]:
+        """The tasks of the upgrade under way that workers have in hand; none outside upgrades."""
+        with self.catalog.reading() as db:
+            rows = db.execute(
+                "SELECT task.id, owner, token, lease_until FROM task JOIN upgrade ON upgrade.id = task.upgrade "
+                "WHERE task.state = 'leased' AND upgrade.state IN ('running', 'paused') ORDER BY task.id"
+            ).fetchall()
+        return [Lease(*row) for row in rows]
+
+    def free_lease(self, lease: Lease) -> bool:
+        """Take a task from a worker that is known to be dead. ``False`` if it is no longer its task, or was renewed.
+
+        Where the worker lives after all, its commit is refused by the fencing token.
+        """
+        with self.catalog.writing() as db:
+            freed = db.execute(
+                "UPDATE task SET state = 'free', owner = NULL, lease_until = NULL, token = token + 1 "
+                "WHERE id = ? AND state = 'leased' AND owner = ? AND token = ? AND lease_until = ?",
+                (lease.task, lease.owner, lease.token, lease.lease_until),
+            )
+            return freed.rowcount == 1
 
     def commit_task(
         self,
