@@ -61,6 +61,10 @@ class TestZScoreMerger(MergerContract):
     name = "core:zscore"
 
 
+class TestProportionalMerger(MergerContract):
+    name = "core:proportional"
+
+
 class TestCompatible(UpgradeContract):
     name = "core:compatible"
 

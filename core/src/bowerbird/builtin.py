@@ -133,6 +133,12 @@ def bowerbird_retrievers() -> Iterable[RetrieverRecord]:
         summary="Merge by distances standardised per query and model on a background sample.",
     )
     yield RetrieverRecord(
+        name="core:proportional",
+        role="merger",
+        target="bowerbird.gallery.merge:merge_in_proportion",
+        summary="Merge by rank, each part in proportion to its items: no distances are compared between models.",
+    )
+    yield RetrieverRecord(
         name="core:compatible",
         role="upgrade",
         target="bowerbird.upgrade.strategies:Compatible",

@@ -1,13 +1,24 @@
-"""Merging the hits of two disjoint parts of a gallery that is being upgraded.
+"""Merging the hits of the disjoint parts of a gallery that is being upgraded.
 
-Distance rank merge of Seo et al., "Online Backfilling with No Regret for Large-Scale Image Retrieval"
-(arXiv 2301.03767): the union of both lists, sorted by distance. The top k of each part are enough for the top k of the
-union.
+The parts are searched each in its own space, and a *merger* joins their lists. Every merger keeps the order within a
+part, and one part alone as it is, so that an upgrade begins exactly at the old system and ends exactly at the new one.
+
+    core:distance       by distance: the rank merge of Seo et al., "Online Backfilling with No Regret for Large-Scale
+                        Image Retrieval" (arXiv 2301.03767)
+    core:zscore         by distances standardised per query and part on a background sample
+    core:proportional   by rank divided by the size of the part: no distance of one model is compared with the other's
+
+A merger is called with two parts ``(old, new, k)``; ``merge_many`` joins any number, oldest first. One that is more
+than a comparison of distances has the method ``keys``, which brings the hits of all parts to one scale, and says what
+it must be told: ``background_items`` (a sample of each part's distances, ``background=``) or ``needs_counts`` (how many
+items each part has, ``counts=``). The top k of each part are enough for the top k of the union.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +26,7 @@ from bowerbird.errors import InputError, IntegrityError
 from bowerbird.retrieval.index import Hits
 
 TIES = ("new_first", "old_first", "lower_id")
+Merger = Callable[..., Hits]
 
 
 def merge_by_distance(old: Hits, new: Hits, k: int, tie: str = "new_first", *, duplicates: str = "keep_new") -> Hits:
@@ -35,46 +47,89 @@ def merge_by_distance(old: Hits, new: Hits, k: int, tie: str = "new_first", *, d
         InputError: If the shapes do not fit, ``k`` is below 1, an argument is unknown, or a distance is NaN.
         IntegrityError: With ``duplicates="raise"``, if an id is in both parts of one query; lists the ids.
     """
-    try:
-        size = 0 if isinstance(k, bool) else operator.index(k)
-    except TypeError:
-        size = 0
-    if size < 1:
-        raise InputError(f"k is {k!r}; it must be a whole number of at least 1")
-    k = size
+    return merge_parts([old, new], k, tie=tie, duplicates=duplicates)
+
+
+def merge_parts(
+    parts: Sequence[Hits],
+    k: int,
+    *,
+    keys: Sequence[np.ndarray] | None = None,
+    tie: str = "new_first",
+    duplicates: str = "keep_new",
+) -> Hits:
+    """The first ``k`` of any number of lists of hits, in the order of ``keys``; see ``merge_by_distance``.
+
+    Args:
+        parts: Hits of each part, the oldest space first.
+        keys: For each part an array of the shape of its distances, smaller = earlier. Default: the distances.
+        duplicates: ``keep_new`` keeps the copy of the newest part.
+    """
+    size = _positive(k)
     if tie not in TIES:
         raise InputError(f"tie is {tie!r}; accepted: {', '.join(TIES)}")
     if duplicates not in ("keep_new", "raise"):
         raise InputError(f"duplicates is {duplicates!r}; accepted: keep_new, raise")
-    old_ids, old_distances, one = _matrix(old, "old")
-    new_ids, new_distances, new_one = _matrix(new, "new")
-    if one != new_one or len(old_ids) != len(new_ids):
+    if not parts:
+        raise InputError("there are no parts to merge")
+    names = ("old", "new") if len(parts) == 2 else tuple(f"part {number}" for number in range(len(parts)))
+    matrices = [_matrix(hits, name) for hits, name in zip(parts, names, strict=True)]
+    if len({(len(ids), one) for ids, _, one in matrices}) != 1:
         raise InputError(
-            f"the two lists of hits belong to different queries: shapes {np.shape(old.ids)} and {np.shape(new.ids)}"
+            "the lists of hits belong to different queries: shapes "
+            + " and ".join(str(np.shape(hits.ids)) for hits in parts)
         )
+    ids = np.concatenate([ids for ids, _, _ in matrices], axis=1)
+    distances = np.concatenate([distances for _, distances, _ in matrices], axis=1)
+    part = np.repeat(np.arange(len(parts)), [ids.shape[1] for ids, _, _ in matrices])
+    sort_by = distances if keys is None else np.concatenate([np.atleast_2d(key) for key in keys], axis=1)
+    if sort_by.shape != distances.shape:
+        raise InputError(f"the keys of {distances.shape} hits have shape {sort_by.shape}")
+    sort_by = np.where(ids < 0, np.inf, sort_by)
 
-    ids = np.concatenate([old_ids, new_ids], axis=1)
-    distances = np.concatenate([old_distances, new_distances], axis=1)
-    width_old = old_ids.shape[1]
-    if width_old and new_ids.shape[1]:
-        stale = _in_both(old_ids, new_ids)
-        if stale.any():
-            if duplicates == "raise":
-                twice = sorted({int(i) for i in old_ids[stale]})
-                raise IntegrityError(f"{len(twice)} items are in the old and in the new part: {twice[:10]}")
-            ids[:, :width_old][stale] = -1
-            distances[:, :width_old][stale] = np.inf
+    stale = _older_copies(ids, part)
+    if stale.any():
+        if duplicates == "raise":
+            twice = sorted({int(i) for i in ids[stale]})
+            raise IntegrityError(f"{len(twice)} items are in the old and in the new part: {twice[:10]}")
+        ids, sort_by, distances = (
+            np.where(stale, gone, values) for values, gone in ((ids, -1), (sort_by, np.inf), (distances, np.inf))
+        )
     # Padding has the largest key of all, so that a real hit at distance inf still stands before it.
     id_key = np.where(ids < 0, np.iinfo(np.int64).max, ids)
-    side = np.zeros(ids.shape[1], np.int8)
-    side[:width_old] = {"new_first": 1, "old_first": -1, "lower_id": 0}[tie]
-    order = np.lexsort((id_key, np.broadcast_to(side, ids.shape), ids < 0, distances), axis=1)[:, :k]
+    side = part * {"new_first": -1, "old_first": 1, "lower_id": 0}[tie]
+    order = np.lexsort((id_key, np.broadcast_to(side, ids.shape), ids < 0, sort_by), axis=1)[:, :size]
     ids, distances = np.take_along_axis(ids, order, axis=1), np.take_along_axis(distances, order, axis=1)
-    if ids.shape[1] < k:
-        missing = k - ids.shape[1]
+    if ids.shape[1] < size:
+        missing = size - ids.shape[1]
         ids = np.pad(ids, ((0, 0), (0, missing)), constant_values=-1)
         distances = np.pad(distances, ((0, 0), (0, missing)), constant_values=np.inf)
-    return Hits(ids[0], distances[0]) if one else Hits(ids, distances)
+    return Hits(ids[0], distances[0]) if matrices[0][2] else Hits(ids, distances)
+
+
+def merge_many(
+    merger: Merger,
+    parts: Sequence[Hits],
+    k: int,
+    *,
+    background: Sequence[np.ndarray] | None = None,
+    counts: Sequence[int] | None = None,
+) -> Hits:
+    """What ``merger`` makes of any number of parts, the oldest space first.
+
+    Args:
+        background: Of each part, distances ``(Q, B)`` to a sample of its items; see ``background_items``.
+        counts: Of each part, how many items could have been hits; see ``needs_counts``.
+
+    A merger without ``keys`` is applied to the parts one after the other.
+    """
+    bring_to_one_scale: Any = getattr(merger, "keys", None)
+    if bring_to_one_scale is not None:
+        return merge_parts(parts, k, keys=bring_to_one_scale(parts, background=background, counts=counts))
+    merged = parts[0]
+    for part in parts[1:]:
+        merged = merger(merged, part, k)
+    return merged
 
 
 class ZScoreMerge:
@@ -103,14 +158,15 @@ class ZScoreMerge:
             background: Distances ``(Q, B)`` of the queries to samples of the old and of the new part, each with the
                 query vectors of its part. ``None``: plain distances are merged.
         """
-        if background is None or min(np.shape(part)[-1] for part in background) < self.fewest:
-            return merge_by_distance(old, new, k)
-        scaled = [
-            Hits(hits.ids, self.rescale(hits.distances, part))
-            for hits, part in zip((old, new), background, strict=True)
-        ]
-        merged = merge_by_distance(scaled[0], scaled[1], k)
-        return Hits(merged.ids, _distances_of(merged.ids, old, new))
+        return merge_many(self, [old, new], k, background=background)
+
+    def keys(
+        self, parts: Sequence[Hits], *, background: Sequence[np.ndarray] | None = None, counts: Any = None
+    ) -> list[np.ndarray]:
+        """Of each part an array of the shape of its distances; on all of them a smaller number is nearer."""
+        if background is None or min(np.shape(sample)[-1] for sample in background) < self.fewest:
+            return [np.asarray(hits.distances) for hits in parts]
+        return [self.rescale(hits.distances, sample) for hits, sample in zip(parts, background, strict=True)]
 
     @staticmethod
     def rescale(distances: np.ndarray, background: np.ndarray) -> np.ndarray:
@@ -126,17 +182,56 @@ class ZScoreMerge:
         return scaled.reshape(np.shape(distances))
 
 
+class ProportionalMerge:
+    """Merge by rank: every part contributes in proportion to the number of its items.
+
+    The j-th hit of a part with n items has the key ``(j - 1/2) / n``: the share of its part that is nearer to the
+    query. So the first m of the merged list hold about ``m n / N`` hits of a part, for every m, whatever the two
+    models' distances are. Within a part nothing is reordered, and a part with no items contributes nothing, so that
+    both ends of an upgrade are exact. Right where the items that moved are a fair sample of all (a random order); where
+    one part holds what the query looks for, distances know it and ranks do not.
+
+    Attributes:
+        needs_counts: The caller says how many items each part has. Without it, plain distances are merged.
+    """
+
+    needs_counts = True
+
+    def __call__(self, old: Hits, new: Hits, k: int, *, counts: tuple[int, int] | None = None) -> Hits:
+        """The first ``k`` of two lists of hits; ``counts``: how many items of each part could have been hits."""
+        return merge_many(self, [old, new], k, counts=counts)
+
+    def keys(
+        self, parts: Sequence[Hits], *, counts: Sequence[int] | None = None, background: Any = None
+    ) -> list[np.ndarray]:
+        """Of each part an array of the shape of its distances; on all of them a smaller number is nearer."""
+        if counts is None:
+            return [np.asarray(hits.distances) for hits in parts]
+        if len(counts) != len(parts):
+            raise InputError(f"{len(parts)} parts need as many counts; got {list(counts)}")
+        keys = []
+        for hits, count in zip(parts, counts, strict=True):
+            ids, distances, one = _matrix(hits, "merged")
+            order = np.lexsort((ids, ids < 0, distances), axis=1)
+            rank = np.empty(ids.shape, np.float64)
+            np.put_along_axis(rank, order, np.broadcast_to(np.arange(ids.shape[1]) + 0.5, ids.shape), axis=1)
+            scaled = rank / max(int(count), 1)
+            keys.append(scaled[0] if one else scaled)
+        return keys
+
+
 merge_by_zscore = ZScoreMerge()
+merge_in_proportion = ProportionalMerge()
 
 
-def _distances_of(ids: np.ndarray, old: Hits, new: Hits) -> np.ndarray:
-    """The cosine distance of each merged id, that of the new copy where there are two; ``inf`` for padding."""
-    known_ids = np.concatenate([np.atleast_2d(new.ids), np.atleast_2d(old.ids)], axis=1)
-    known = np.concatenate([np.atleast_2d(new.distances), np.atleast_2d(old.distances)], axis=1)
-    rows = np.atleast_2d(ids)
-    found = (rows[:, :, None] == known_ids[:, None, :]).argmax(axis=2)
-    distances = np.where(rows < 0, np.inf, np.take_along_axis(known, found, axis=1))
-    return distances.astype(known.dtype, copy=False).reshape(np.shape(ids))
+def _positive(k: Any) -> int:
+    try:
+        size = 0 if isinstance(k, bool) else operator.index(k)
+    except TypeError:
+        size = 0
+    if size < 1:
+        raise InputError(f"k is {k!r}; it must be a whole number of at least 1")
+    return size
 
 
 def _matrix(hits: Hits, name: str) -> tuple[np.ndarray, np.ndarray, bool]:
@@ -154,6 +249,12 @@ def _matrix(hits: Hits, name: str) -> tuple[np.ndarray, np.ndarray, bool]:
     return np.atleast_2d(ids), np.atleast_2d(distances), ids.ndim == 1
 
 
-def _in_both(old_ids: np.ndarray, new_ids: np.ndarray) -> np.ndarray:
-    """Bool ``(Q, M)``: the old hit is a real one and its id is among the new hits of the same query."""
-    return (old_ids[:, :, None] == new_ids[:, None, :]).any(axis=2) & (old_ids >= 0)
+def _older_copies(ids: np.ndarray, part: np.ndarray) -> np.ndarray:
+    """Bool ``(Q, W)``: a real hit whose id is among the hits of a newer part of the same query, too."""
+    order = np.lexsort((np.broadcast_to(-part, ids.shape), ids), axis=1)
+    sorted_ids = np.take_along_axis(ids, order, axis=1)
+    repeated = np.zeros(ids.shape, bool)
+    repeated[:, 1:] = (sorted_ids[:, 1:] == sorted_ids[:, :-1]) & (sorted_ids[:, 1:] >= 0)
+    stale = np.zeros(ids.shape, bool)
+    np.put_along_axis(stale, order, repeated, axis=1)
+    return stale
