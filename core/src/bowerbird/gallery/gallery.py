@@ -1,4 +1,4 @@
-"""The gallery, as its users see it.
+"""The gallery, as its users see it, whatever keeps it: a folder (``Gallery.open``) or another store (``open_gallery``).
 
     space = Space(fingerprint="...", encoder="core:efficientnet-lite?model=lite0", dim=1280)
     with Gallery.create("photos", space) as gallery:
@@ -10,8 +10,6 @@ N items, Q queries, D width, k results.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,18 +18,18 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from bowerbird.errors import InputError, SpaceError, UnknownNameError
-from bowerbird.gallery import ann, ingest
+from bowerbird.errors import CorruptionError, InputError, SpaceError, UnknownNameError
 from bowerbird.gallery.merge import merge_by_distance
 from bowerbird.gallery.space import Item, Relation, Space
-from bowerbird.gallery.storage import Storage, item_of_row
+from bowerbird.gallery.storage import Storage
 from bowerbird.gallery.store import Store
-from bowerbird.gallery.vectors import filter_clause, unit_vectors
+from bowerbird.gallery.transform import VectorTransform, check_direction
+from bowerbird.gallery.vectors import unit_vectors
 from bowerbird.retrieval.index import Hits
 
 if TYPE_CHECKING:
-    from bowerbird.gallery.part import Part
-    from bowerbird.gallery.snapshot import Snapshot
+    from bowerbird.gallery.ann import IndexEntry
+    from bowerbird.gallery.protocol import Part, Snapshot, StorageLike, StoreLike
     from bowerbird.gallery.verify import Report
 
 CANARY_ITEMS = 64
@@ -63,12 +61,20 @@ class SearchResult:
 
 
 class Gallery:
-    """An open gallery. Thread-safe. Use it in a ``with`` block, or call ``close``."""
+    """An open gallery. Thread-safe. Use it in a ``with`` block, or call ``close``.
 
-    def __init__(self, storage: Storage) -> None:
+    Args:
+        storage: What is kept and how it is read.
+        store: What changes it: items in and out, and the low-level operations of an upgrade.
+
+    Both are described in ``bowerbird.gallery.protocol``. ``Gallery.open`` and ``Gallery.create`` make those of a folder.
+    """
+
+    def __init__(self, storage: StorageLike, store: StoreLike) -> None:
         self.storage = storage
-        self.store = Store(storage)  # the low-level operations of an upgrade
+        self.store = store
         self._mergers: dict[str, Merger] = {"core:distance": merge_by_distance}
+        self._transforms: dict[str, VectorTransform] = {}
 
     @classmethod
     def create(cls, path: str | Path, space: Space, *, dtype: str = "float32", lock_timeout: float = 10.0) -> Self:
@@ -96,7 +102,7 @@ class Gallery:
         except BaseException:
             storage.close()
             raise
-        return cls(storage)
+        return cls(storage, Store(storage))
 
     def close(self) -> None:
         self.storage.close()
@@ -108,8 +114,14 @@ class Gallery:
         self.close()
 
     @property
-    def path(self) -> Path:
+    def path(self) -> Path | str:
+        """Where it is: a folder, or the URL of another store (without its password)."""
         return self.storage.path
+
+    @property
+    def features(self) -> frozenset[str]:
+        """What its store can do beyond the basics; see ``bowerbird.gallery.protocol.FEATURES``."""
+        return self.storage.features
 
     # ------------------------------------------------------------------------------------------------- writing
 
@@ -144,8 +156,7 @@ class Gallery:
             GalleryLockedError: If another writer is busy for longer than ``lock_timeout``; names it.
             GalleryError: If the disk is full; the gallery is unchanged.
         """
-        ingest.add_items(
-            self.store,
+        self.store.add_items(
             ids,
             vectors,
             uris=uris,
@@ -158,11 +169,11 @@ class Gallery:
     def delete(self, ids: Sequence[str]) -> int:
         """Delete items, atomically; returns how many. Raises ``UnknownNameError`` if one is not there (nothing is
         deleted)."""
-        return ingest.delete_items(self.storage, ids)
+        return self.store.delete_items(ids)
 
     def compact(self) -> int:
         """Give the space of deleted items back. Returns how many rows were dropped."""
-        return ingest.compact(self.storage)
+        return self.store.compact()
 
     def relate(
         self, new: str, old: str, *, kind: str = "compatible", evidence: Mapping[str, Any] | None = None
@@ -172,12 +183,76 @@ class Gallery:
         ``evidence`` is what was measured (JSON). A space that the gallery does not know yet: ``register_space`` first.
         """
         if kind != "compatible":
-            raise InputError(f"relation kind {kind!r} is not known; accepted: 'compatible'")
+            hint = "; a transform is registered with register_transform" if kind == "transform" else ""
+            raise InputError(f"relation kind {kind!r} is not known; accepted: 'compatible'{hint}")
         self.storage.relate(Relation(kind, new, old, dict(evidence or {})))
 
     def register_space(self, space: Space) -> None:
         """Remember a space that relations or upgrades will name. Idempotent."""
         self.storage.register_space(space)
+
+    def register_transform(self, transform: VectorTransform, *, pairs: tuple[Any, Any] | None = None) -> None:
+        """Keep a map between two spaces of this gallery: searches use it from now on. Replaces an earlier one.
+
+        Args:
+            pairs: ``(source vectors (N, Di), target vectors (N, Do))`` of the same items; where given, the direction is
+                checked on them first (``bowerbird.gallery.transform.check_direction``).
+
+        Raises:
+            SpaceError: If the gallery does not know one of the two spaces (``register_space`` first), a width differs,
+                or the pairs show that the map goes in the other direction or does not fit at all.
+        """
+        spaces = self.snapshot().spaces
+        for name, width in ((transform.source, transform.dim_in), (transform.target, transform.dim_out)):
+            if name not in spaces:
+                raise SpaceError(
+                    f"the transform {transform} names space {name[:12]!r}, which this gallery does not know; known: "
+                    f"{', '.join(map(str, spaces.values()))}"
+                )
+            if spaces[name].dim != width:
+                raise SpaceError(
+                    f"the transform {transform} has width {width} where space {spaces[name]} has {spaces[name].dim}; "
+                    "is it meant for the other direction?"
+                )
+        if pairs is not None:
+            check_direction(transform, *pairs)
+        # The file is there before a relation names it. One that is replaced stays, for readers of an earlier epoch.
+        self.storage.write_file(_transform_file(transform.fingerprint), transform.to_bytes())
+        evidence = {**transform.evidence, "transform": transform.fingerprint, "method": transform.method}
+        self.storage.relate(Relation("transform", transform.source, transform.target, evidence))
+
+    def transform(self, source: str, target: str) -> VectorTransform | None:
+        """The registered map from one space to another (fingerprints), in this direction; ``None`` without one.
+
+        Raises:
+            CorruptionError: If its file is missing or damaged.
+        """
+        for relation in self.snapshot().relations:
+            if (relation.kind, relation.new, relation.old) == ("transform", source, target):
+                return self._transform(relation)
+        return None
+
+    def transforms(self) -> list[VectorTransform]:
+        """Every registered transform."""
+        return [self._transform(relation) for relation in self.relations() if relation.kind == "transform"]
+
+    def _transform(self, relation: Relation) -> VectorTransform:
+        name = str(relation.evidence.get("transform"))
+        if name not in self._transforms:
+            file = _transform_file(name)
+            data = self.storage.read_file(file)
+            if data is None:
+                raise CorruptionError(f"gallery {self.path} has lost its file {file}; register the transform again")
+            try:
+                found = VectorTransform.from_bytes(data, f"{self.path}/{file}")
+            except InputError as exc:
+                raise CorruptionError(f"{exc}. Register the transform again") from exc
+            if (found.fingerprint, found.source, found.target) != (name, relation.new, relation.old):
+                raise CorruptionError(
+                    f"{file} of {self.path} is not the transform that was registered; register it again"
+                )
+            self._transforms[name] = found
+        return self._transforms[name]
 
     def fill(self, ids: Sequence[str], vectors: Any) -> None:
         """Give pending items (see ``pending``) their vectors of the serving space."""
@@ -188,9 +263,7 @@ class Gallery:
                     f"item {name!r} is not pending; pending are {len(waiting)} items: {list(waiting)[:5]}"
                 )
         nums = np.array([waiting[name] for name in ids], np.int64)
-        with self.storage.catalog.exclusive("fill pending items"):
-            snapshot = self.snapshot()
-            self.storage.append_rows(snapshot.spaces[snapshot.serving], nums, vectors)
+        self.store.fill(nums, vectors)
 
     # ------------------------------------------------------------------------------------------------- reading
 
@@ -202,48 +275,28 @@ class Gallery:
         return self.snapshot().live
 
     def __contains__(self, item_id: object) -> bool:
-        return isinstance(item_id, str) and self._find([item_id])[0] is not None
+        return isinstance(item_id, str) and self.storage.find([item_id])[0] is not None
 
     def get(self, item_id: str) -> Item:
         """One item. Raises ``UnknownNameError`` if it is not in the gallery."""
-        found = self._find([item_id])[0]
+        found = self.storage.find([item_id])[0]
         if found is None:
             raise self._unknown(item_id)
         return found
 
     def get_many(self, ids: Sequence[str]) -> list[Item | None]:
         """Items in the order of ``ids``; ``None`` for those that are not in the gallery."""
-        return self._find(list(ids))
-
-    def _find(self, ids: list[str]) -> list[Item | None]:
-        with self.storage.catalog.reading() as db:
-            rows = db.execute(
-                "SELECT id, num, uri, content_hash, metadata FROM item "
-                "WHERE deleted_epoch = 0 AND id IN (SELECT value FROM json_each(?))",
-                (json.dumps(ids),),
-            ).fetchall()
-        found = {row[0]: item_of_row(row) for row in rows}
-        return [found.get(name) for name in ids]
+        return self.storage.find(list(ids))
 
     def _unknown(self, item_id: str) -> UnknownNameError:
-        with self.storage.catalog.reading() as db:
-            return UnknownNameError(f"gallery {self.path} has no item {item_id!r}.{ingest.close_id(db, item_id)}")
+        return UnknownNameError(f"gallery {self.path} has no item {item_id!r}.{self.storage.close_id(item_id)}")
 
     def items(self, batch: int = 1000) -> Iterator[Item]:
         """Every live item of one epoch, by number."""
         epoch, last = self.snapshot().epoch, -1
-        while True:
-            with self.storage.catalog.reading() as db:
-                rows = db.execute(
-                    "SELECT id, num, uri, content_hash, metadata FROM item WHERE num > ? AND added_epoch <= ? "
-                    "AND (deleted_epoch = 0 OR deleted_epoch > ?) ORDER BY num LIMIT ?",
-                    (last, epoch, epoch, batch),
-                ).fetchall()
-            if not rows:
-                return
-            for row in rows:
-                yield item_of_row(row)
-            last = rows[-1][1]
+        while items := self.storage.scan(epoch, last, batch):
+            yield from items
+            last = items[-1].num
 
     def vectors(self, fingerprint: str | None = None) -> tuple[NDArray[np.int64], NDArray]:
         """``(item numbers (N,), vectors (N, D))`` of the live items that are searched in a space; memory-mapped where
@@ -260,7 +313,7 @@ class Gallery:
         there."""
         snapshot = self.snapshot()
         part = self._part(snapshot, fingerprint or snapshot.write_space.fingerprint)
-        found = self._find(list(ids))
+        found = self.storage.find(list(ids))
         nums = np.array(
             [-1 if item is None or item.num >= snapshot.num_limit else item.num for item in found], np.int64
         )
@@ -278,10 +331,7 @@ class Gallery:
     def pending(self) -> list[Item]:
         """Items without a vector in the serving space: searches do not find them. Only a rollback can leave such
         items."""
-        with self.storage.catalog.reading() as db:
-            nums = [row[0] for row in db.execute("SELECT num FROM pending ORDER BY num")]
-        found = self.storage.items(nums)
-        return [found[num] for num in nums if num in found]
+        return self.storage.pending()
 
     def spaces(self) -> list[Space]:
         """Every space that the gallery knows, the serving one first."""
@@ -289,6 +339,7 @@ class Gallery:
         return sorted(snapshot.spaces.values(), key=lambda space: space.fingerprint != snapshot.serving)
 
     def relations(self) -> list[Relation]:
+        """Every registered relation, transforms included."""
         return self.storage.relations()
 
     def compatible(self, new: str, old: str) -> bool:
@@ -334,7 +385,7 @@ class Gallery:
         k = int(k)
         snapshot = snapshot or self.snapshot()
         given = self._queries(snapshot, queries)
-        allowed = None if not where else self._allowed(snapshot, where)
+        allowed = None if not where else self.storage.allowed(snapshot, where)
         count = len(next(iter(given.values())))
         parts = [part for part in snapshot.parts if part.count]
         sides = [0 if part is snapshot.old else 1 for part in parts]
@@ -405,27 +456,9 @@ class Gallery:
             self._mergers[name] = registry.load(registry.get("retriever", name, role="merger"))
         return self._mergers[name]
 
-    def _allowed(self, snapshot: Snapshot, where: Mapping[str, Any]) -> NDArray[np.bool_]:
-        clause, parameters = filter_clause(where)
-        with self.storage.catalog.reading() as db:
-            nums = db.execute(
-                f"SELECT num FROM item WHERE added_epoch <= ? AND (deleted_epoch = 0 OR deleted_epoch > ?) AND "
-                f"{clause}",
-                (snapshot.epoch, snapshot.epoch, *parameters),
-            ).fetchall()
-        allowed = np.zeros(snapshot.num_limit, bool)
-        allowed[np.array(nums, np.int64).ravel()] = True
-        return allowed
-
     def _named(self, snapshot: Snapshot, hits: Hits, side: NDArray[np.int8]) -> SearchResult:
         real = hits.ids >= 0
-        wanted = hits.ids[real].tolist()
-        with self.storage.catalog.reading() as db:
-            names = dict(
-                db.execute(
-                    "SELECT num, id FROM item WHERE num IN (SELECT value FROM json_each(?))", (json.dumps(wanted),)
-                ).fetchall()
-            )
+        names = self.storage.names(hits.ids[real].tolist())
         ids = [[names[num] for num in row[good].tolist()] for row, good in zip(hits.ids, real, strict=True)]
         return SearchResult(ids, hits.distances, side, hits.ids, snapshot.epoch)
 
@@ -440,9 +473,7 @@ class Gallery:
 
     # -------------------------------------------------------------------------------------------------- index
 
-    def set_index(
-        self, kind: str, *, progress: Callable[[str], None] | None = None, **config: Any
-    ) -> list[ann.IndexEntry]:
+    def set_index(self, kind: str, *, progress: Callable[[str], None] | None = None, **config: Any) -> list[IndexEntry]:
         """Search this gallery exactly (the default), or through an approximate index, which is built now.
 
         With ``ivf`` or ``hnsw`` a search may miss items; the distances of those it finds are exact. Items that come
@@ -464,15 +495,15 @@ class Gallery:
             MissingExtraError: If FAISS is not installed.
             GalleryLockedError: If an index of this gallery is being built already.
         """
-        return ann.build(self.storage, kind, config, progress)
+        return self.storage.build_index(kind, config, progress)
 
-    def build_index(self, *, progress: Callable[[str], None] | None = None) -> list[ann.IndexEntry]:
+    def build_index(self, *, progress: Callable[[str], None] | None = None) -> list[IndexEntry]:
         """Build the index again, over every item of now, with the settings of the last ``set_index``."""
-        return ann.build(self.storage, None, {}, progress)
+        return self.storage.build_index(None, {}, progress)
 
     def index(self) -> dict[str, Any]:
         """Plain data: ``kind``, ``config``, and ``files`` with space, items, recall, epoch and path of each index."""
-        return ann.status(self.storage)
+        return self.storage.index_status()
 
     # ------------------------------------------------------------------------------------------------- health
 
@@ -535,9 +566,7 @@ class Gallery:
     def verify(self) -> Report:
         """Check every checksum and invariant. Reads all files; changes nothing; never raises for damage, the report
         names it."""
-        from bowerbird.gallery.verify import verify
-
-        return verify(self.storage)
+        return self.storage.verify()
 
     def counts(self) -> dict[str, int]:
         """Fingerprint -> live items that are searched in that space."""
@@ -547,14 +576,6 @@ class Gallery:
         """Plain data: items, epoch, spaces with counts, rows, bytes on disk, the upgrade under way."""
         snapshot = self.snapshot()
         counts = self.counts()
-        files = [
-            entry
-            for folder in (self.path, *(self.path / name for name in ("seg", "plan", ann.FOLDER)))
-            if folder.is_dir()
-            for entry in os.scandir(folder)
-            if entry.is_file()
-        ]
-        rows = sum(segment.rows for segment in snapshot.segments)
         upgrade = snapshot.upgrade
         return {
             "path": str(self.path),
@@ -571,10 +592,7 @@ class Gallery:
                 }
                 for s in self.spaces()
             ],
-            "segments": len(snapshot.segments),
-            "rows": rows,
-            "dead_rows": rows - sum(counts.values()),
-            "bytes": sum(entry.stat().st_size for entry in files),
+            **self.storage.size(),
             "upgrade": None
             if upgrade is None
             else {
@@ -587,3 +605,7 @@ class Gallery:
             "index": self.index(),
             "problems": snapshot.problems,
         }
+
+
+def _transform_file(fingerprint: str) -> str:
+    return f"transforms/{fingerprint}.safetensors"

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from bowerbird.gallery.ann import CoveredPart, IndexEntry
 from bowerbird.gallery.part import Part
 from bowerbird.gallery.segments import Batch, MappedSegment
-from bowerbird.gallery.space import Space
+from bowerbird.gallery.space import Relation, Space
 
 if TYPE_CHECKING:
     from bowerbird.gallery.segments import SegmentInfo
@@ -74,6 +74,7 @@ class Snapshot:
         serving: str,
         spaces: dict[str, Space],
         upgrade: UpgradeState | None,
+        relations: Sequence[Relation],
         segments: Sequence[MappedSegment],
         tombstones: NDArray[np.int64],
         batches_of: Callable[[SegmentInfo], Sequence[Batch]],
@@ -83,6 +84,7 @@ class Snapshot:
     ) -> None:
         self.epoch, self.live, self.num_limit, self.serving = epoch, live, num_limit, serving
         self.spaces, self.upgrade = spaces, upgrade
+        self.relations = tuple(relations)
         self.segments = tuple(segments)
         self.tombstones = tombstones
         self._batches_of = batches_of

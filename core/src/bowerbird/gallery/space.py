@@ -10,6 +10,7 @@ from bowerbird.errors import InputError
 
 MAX_DIM = 65_536
 DTYPES = ("float32", "float16")
+LIFTED = "lifted:"  # what the encoder of a lifted space begins with; the encoder that it stands for follows
 
 
 @dataclass(frozen=True)
@@ -37,15 +38,23 @@ class Space:
         if self.metric != "cosine":
             raise InputError(f"a space's metric is {self.metric!r}; accepted: 'cosine'")
 
+    @property
+    def lifted(self) -> bool:
+        """Whether its vectors were made from those of another space, so that no encoder makes them from images."""
+        return self.encoder.startswith(LIFTED)
+
     def __str__(self) -> str:
         return f"{self.fingerprint[:12]} ({self.encoder}, {self.dim}-d)"
 
 
 @dataclass(frozen=True)
 class Relation:
-    """``compatible(new -> old)``: queries of space ``new`` may be compared with vectors of space ``old``.
+    """How queries of the space ``new`` reach vectors of the space ``old`` (fingerprints).
 
-    ``evidence`` is what was measured when the relation was registered (plain JSON data).
+    Attributes:
+        kind: ``compatible``: they may be compared as they are. ``transform``: they are mapped by a registered
+            ``VectorTransform`` from ``new`` to ``old``.
+        evidence: What was measured when the relation was registered (plain JSON data).
     """
 
     kind: str

@@ -12,15 +12,16 @@ import os
 import secrets
 import sqlite3
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bowerbird.errors import CorruptionError, GalleryError, InputError, SpaceError
-from bowerbird.gallery import ann
+from bowerbird.files import write_atomically
+from bowerbird.gallery import ann, ingest
 from bowerbird.gallery.catalog import DISK_FULL, Catalog, create_catalog, says_full
 from bowerbird.gallery.segments import (
     Batch,
@@ -32,13 +33,18 @@ from bowerbird.gallery.segments import (
 )
 from bowerbird.gallery.snapshot import Damage, Snapshot, UpgradeState
 from bowerbird.gallery.space import DTYPES, Item, Relation, Space
-from bowerbird.gallery.vectors import unit_vectors
+from bowerbird.gallery.vectors import filter_clause, unit_vectors
+
+if TYPE_CHECKING:
+    from bowerbird.gallery.verify import Report
 
 COPY_ROWS = 65_536
 
 
 class Storage:
     """An open gallery folder. Thread-safe; not usable across ``fork``."""
+
+    features = frozenset({"index", "rollback", "where"})
 
     def __init__(self, path: str | Path, *, readonly: bool = False, lock_timeout: float = 10.0) -> None:
         self.path = Path(path)
@@ -124,6 +130,7 @@ class Storage:
                     row[0]: Space(*row) for row in db.execute("SELECT fingerprint, encoder, dim, metric FROM space")
                 }
                 upgrade = active_upgrade(db)
+                relations = read_relations(db)
                 indexes = ann.read_entries(db)
                 infos = [
                     SegmentInfo(*row)
@@ -147,6 +154,7 @@ class Storage:
             serving=serving,
             spaces=spaces,
             upgrade=upgrade,
+            relations=relations,
             segments=segments,
             tombstones=known,
             batches_of=self.batches,
@@ -180,10 +188,133 @@ class Storage:
             ).fetchall()
         return {row[1]: item_of_row(row) for row in rows}
 
+    def find(self, ids: Sequence[str]) -> list[Item | None]:
+        """Live items in the order of ``ids``."""
+        with self.catalog.reading() as db:
+            rows = db.execute(
+                "SELECT id, num, uri, content_hash, metadata FROM item "
+                "WHERE deleted_epoch = 0 AND id IN (SELECT value FROM json_each(?))",
+                (json.dumps(list(ids)),),
+            ).fetchall()
+        found = {row[0]: item_of_row(row) for row in rows}
+        return [found.get(name) for name in ids]
+
+    def names(self, nums: Iterable[int]) -> dict[int, str]:
+        """Ids by number, deleted items included."""
+        with self.catalog.reading() as db:
+            return dict(
+                db.execute(
+                    "SELECT num, id FROM item WHERE num IN (SELECT value FROM json_each(?))", (json.dumps(list(nums)),)
+                ).fetchall()
+            )
+
+    def close_id(self, name: str) -> str:
+        """`` Did you mean 'x'?`` among the neighbours of ``name`` in the order of ids, or an empty string."""
+        with self.catalog.reading() as db:
+            return ingest.close_id(db, name)
+
+    def scan(self, epoch: int, after: int, limit: int) -> list[Item]:
+        """The next ``limit`` items that are live at ``epoch``, by number, from number ``after`` + 1 on."""
+        with self.catalog.reading() as db:
+            rows = db.execute(
+                "SELECT id, num, uri, content_hash, metadata FROM item WHERE num > ? AND added_epoch <= ? "
+                "AND (deleted_epoch = 0 OR deleted_epoch > ?) ORDER BY num LIMIT ?",
+                (after, epoch, epoch, limit),
+            ).fetchall()
+        return [item_of_row(row) for row in rows]
+
+    def pending(self) -> list[Item]:
+        """Items without a vector in the serving space, by number."""
+        with self.catalog.reading() as db:
+            nums = [row[0] for row in db.execute("SELECT num FROM pending ORDER BY num")]
+        found = self.items(nums)
+        return [found[num] for num in nums if num in found]
+
+    def allowed(self, snapshot: Snapshot, where: Mapping[str, Any]) -> NDArray[np.bool_]:
+        """What ``Part.search`` takes to look only at items whose metadata match: bool by item number."""
+        clause, parameters = filter_clause(where)
+        with self.catalog.reading() as db:
+            nums = db.execute(
+                f"SELECT num FROM item WHERE added_epoch <= ? AND (deleted_epoch = 0 OR deleted_epoch > ?) AND "
+                f"{clause}",
+                (snapshot.epoch, snapshot.epoch, *parameters),
+            ).fetchall()
+        allowed = np.zeros(snapshot.num_limit, bool)
+        allowed[np.array(nums, np.int64).ravel()] = True
+        return allowed
+
+    def build_index(
+        self, kind: str | None, config: Mapping[str, Any], progress: Callable[[str], None] | None
+    ) -> list[ann.IndexEntry]:
+        return ann.build(self, kind, config, progress)
+
+    def index_status(self) -> dict[str, Any]:
+        return ann.status(self)
+
+    def verify(self) -> Report:
+        from bowerbird.gallery.verify import verify
+
+        return verify(self)
+
+    def size(self) -> dict[str, int]:
+        """Segments, their rows, those of them that are dead, and the bytes of all files."""
+        snapshot = self.snapshot()
+        folders = (self.path, *(self.path / name for name in ("seg", "plan", ann.FOLDER)))
+        rows = sum(segment.rows for segment in snapshot.segments)
+        return {
+            "segments": len(snapshot.segments),
+            "rows": rows,
+            "dead_rows": rows - sum(part.count for part in snapshot.parts),
+            "bytes": sum(
+                entry.stat().st_size
+                for folder in folders
+                if folder.is_dir()
+                for entry in os.scandir(folder)
+                if entry.is_file()
+            ),
+        }
+
+    # Small files that belong to a gallery: what is watched, transforms. Names are relative, `folder/name`.
+
+    def read_file(self, name: str) -> bytes | None:
+        """``None`` where there is none."""
+        try:
+            return (self.path / name).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def write_file(self, name: str, content: bytes) -> None:
+        """As a whole or not at all; replaces an earlier one."""
+        if self.catalog.readonly:
+            raise GalleryError(f"gallery {self.path} was opened readonly; open it with readonly=False to change it")
+        file = self.path / name
+        file.parent.mkdir(exist_ok=True)
+        write_atomically(file, content)
+
+    def append_line(self, name: str, line: str) -> None:
+        """One whole line, whatever other processes append; what a killed process left of a line is cut off first."""
+        file = self.path / name
+        file.parent.mkdir(exist_ok=True)
+        data = line.encode() + b"\n"
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        try:
+            size = os.fstat(descriptor).st_size
+            if size and os.pread(descriptor, 1, size - 1) != b"\n":
+                whole = os.pread(descriptor, size, 0).rpartition(b"\n")
+                write_atomically(file, whole[0] + whole[1] + data)
+                return
+            os.write(descriptor, data)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def files(self, folder: str) -> list[str]:
+        """Names below a folder, ``folder/name``, sorted."""
+        return sorted(f"{folder}/{file.name}" for file in (self.path / folder).glob("*") if file.is_file())
+
     def relations(self) -> list[Relation]:
         with self.catalog.reading() as db:
-            rows = db.execute("SELECT kind, new, old, evidence FROM relation ORDER BY kind, new, old").fetchall()
-        return [Relation(kind, new, old, json.loads(evidence)) for kind, new, old, evidence in rows]
+            return read_relations(db)
 
     # ------------------------------------------------------------------------------------------------- writing
 
@@ -256,13 +387,13 @@ class Storage:
             insert_space(db, space, parent=parent)
 
     def relate(self, relation: Relation) -> None:
-        """Register ``compatible(new -> old)``; replaces the evidence of an earlier registration."""
+        """Register a relation; replaces the evidence of an earlier registration."""
         spaces = self.snapshot().spaces
         for fingerprint in (relation.new, relation.old):
             if fingerprint not in spaces:
                 raise SpaceError(f"this gallery knows no space {fingerprint[:12]!r}; known: {_names(spaces)}")
         if relation.new == relation.old:
-            raise SpaceError("a space is compatible with itself; a relation needs two different spaces")
+            raise SpaceError("a space is related to itself anyway; a relation needs two different spaces")
         with self.catalog.writing() as db:
             db.execute(
                 "INSERT OR REPLACE INTO relation VALUES (?, ?, ?, ?)",
@@ -356,6 +487,11 @@ def active_upgrade(db: sqlite3.Connection) -> UpgradeState | None:
         return None
     number, old, new, state, strategy, merger, order, plan_rows, settings, started_at = row
     return UpgradeState(number, old, new, state, strategy, merger, order, plan_rows, json.loads(settings), started_at)
+
+
+def read_relations(db: sqlite3.Connection) -> list[Relation]:
+    rows = db.execute("SELECT kind, new, old, evidence FROM relation ORDER BY kind, new, old").fetchall()
+    return [Relation(kind, new, old, json.loads(evidence)) for kind, new, old, evidence in rows]
 
 
 def item_of_row(row: tuple[str, int, str | None, str | None, str | None]) -> Item:

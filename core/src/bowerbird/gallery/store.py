@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bowerbird.errors import InputError, UpgradeError
+from bowerbird.gallery import ingest
 from bowerbird.gallery.catalog import DISK_FULL, disk_full
 from bowerbird.gallery.segments import IDS, SegmentInfo, crc_of, sync_folder
 from bowerbird.gallery.snapshot import Snapshot, UpgradeState
@@ -110,6 +111,24 @@ class Store:
     def items(self, nums: Iterable[int]) -> dict[int, Item]:
         """Items by number, deleted ones included."""
         return self.storage.items(nums)
+
+    def add_items(self, ids: Sequence[str], vectors: Any, **columns: Any) -> NDArray[np.int64]:
+        """See ``Gallery.add``. Returns the new item numbers."""
+        return ingest.add_items(self, ids, vectors, **columns)
+
+    def delete_items(self, ids: Sequence[str]) -> int:
+        """See ``Gallery.delete``."""
+        return ingest.delete_items(self.storage, ids)
+
+    def compact(self) -> int:
+        """See ``Gallery.compact``."""
+        return ingest.compact(self.storage)
+
+    def fill(self, nums: NDArray[np.int64], vectors: Any) -> None:
+        """Give pending items their vectors of the serving space."""
+        with self.catalog.exclusive("fill pending items"):
+            snapshot = self.snapshot()
+            self.storage.append_rows(snapshot.spaces[snapshot.serving], nums, vectors)
 
     def upgrade_state(self) -> UpgradeState | None:
         """The upgrade that is running or paused."""
@@ -326,6 +345,16 @@ class Store:
                 writer.discard()
                 raise
             writer.committed()
+
+    def lease_owners(self) -> list[str]:
+        """Who holds tasks now."""
+        with self.catalog.reading() as db:
+            return [row[0] for row in db.execute("SELECT DISTINCT owner FROM task WHERE state = 'leased'")]
+
+    def free_leases(self, owner: str) -> None:
+        """Free the tasks of a worker that is known to be dead. Should it live, its commit is refused."""
+        with self.catalog.writing() as db:
+            db.execute("UPDATE task SET state = 'free', owner = NULL WHERE state = 'leased' AND owner = ?", (owner,))
 
     def fail_task(self, task: Task, error: str) -> None:
         """The whole task failed (not one item of it): back into the queue, or set aside after ``MAX_FAILURES``."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,6 +27,8 @@ from bowerbird.files import write_atomically
 FORMAT = "bowerbird-transform/1"
 BLOCK = 16_384  # vectors that are in hand at once
 STEPS = ("linear", "scale", "relu", "normalize", "layer_norm", "sum")
+MIN_PAIRS = 16  # with fewer pairs chance and fit cannot be told apart
+SURE = 4.0  # standard errors by which a map must fit its own pairs better than strangers
 
 
 @dataclass(frozen=True)
@@ -172,6 +175,10 @@ class VectorTransform:
 
     def save(self, path: str | Path) -> None:
         """One safetensors file, atomically."""
+        write_atomically(path, self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """What ``save`` writes."""
         from safetensors.numpy import save
 
         program, tensors = _encode(self.steps)
@@ -179,18 +186,28 @@ class VectorTransform:
             "format": FORMAT, "source": self.source, "target": self.target, "dim_in": self.dim_in,
             "dim_out": self.dim_out, "steps": program, "method": self.method, "evidence": dict(self.evidence),
         }  # fmt: skip
-        write_atomically(path, save(tensors or {"none": np.zeros(0, np.float32)}, {"bowerbird": json.dumps(header)}))
+        return save(tensors or {"none": np.zeros(0, np.float32)}, {"bowerbird": json.dumps(header)})
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Raises ``DataError`` where the file is no transform; names what is wrong."""
-        from safetensors import SafetensorError, safe_open
+        try:
+            data = Path(path).read_bytes()
+        except OSError as exc:
+            raise DataError(f"{path} cannot be read as a transform: {exc}") from exc
+        return cls.from_bytes(data, path)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, path: str | Path = "these bytes") -> Self:
+        """What ``to_bytes`` made; ``path`` names it in messages. Raises ``DataError`` where it is no transform."""
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
 
         try:
-            with safe_open(str(path), "numpy") as file:
-                header = json.loads((file.metadata() or {}).get("bowerbird", "null"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, ValueError) as exc:
+            tensors = load(data)
+            length = int.from_bytes(data[:8], "little")
+            header = json.loads(json.loads(data[8 : 8 + length]).get("__metadata__", {}).get("bowerbird", "null"))
+        except (SafetensorError, ValueError) as exc:
             raise DataError(f"{path} cannot be read as a transform (safetensors): {exc}") from exc
         if not isinstance(header, dict) or header.get("format") != FORMAT:
             raise DataError(f"{path} is no transform: its header does not say {FORMAT!r}")
@@ -201,6 +218,73 @@ class VectorTransform:
             )  # fmt: skip
         except (KeyError, TypeError) as exc:
             raise DataError(f"{path} is a damaged transform: {exc!r}") from exc
+
+
+@dataclass(frozen=True)
+class Direction:
+    """How well a map fits pairs of vectors of its two spaces.
+
+    Attributes:
+        forward: Mean cosine of ``transform(source)`` with the target vectors of the same items.
+        strangers: The same with the target vectors of other items: what a map that knows nothing gets.
+        reverse: Mean cosine of ``transform(target)`` with the source vectors; ``None`` where the widths differ.
+        pairs: How many pairs were looked at.
+    """
+
+    forward: float
+    strangers: float
+    reverse: float | None
+    pairs: int
+
+
+def check_direction(transform: VectorTransform, source_vectors: Any, target_vectors: Any) -> Direction:
+    """Whether a map goes from its source to its target, seen on items whose vectors are known in both spaces.
+
+    Args:
+        source_vectors: ``(N, Di)``, vectors of the space ``transform.source``, at least ``MIN_PAIRS``.
+        target_vectors: ``(N, Do)``, row i is the same item as row i of ``source_vectors``.
+
+    Raises:
+        SpaceError: If the map fits the reverse direction better, or the pairs no better than strangers. The message has
+            the cosines.
+        InputError: If the rows do not pair, or are too few for a verdict.
+    """
+    source = np.atleast_2d(np.asarray(source_vectors, np.float32))
+    target = np.atleast_2d(np.asarray(target_vectors, np.float32))
+    if len(source) != len(target):
+        raise InputError(f"{len(source)} source vectors and {len(target)} target vectors do not pair")
+    if len(source) < MIN_PAIRS:
+        raise InputError(f"{len(source)} pairs cannot show a transform's direction; at least {MIN_PAIRS} are needed")
+    widths = (source.shape[1], target.shape[1])
+    if widths != (transform.dim_in, transform.dim_out):
+        turned = ": it is meant for the other direction" if widths == (transform.dim_out, transform.dim_in) else ""
+        raise SpaceError(
+            f"the transform {transform} maps vectors of width {transform.dim_in} to width {transform.dim_out}, and the "
+            f"pairs have widths {widths[0]} and {widths[1]}{turned}"
+        )
+    target = _unit(target)
+    mapped = transform(source)
+    fit = (mapped * target).sum(axis=1, dtype=np.float64)
+    strangers = (mapped * np.roll(target, len(target) // 2, axis=0)).sum(axis=1, dtype=np.float64)
+    reverse = None
+    if transform.dim_in == transform.dim_out:
+        reverse = float((transform(target) * _unit(source)).sum(axis=1, dtype=np.float64).mean())
+    found = Direction(float(fit.mean()), float(strangers.mean()), reverse, len(source))
+    gain = fit - strangers
+    if reverse is not None and reverse > found.forward:
+        raise SpaceError(
+            f"the transform {transform} fits the reverse direction: mean cosine {found.forward:.3f} from "
+            f"{transform.source[:12]} to {transform.target[:12]}, and {reverse:.3f} the other way round, on "
+            f"{len(source)} pairs. It was fitted with source and target exchanged"
+        )
+    if gain.mean() <= SURE * gain.std() / math.sqrt(len(gain)):
+        other = "" if reverse is None else f", and {reverse:.3f} in the reverse direction"
+        raise SpaceError(
+            f"the transform {transform} does not fit: mean cosine {found.forward:.3f} with the vectors of the same "
+            f"items{other}; vectors of other items give {found.strangers:.3f} ({len(source)} pairs). Its spaces are "
+            "others than it says, or it was fitted on other data"
+        )
+    return found
 
 
 def _shape(value: NDArray[np.float32] | None) -> tuple[int, ...]:

@@ -1,0 +1,86 @@
+"""Opening a gallery wherever it is: a folder, or the URL of another store.
+
+open_gallery("photos")                                    a folder; also file:photos
+open_gallery("postgresql://host/db?gallery=photos")       the store whose record names the scheme postgresql
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
+
+from bowerbird.errors import InputError, did_you_mean
+from bowerbird.gallery.gallery import Gallery
+
+if TYPE_CHECKING:
+    from bowerbird.gallery.space import Space
+
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):")  # two characters at least: C: is a drive
+
+
+def open_gallery(url: str | Path, *, readonly: bool = False, lock_timeout: float = 10.0) -> Gallery:
+    """Open the gallery at a path or URL.
+
+    Args:
+        url: A folder, ``file:`` and a folder, or a URL whose scheme a store record names.
+        lock_timeout: Seconds that a write waits for another writer before it is refused.
+
+    Raises:
+        InputError: If no installed store has the scheme; names those that are installed.
+        GalleryError: If there is no gallery, or it cannot be opened.
+    """
+    driver = _driver(url)
+    if driver is None:
+        return Gallery.open(folder_of(url), readonly=readonly, lock_timeout=lock_timeout)
+    return driver.open(str(url), readonly=readonly, lock_timeout=lock_timeout)
+
+
+def create_gallery(url: str | Path, space: Space, *, dtype: str = "float32", lock_timeout: float = 10.0) -> Gallery:
+    """A new gallery at a path or URL, for vectors of ``space`` stored as ``dtype``."""
+    driver = _driver(url)
+    if driver is None:
+        return Gallery.create(folder_of(url), space, dtype=dtype, lock_timeout=lock_timeout)
+    return driver.create(str(url), space, dtype=dtype, lock_timeout=lock_timeout)
+
+
+def scheme_of(url: str | Path) -> str | None:
+    """``None`` for a path."""
+    found = _SCHEME.match(url) if isinstance(url, str) else None
+    return found[1] if found else None
+
+
+def folder_of(url: str | Path) -> Path | None:
+    """The folder of a path or ``file:`` URL; ``None`` for other URLs."""
+    scheme = scheme_of(url)
+    if scheme is None:
+        return Path(url)
+    if scheme != "file":
+        return None
+    text = str(url)
+    return Path(unquote(urlsplit(text).path)) if text.startswith("file://") else Path(text.removeprefix("file:"))
+
+
+def safe_url(url: str | Path) -> str:
+    """The URL without its password, for messages."""
+    return re.sub(r"(?<=://)([^:/@]*):[^@/]*@", r"\1:***@", str(url))
+
+
+def _driver(url: str | Path) -> Any:
+    """The class that a store record points to; ``None`` for folders."""
+    scheme = scheme_of(url)
+    if scheme is None or scheme == "file":
+        return None
+    from bowerbird.registry import get_registry
+
+    registry = get_registry()
+    records = [record for record in registry.records(kind="retriever", role="store") if scheme in record.schemes]
+    if records:
+        return registry.load(records[0])
+    known = sorted({"file", *(s for r in registry.records(kind="retriever", role="store") for s in r.schemes)})
+    hint = " PostgreSQL and Qdrant come with: pip install bowerbird-scale." if known == ["file"] else ""
+    raise InputError(
+        f"no installed store opens {safe_url(url)!r}: its scheme is {scheme!r}, known are {', '.join(known)}."
+        f"{did_you_mean(scheme, known)}{hint} A folder whose name has a colon is written ./{safe_url(url)}"
+    )
