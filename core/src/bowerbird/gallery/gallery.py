@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bowerbird.errors import CorruptionError, InputError, SpaceError, UnknownNameError
-from bowerbird.gallery.merge import merge_by_distance
+from bowerbird.gallery.merge import merge_by_distance, merge_many
 from bowerbird.gallery.space import Item, Relation, Space
 from bowerbird.gallery.storage import Storage
 from bowerbird.gallery.store import Store
@@ -67,7 +67,7 @@ class Gallery:
         storage: What is kept and how it is read.
         store: What changes it: items in and out, and the low-level operations of an upgrade.
 
-    Both are described in ``bowerbird.gallery.protocol``. ``Gallery.open`` and ``Gallery.create`` make those of a folder.
+    ``bowerbird.gallery.protocol`` describes both. ``Gallery.open`` and ``Gallery.create`` make those of a folder.
     """
 
     def __init__(self, storage: StorageLike, store: StoreLike) -> None:
@@ -401,11 +401,11 @@ class Gallery:
             assert snapshot.upgrade is not None
             merge = merger or self._merger(snapshot.upgrade.merger)
             wanted = getattr(merge, "background_items", 0)
-            if wanted:
-                samples = tuple(part.background(self._queries_for(part, given), wanted) for part in parts)
-                merged = merge(hits[0], hits[1], k, background=samples)
-            else:
-                merged = merge(hits[0], hits[1], k)
+            samples = [part.background(self._queries_for(part, given), wanted) for part in parts] if wanted else None
+            counts = None
+            if getattr(merge, "needs_counts", False):
+                counts = [part.count if allowed is None else int(allowed[part.nums].sum()) for part in parts]
+            merged = merge_many(merge, hits, k, background=samples, counts=counts)
             is_new = snapshot.new.contains(np.maximum(merged.ids, 0))
             side = np.where(merged.ids < 0, -1, is_new).astype(np.int8)
         return self._named(snapshot, merged, side)

@@ -121,11 +121,20 @@ def merge_many(
         background: Of each part, distances ``(Q, B)`` to a sample of its items; see ``background_items``.
         counts: Of each part, how many items could have been hits; see ``needs_counts``.
 
-    A merger without ``keys`` is applied to the parts one after the other.
+    A merger without ``keys`` is applied to the parts one after the other; one that must be told something joins two.
     """
     bring_to_one_scale: Any = getattr(merger, "keys", None)
     if bring_to_one_scale is not None:
         return merge_parts(parts, k, keys=bring_to_one_scale(parts, background=background, counts=counts))
+    told: dict[str, Any] = {}
+    if getattr(merger, "background_items", 0):
+        told["background"] = background
+    if getattr(merger, "needs_counts", False):
+        told["counts"] = counts
+    if told and len(parts) > 2:
+        raise InputError(f"{len(parts)} parts are to be joined; merger {merger!r} has no method keys and joins two")
+    if told:
+        return merger(*parts, k, **told)
     merged = parts[0]
     for part in parts[1:]:
         merged = merger(merged, part, k)
