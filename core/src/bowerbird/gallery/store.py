@@ -346,16 +346,6 @@ class Store:
                 raise
             writer.committed()
 
-    def lease_owners(self) -> list[str]:
-        """Who holds tasks now."""
-        with self.catalog.reading() as db:
-            return [row[0] for row in db.execute("SELECT DISTINCT owner FROM task WHERE state = 'leased'")]
-
-    def free_leases(self, owner: str) -> None:
-        """Free the tasks of a worker that is known to be dead. Should it live, its commit is refused."""
-        with self.catalog.writing() as db:
-            db.execute("UPDATE task SET state = 'free', owner = NULL WHERE state = 'leased' AND owner = ?", (owner,))
-
     def fail_task(self, task: Task, error: str) -> None:
         """The whole task failed (not one item of it): back into the queue, or set aside after ``MAX_FAILURES``."""
         with self.catalog.writing() as db:

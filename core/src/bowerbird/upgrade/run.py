@@ -2,26 +2,28 @@
 
 A worker leases a task, encodes its items and commits their vectors in one atomic step. The store sees to it that a kill
 at any point loses at most the task in hand, that a second worker shares the rest, and that serving is right all along.
+``bowerbird.upgrade.engines`` starts several workers.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import secrets
 import socket
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bowerbird.errors import InputError, PluginError, UpgradeError
+from bowerbird.errors import InputError, PluginError, StoreUnavailableError, UpgradeError
 from bowerbird.gallery.store import LeaseLostError
 from bowerbird.registry import get_registry
 from bowerbird.upgrade.canary import check_canary
 from bowerbird.upgrade.orders import class_means
+from bowerbird.upgrade.patience import Patience, may_pass
 from bowerbird.upgrade.state import UpgradeStatus, status
 from bowerbird.upgrade.strategies import load_strategy
 from bowerbird.upgrade.watch import WatchEntry, WatchSet, freeze_watch, watch
@@ -30,25 +32,56 @@ if TYPE_CHECKING:
     from bowerbird.gallery.gallery import Gallery
     from bowerbird.gallery.snapshot import UpgradeState
     from bowerbird.gallery.space import Space
+    from bowerbird.gallery.store import Lease
     from bowerbird.upgrade.encoding import ItemEncoder
 
 LEASE_SECONDS = 120.0
 TASK_ITEMS = 512
 WATCH_EVERY = 0.05
+STORE_PATIENCE = 300.0  # seconds for which a store may stay away
+IDLE_SECONDS = 0.1  # between two looks, while the rest is in the hands of other workers
+
+
+@dataclass(frozen=True)
+class WorkerShare:
+    """What one of several workers did.
+
+    Attributes:
+        index: 0 to the number of workers - 1.
+        reason: As in ``RunReport``, or ``failed``.
+        encoded: Items that it committed, those of processes that died in its place included.
+        failed: Attempts that failed.
+        seconds: Wall time.
+        restarts: How often its process died and was started again.
+        error: Why it failed, or ``None``.
+        exit_code: 0, or what a command should return for ``error``.
+    """
+
+    index: int
+    reason: str
+    encoded: int
+    failed: int
+    seconds: float
+    restarts: int = 0
+    error: str | None = None
+    exit_code: int = 0
 
 
 @dataclass(frozen=True)
 class RunReport:
-    """What one call of ``run`` did.
+    """What one call of ``run`` did, or several workers did together.
 
     Attributes:
-        reason: Why it ended: ``complete``, ``stop-after``, ``stop-at-share``, ``paused``, ``stop-rule``, or ``ended``
-            (finished or rolled back by another process).
+        reason: Why it ended: ``complete``, ``stop-after``, ``stop-at-share``, ``paused``, ``stop-rule``, ``ended``
+            (finished or rolled back by another process), ``stopped`` (it was asked to), or, of several workers,
+            ``failed`` (all that is left is what failing workers could not do).
         encoded: Items that this call committed.
         failed: Attempts of this call that failed (an item is tried three times).
         seconds: Wall time.
         share: Share of the live items that are in the new space now, 0 to 1.
         watched: What ``watch`` measured meanwhile.
+        failures: ``(item id, attempts, error)`` of items that cannot be encoded.
+        workers: The share of each, where there were several.
     """
 
     reason: str
@@ -58,6 +91,7 @@ class RunReport:
     share: float
     watched: tuple[WatchEntry, ...] = ()
     failures: tuple[tuple[str, int, str], ...] = ()
+    workers: tuple[WorkerShare, ...] = ()
 
     @property
     def rate(self) -> float:
@@ -114,14 +148,20 @@ def begin(
     plan = backfill_plan(gallery, order, settings=order_settings, seed=seed, centers=centers, label_key=label_key)
     order_name = get_registry().get("retriever", order, role="order").name
     frozen = freeze_watch(gallery, watch_set, old, new) if watch_set is not None else None
+    items_per_task = task_items or min(TASK_ITEMS, max(4, -(-len(plan) // 50)))
     state = gallery.store.begin_upgrade(
         new,
         strategy=name,
         merger=chosen.merger,
         order_name=order_name,
         order=plan,
-        task_items=task_items or min(TASK_ITEMS, max(4, -(-len(plan) // 50))),
-        settings={"seed": seed, "order_settings": dict(order_settings or {}), "label_key": label_key},
+        task_items=items_per_task,
+        settings={
+            "seed": seed,
+            "order_settings": dict(order_settings or {}),
+            "label_key": label_key,
+            "task_items": items_per_task,
+        },
     )
     if frozen is not None:
         try:
@@ -198,6 +238,7 @@ class _Limits:
     """When to stop, and how fast to go."""
 
     stop_after: int | None = None
+    stop_at_items: int | None = None
     stop_at_share: float | None = None
     rate: float | None = None
     started: float = field(default_factory=time.monotonic)
@@ -205,21 +246,90 @@ class _Limits:
     def __post_init__(self) -> None:
         if self.stop_after is not None and self.stop_after < 1:
             raise InputError(f"stop_after is {self.stop_after}; it must be at least 1 item")
+        if self.stop_at_items is not None and self.stop_at_items < 1:
+            raise InputError(f"stop_at_items is {self.stop_at_items}; it must be at least 1 item")
         if self.stop_at_share is not None and not 0 < self.stop_at_share <= 1:
             raise InputError(f"stop_at_share is {self.stop_at_share}; it must be above 0 and at most 1")
         if self.rate is not None and not self.rate > 0:
             raise InputError(f"rate is {self.rate}; it must be above 0 items per second")
 
-    def reached(self, done: int, share: float) -> str | None:
+    def reached(self, done: int, now: UpgradeStatus) -> str | None:
         if self.stop_after is not None and done >= self.stop_after:
             return "stop-after"
-        if self.stop_at_share is not None and share >= self.stop_at_share:
+        if self.stop_at_items is not None and now.new_items >= self.stop_at_items:
+            return "stop-after"
+        if self.stop_at_share is not None and now.share >= self.stop_at_share:
             return "stop-at-share"
         return None
+
+    def others_will_reach(self, now: UpgradeStatus, task_items: int) -> bool:
+        """Whether what other workers have in hand is enough: one more task would go beyond the limit."""
+        expected = now.new_items + now.tasks.get("leased", 0) * task_items
+        if self.stop_at_items is not None and expected >= self.stop_at_items:
+            return True
+        searched = now.old_items + now.new_items
+        return self.stop_at_share is not None and expected >= self.stop_at_share * searched
 
     def keep_to_rate(self, done: int) -> None:
         if self.rate is not None:
             time.sleep(max(0.0, self.started + done / self.rate - time.monotonic()))
+
+
+class Watching:
+    """Measures the watch set after each share ``every`` of the gallery, whoever moved it.
+
+    Raises:
+        InputError: If ``every`` is no share.
+    """
+
+    def __init__(self, gallery: Gallery, *, every: float | None, max_nfr: float | None, share: float) -> None:
+        if every is None and max_nfr is not None:
+            every = WATCH_EVERY  # a rule that is never looked at would stop nothing
+        if every is not None and not 0 < every <= 1:
+            raise InputError(f"watch_every is {every}; it is a share of the gallery, above 0 and at most 1")
+        self.gallery, self.every, self.max_nfr = gallery, every, max_nfr
+        self.first = share
+        self.next = share + (every or 0)
+        self.entries: list[WatchEntry] = []
+
+    @property
+    def stopped(self) -> bool:
+        return bool(self.entries) and self.entries[-1].stopped
+
+    def look(self, share: float) -> bool:
+        """Measure if it is time to; whether the stop rule paused the upgrade."""
+        if self.every is None or share < self.next - 1e-9 or self.stopped:
+            return self.stopped
+        self.next = share + self.every
+        try:
+            self.entries.append(watch(self.gallery, max_nfr=self.max_nfr))
+        except UpgradeError:
+            if self.gallery.store.upgrade_state() is not None:
+                raise  # otherwise it ended meanwhile
+        return self.stopped
+
+    def at_the_end(self, share: float) -> bool:
+        """The last measurement of a complete upgrade."""
+        measured = self.entries[-1].share if self.entries else self.first
+        if measured < share:
+            self.next = share
+            return self.look(share)
+        return self.stopped
+
+
+def join(gallery: Gallery, encoder: ItemEncoder, **begin_settings: Any) -> UpgradeState:
+    """Begin the upgrade to the encoder's space, or check that it is the one under way and that workers may work on it.
+
+    Raises:
+        UpgradeError: If another upgrade is under way, or this one is paused.
+        SpaceError: If the encoder does not reproduce the vectors that are new already.
+    """
+    state = gallery.store.upgrade_state()
+    if state is None:
+        return begin(gallery, encoder.space, **begin_settings)
+    _check_same_upgrade(gallery, state, encoder, begin_settings)
+    check_canary(gallery, encoder)
+    return state
 
 
 def run(
@@ -228,10 +338,14 @@ def run(
     *,
     rate: float | None = None,
     stop_after: int | None = None,
+    stop_at_items: int | None = None,
     stop_at_share: float | None = None,
     watch_every: float | None = None,
     max_nfr: float | None = None,
     progress: Callable[[int, UpgradeStatus], None] | None = None,
+    stop: Callable[[], bool] | None = None,
+    upgrade: int | None = None,
+    store_patience: float = STORE_PATIENCE,
     **begin_settings: Any,
 ) -> RunReport:
     """Work on the upgrade to the encoder's space until it is complete or a limit is reached; begin it if need be.
@@ -243,43 +357,48 @@ def run(
         encoder: Of the new space.
         rate: At most so many items per second.
         stop_after: End once this call has committed so many items (at the end of the task that reaches it).
+        stop_at_items: End once so many items of the gallery are in the new space, whoever moved them.
         stop_at_share: End once this share of the live items is new.
         watch_every: Measure the watch set after each such share of the gallery; 0.05 where only ``max_nfr`` is given.
         max_nfr: Pause the upgrade once a measurement shows a higher rate of negative flips against the old system.
         progress: Called after every batch with (items of this batch, status at the last commit), and after every commit
-            with (0, status).
+            with (0, status). An exception of it is a warning, and it is not called again.
+        stop: Asked before every task and after every batch; ``True`` gives the task in hand back and ends.
+        upgrade: Work on the upgrade of this number only, and begin none.
+        store_patience: Seconds for which the store may stay away before the call ends with ``StoreUnavailableError``.
         begin_settings: Arguments of ``begin``, read where this call begins the upgrade.
 
     Raises:
         UpgradeError: If another upgrade is under way, or this one is paused.
         SpaceError: If the encoder is not the one of the upgrade's new space, or stops reproducing its space.
+        StoreUnavailableError: If the store stayed away; calling ``run`` again goes on where it was.
     """
-    limits = _Limits(stop_after, stop_at_share, rate)
-    if watch_every is None and max_nfr is not None:
-        watch_every = WATCH_EVERY  # a rule that is never looked at would stop nothing
-    if watch_every is not None and not 0 < watch_every <= 1:
-        raise InputError(f"watch_every is {watch_every}; it is a share of the gallery, above 0 and at most 1")
+    limits = _Limits(stop_after, stop_at_items, stop_at_share, rate)
+    patient = Patience(str(gallery.path), store_patience)
+    watching = Watching(gallery, every=watch_every, max_nfr=max_nfr, share=0.0)
     state = gallery.store.upgrade_state()
-    if state is None:
-        state = begin(gallery, encoder.space, **begin_settings)
-    else:
-        _check_same_upgrade(gallery, state, encoder, begin_settings)
-        check_canary(gallery, encoder)  # against the vectors that are new already
+    if upgrade is not None and (state is None or state.id != upgrade):
+        return RunReport(reason="ended", encoded=0, failed=0, seconds=0.0, share=0.0)
+    state = join(gallery, encoder, **begin_settings)
     owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(2)}"
+    task_items = int(state.settings.get("task_items", 0))
+    tell = _tolerant(progress)
+    dead = _TheDead()
     encoded = failed = 0
-    watched: list[WatchEntry] = []
-    now = status(gallery)
-    next_watch = now.share + watch_every if watch_every is not None else None
+    now = patient(status, gallery)
+    watching.first, watching.next = now.share, now.share + (watching.every or 0)
 
     while True:
-        reason = limits.reached(encoded, now.share)
-        task = gallery.store.lease_task(owner, LEASE_SECONDS) if reason is None else None
+        reason = "stopped" if stop is not None and stop() else limits.reached(encoded, now)
+        task = None
+        if reason is None and not limits.others_will_reach(now, task_items):
+            task = patient(gallery.store.lease_task, owner, LEASE_SECONDS)
         if task is None:
-            reason = reason or _why_no_task(gallery)
+            reason = reason or patient(_why_no_task, gallery, state.id)
             if reason == "leased":  # what is left is in the hands of other workers, who may die
-                _free_leases_of_the_dead(gallery)
-                time.sleep(0.1)
-                now = _status_after(gallery, now)
+                patient(dead.free, gallery)
+                time.sleep(IDLE_SECONDS)
+                now = patient(_status_after, gallery, now)
                 continue
             break
         if task.upgrade != state.id:  # ours ended and another began, to a space that this encoder may not know
@@ -291,52 +410,74 @@ def run(
         def on_batch(count: int, task: Any = task, now: UpgradeStatus = now) -> None:
             nonlocal renewed
             if time.monotonic() - renewed > LEASE_SECONDS / 4:
-                gallery.store.renew(task, LEASE_SECONDS)
+                patient(gallery.store.renew, task, LEASE_SECONDS)
                 renewed = time.monotonic()
-            if progress is not None:
-                progress(count, now)
+            tell(count, now)
+            if stop is not None and stop():
+                raise _StopAsked
 
         try:
             result = encoder.items(task.items, on_batch)
             nums = task.nums
             failures = {int(nums[position]): error for position, error in result.failures.items()}
-            gallery.store.commit_task(task, nums[result.positions], result.vectors, failures=failures)
+            patient(gallery.store.commit_task, task, nums[result.positions], result.vectors, failures=failures)
         except LeaseLostError:
+            now = patient(_status_after, gallery, now)
             continue  # another worker has it by now, or the upgrade ended; the next lease tells
+        except _StopAsked:
+            _give_back(gallery, task)
+            reason = "stopped"
+            break
         except BaseException:
             _give_back(gallery, task)
             raise
         encoded += len(result.positions)
         failed += len(failures)
-        now = _status_after(gallery, now)
-        if progress is not None:
-            progress(0, now)
-        if next_watch is not None and watch_every is not None and now.share >= next_watch - 1e-9:
-            next_watch = now.share + watch_every
-            try:
-                watched.append(watch(gallery, max_nfr=max_nfr))
-            except UpgradeError:
-                if gallery.store.upgrade_state() is not None:
-                    raise
-                continue  # it ended meanwhile; the next lease tells
-            if watched[-1].stopped:
-                reason = "stop-rule"
-                break
+        now = patient(_status_after, gallery, now)
+        tell(0, now)
+        if patient(watching.look, now.share):
+            reason = "stop-rule"
+            break
         limits.keep_to_rate(encoded)
 
-    measured = watched[-1].share if watched else 0.0
-    if next_watch is not None and reason == "complete" and encoded and measured < now.share:
-        watched.append(watch(gallery, max_nfr=max_nfr))
-    end = _status_after(gallery, now)
+    if reason == "complete" and encoded:
+        watching.at_the_end(now.share)
+    end = patient(_status_after, gallery, now)
     return RunReport(
         reason=reason,
         encoded=encoded,
         failed=failed,
         seconds=time.monotonic() - limits.started,
         share=end.share,
-        watched=tuple(watched),
+        watched=tuple(watching.entries),
         failures=end.failures,
     )
+
+
+class _StopAsked(Exception):
+    """``stop`` said so in the middle of a task."""
+
+
+def _tolerant(progress: Callable[[int, UpgradeStatus], None] | None) -> Callable[[int, UpgradeStatus], None]:
+    """``progress``, without the power to cost a task: what it draws is less than what was encoded."""
+    broken = progress is None
+
+    def tell(count: int, now: UpgradeStatus) -> None:
+        nonlocal broken
+        if broken or progress is None:
+            return
+        try:
+            progress(count, now)
+        except Exception as exc:
+            broken = True
+            warnings.warn(
+                f"the progress function failed and is not called again ({type(exc).__name__}: {exc}); the upgrade "
+                "goes on",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    return tell
 
 
 def _check_same_upgrade(
@@ -364,40 +505,59 @@ def _status_after(gallery: Gallery, last: UpgradeStatus) -> UpgradeStatus:
     """The status now, or the last one of an upgrade that another process has ended."""
     try:
         now = status(gallery)
+    except StoreUnavailableError:
+        raise
     except UpgradeError:
         return last
     return now if now.id == last.id else last
 
 
-def _why_no_task(gallery: Gallery) -> str:
+def _why_no_task(gallery: Gallery, upgrade: int) -> str:
     state = gallery.store.upgrade_state()
-    if state is None:
+    if state is None or state.id != upgrade:
         return "ended"
     if state.state == "paused":
         return "paused"
-    return "complete" if gallery.store.progress().complete else "leased"
+    try:
+        return "complete" if gallery.store.progress().complete else "leased"
+    except UpgradeError:
+        return "ended"
 
 
 def _give_back(gallery: Gallery, task: Any) -> None:
-    with contextlib.suppress(UpgradeError):  # it is no longer ours, or the upgrade ended: nothing to give back
+    try:
         gallery.store.release_task(task)
+    except UpgradeError:
+        pass  # it is no longer ours, or the upgrade ended: nothing to give back
+    except Exception as exc:
+        if not may_pass(exc):
+            raise
+        # The store is away: the lease runs out, or another worker sees that nobody renews it.
 
 
-def _free_leases_of_the_dead(gallery: Gallery) -> None:
-    """Free the tasks of workers of this machine that no longer live, without waiting for their leases to run out.
+class _TheDead:
+    """Frees the tasks of workers that no longer live.
+
+    A process of this machine is looked up. Of a worker elsewhere only the lease is seen: one that nobody renewed for
+    longer than a lease lasts, *by this process's own clock, which nobody can set*, is free. Lease times alone would not
+    do: they are another machine's wall clock, and after a jump back they lie far in the future.
 
     Where that is wrong (a worker in another container of the same name), its commit is refused by the fencing token.
     """
-    host = socket.gethostname()
-    with gallery.store.catalog.reading() as db:
-        owners = [row[0] for row in db.execute("SELECT DISTINCT owner FROM task WHERE state = 'leased'")]
-    for owner in owners:
-        name, _, rest = owner.rpartition(":")[0].rpartition(":")
-        if name == host and rest.isdigit() and not _lives(int(rest)):
-            with gallery.store.catalog.writing() as db:
-                db.execute(
-                    "UPDATE task SET state = 'free', owner = NULL WHERE state = 'leased' AND owner = ?", (owner,)
-                )
+
+    def __init__(self) -> None:
+        self.host = socket.gethostname()
+        self._seen: dict[Lease, float] = {}
+
+    def free(self, gallery: Gallery) -> None:
+        now = time.monotonic()
+        leases = gallery.store.leases()
+        self._seen = {lease: self._seen.get(lease, now) for lease in leases}
+        for lease in leases:
+            name, _, rest = lease.owner.rpartition(":")[0].rpartition(":")
+            died_here = name == self.host and rest.isdigit() and not _lives(int(rest))
+            if died_here or now - self._seen[lease] > LEASE_SECONDS:
+                gallery.store.free_lease(lease)
 
 
 def _lives(pid: int) -> bool:
