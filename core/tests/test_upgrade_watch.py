@@ -152,7 +152,7 @@ def test_an_upgrade_whose_queries_cannot_be_written_down_does_not_begin(gallery,
         raise OSError(28, "No space left on device", str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr("bowerbird.upgrade.watch.write_atomically", full)
+        patch.setattr("bowerbird.gallery.storage.write_atomically", full)
         with pytest.raises(OSError, match="No space left"):
             begin(gallery, new_encoder().space(), strategy=STRATEGY, watch_set=watched())
     assert gallery.store.upgrade_state() is None and gallery.verify().ok

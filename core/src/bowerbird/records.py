@@ -108,14 +108,17 @@ class RetrieverRecord(Record):
     - ``index``: a class with ``build(config)``, ``add``, ``remove``, ``search``, ``save`` and ``load``;
     - ``merger``: a function ``(old hits, new hits, k)`` that returns hits, see ``bowerbird.retrieval.index.Hits``;
     - ``order``: a function ``(ids, old_vectors, *, seed, centers=None)`` that returns a permutation of positions;
-    - ``upgrade``: a class with ``needs_old_encoder``, ``merger``, ``check(...)`` and ``old_part_queries(...)``.
+    - ``upgrade``: a class with ``needs_old_encoder``, ``merger``, ``check(...)`` and ``old_part_queries(...)``;
+    - ``store``: a class as ``bowerbird.gallery.protocol.StoreDriver``.
 
     Attributes:
         role: One of ``RETRIEVER_ROLES``.
+        schemes: Of a store: the URL schemes that it opens, for example ``("postgresql",)``.
     """
 
     kind: ClassVar[str] = "retriever"
     role: str
+    schemes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,14 +57,17 @@ def create(
     import hashlib
 
     from bowerbird.errors import InputError
-    from bowerbird.gallery import Gallery, Space
+    from bowerbird.gallery import Space, create_gallery
+    from bowerbird.gallery.open import folder_of
     from bowerbird.gallery.storage import refuse_occupied
 
     if (encoder is None) == (dim is None) or (name is not None and dim is None):
         raise InputError(
             "a gallery needs either --encoder, or --dim (with --name) for vectors that come from elsewhere"
         )
-    refuse_occupied(Path(path))  # before the encoder is loaded, which takes seconds
+    folder = folder_of(path)
+    if folder is not None:
+        refuse_occupied(folder)  # before the encoder is loaded, which takes seconds
     if encoder is not None:
         from bowerbird.encoders import load_encoder
 
@@ -73,7 +76,7 @@ def create(
         assert dim is not None
         name = name or "vectors"
         space = Space(hashlib.sha256(f"black box {name} {dim}".encode()).hexdigest(), f"black-box:{name}", dim)
-    with Gallery.create(path, space, dtype=dtype):
+    with create_gallery(path, space, dtype=dtype):
         pass
     if as_json:
         click.echo(
@@ -130,14 +133,14 @@ def add(
     Repeat an interrupted call: what is there already is not encoded again.
     """
     from bowerbird.errors import InputError
-    from bowerbird.gallery import Gallery
+    from bowerbird.gallery import open_gallery
     from bowerbird.gallery.images import Added, add_images
 
     if sum([bool(images), folder is not None, dataset is not None, vectors is not None]) != 1:
         raise InputError("say what to add, one of: image files, --folder, --dataset, --vectors with --ids")
     if (vectors is None) != (ids_file is None) or (split is not None and dataset is None):
         raise InputError("--vectors and --ids go together, and --split goes with --dataset")
-    with Gallery.open(path, lock_timeout=lock_timeout) as gallery:
+    with open_gallery(path, lock_timeout=lock_timeout) as gallery:
         if vectors is not None:
             assert ids_file is not None
             ids = _lines(ids_file)
@@ -176,12 +179,12 @@ def add(
 def delete(path: str, names: tuple[str, ...], ids_file: str | None, as_json: bool) -> None:
     """Delete items by id: all of them, or none if one is not there."""
     from bowerbird.errors import InputError
-    from bowerbird.gallery import Gallery
+    from bowerbird.gallery import open_gallery
 
     wanted = [*names, *(_lines(ids_file) if ids_file else [])]
     if not wanted:
         raise InputError("say which items to delete: ids, or --ids FILE")
-    with Gallery.open(path) as gallery:
+    with open_gallery(path) as gallery:
         deleted, total = gallery.delete(wanted), len(gallery)
     click.echo(
         json.dumps({"deleted": deleted, "items": total}) if as_json else f"deleted {deleted}; {total} items in {path}"
@@ -219,13 +222,13 @@ def search(
 ) -> None:  # fmt: skip
     """The nearest items of images, of stored items, or of vectors."""
     from bowerbird.errors import InputError
-    from bowerbird.gallery import Gallery
+    from bowerbird.gallery import open_gallery
     from bowerbird.gallery.images import search_images
 
     if sum([bool(images), bool(ids), vector is not None]) != 1:
         raise InputError("say what to search with, one of: --image, --id, --vector")
     wanted = parse_where(where)
-    with Gallery.open(path, readonly=True) as gallery:
+    with open_gallery(path, readonly=True) as gallery:
         if images:
             found = search_images(gallery, _encoder_of(gallery, device), images, k, where=wanted)
             queries: Sequence[str] = images
@@ -274,9 +277,9 @@ def index(path: str, kind: str | None, target_recall: float | None, as_json: boo
 
     Items that are added later are searched exactly until this command is run again. Needs FAISS.
     """
-    from bowerbird.gallery import Gallery
+    from bowerbird.gallery import open_gallery
 
-    with Gallery.open(path) as gallery:
+    with open_gallery(path) as gallery:
         current = gallery.index()
         config = {} if kind not in (None, current["kind"]) else current["config"]
         if target_recall is not None:
@@ -303,9 +306,9 @@ def verify(ctx: click.Context, path: str, as_json: bool) -> None:
     """Check every checksum and invariant. Exit code 1 if something is damaged."""
     from dataclasses import asdict
 
-    from bowerbird.gallery import Gallery
+    from bowerbird.gallery import open_gallery
 
-    with Gallery.open(path, readonly=True) as gallery:
+    with open_gallery(path, readonly=True) as gallery:
         report = gallery.verify()
     if as_json:
         click.echo(json.dumps({"ok": report.ok, **asdict(report)}))
@@ -325,9 +328,9 @@ def verify(ctx: click.Context, path: str, as_json: bool) -> None:
 @json_option
 def stats(path: str, as_json: bool) -> None:
     """Items, spaces, rows and bytes."""
-    from bowerbird.gallery import Gallery
+    from bowerbird.gallery import open_gallery
 
-    with Gallery.open(path, readonly=True) as gallery:
+    with open_gallery(path, readonly=True) as gallery:
         found = gallery.stats()
     if as_json:
         click.echo(json.dumps(found))
@@ -357,9 +360,9 @@ def info(path: str, item: str | None, as_json: bool) -> None:
     """What is known of one ITEM; without it, the spaces, relations and upgrades of the gallery."""
     from dataclasses import asdict
 
-    from bowerbird.gallery import Gallery
+    from bowerbird.gallery import open_gallery
 
-    with Gallery.open(path, readonly=True) as gallery:
+    with open_gallery(path, readonly=True) as gallery:
         if item is not None:
             found: dict[str, Any] = asdict(gallery.get(item))
         else:
@@ -384,11 +387,11 @@ def info(path: str, item: str | None, as_json: bool) -> None:
 def relate(path: str, new: str, evidence: str | None, device: str) -> None:
     """Register that queries of an encoder may be compared with the vectors that the gallery serves."""
     from bowerbird.encoders import load_encoder
-    from bowerbird.gallery import Gallery
+    from bowerbird.gallery import open_gallery
 
     encoder = load_encoder(new, device=device)
     space = encoder.space()
-    with Gallery.open(path) as gallery:
+    with open_gallery(path) as gallery:
         serving = gallery.snapshot().serving
         recorded: dict[str, Any] = next((r["evidence"] for r in encoder.spec.relations if r["to"] == serving), {})
         gallery.register_space(space)

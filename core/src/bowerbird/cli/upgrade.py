@@ -377,9 +377,9 @@ def resume(gallery: str, as_json: bool) -> None:
 
 
 def _open(path: str, *, readonly: bool = False) -> Gallery:
-    from bowerbird.gallery import Gallery
+    from bowerbird.gallery import open_gallery
 
-    return Gallery.open(path, readonly=readonly)
+    return open_gallery(path, readonly=readonly)
 
 
 def _load(ref: str, device: str) -> Any:

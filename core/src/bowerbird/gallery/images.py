@@ -81,7 +81,7 @@ def check_encoder(gallery: Gallery, encoder: Any, *, fingerprint: str | None = N
             rows[positions] = vectors
         return rows
 
-    if gallery.check_canary(encode, fingerprint=space.fingerprint) is not None and not gallery.storage.catalog.readonly:
+    if gallery.check_canary(encode, fingerprint=space.fingerprint) is not None and not gallery.storage.readonly:
         gallery.storage.remember_canary(space.fingerprint, passed)
 
 

@@ -31,17 +31,17 @@ def open_gallery(url: str | Path, *, readonly: bool = False, lock_timeout: float
         InputError: If no installed store has the scheme; names those that are installed.
         GalleryError: If there is no gallery, or it cannot be opened.
     """
-    driver = _driver(url)
-    if driver is None:
-        return Gallery.open(folder_of(url), readonly=readonly, lock_timeout=lock_timeout)
+    driver, folder = _driver(url), folder_of(url)
+    if folder is not None:
+        return Gallery.open(folder, readonly=readonly, lock_timeout=lock_timeout)
     return driver.open(str(url), readonly=readonly, lock_timeout=lock_timeout)
 
 
 def create_gallery(url: str | Path, space: Space, *, dtype: str = "float32", lock_timeout: float = 10.0) -> Gallery:
     """A new gallery at a path or URL, for vectors of ``space`` stored as ``dtype``."""
-    driver = _driver(url)
-    if driver is None:
-        return Gallery.create(folder_of(url), space, dtype=dtype, lock_timeout=lock_timeout)
+    driver, folder = _driver(url), folder_of(url)
+    if folder is not None:
+        return Gallery.create(folder, space, dtype=dtype, lock_timeout=lock_timeout)
     return driver.create(str(url), space, dtype=dtype, lock_timeout=lock_timeout)
 
 
@@ -72,13 +72,19 @@ def _driver(url: str | Path) -> Any:
     scheme = scheme_of(url)
     if scheme is None or scheme == "file":
         return None
+    from bowerbird.records import RetrieverRecord
     from bowerbird.registry import get_registry
 
     registry = get_registry()
-    records = [record for record in registry.records(kind="retriever", role="store") if scheme in record.schemes]
-    if records:
-        return registry.load(records[0])
-    known = sorted({"file", *(s for r in registry.records(kind="retriever", role="store") for s in r.schemes)})
+    by_scheme = {
+        known: record
+        for record in registry.records(kind="retriever", role="store")
+        if isinstance(record, RetrieverRecord)
+        for known in record.schemes
+    }
+    if scheme in by_scheme:
+        return registry.load(by_scheme[scheme])
+    known = ["file", *sorted(by_scheme)]
     hint = " PostgreSQL and Qdrant come with: pip install bowerbird-scale." if known == ["file"] else ""
     raise InputError(
         f"no installed store opens {safe_url(url)!r}: its scheme is {scheme!r}, known are {', '.join(known)}."

@@ -11,7 +11,6 @@ Shapes: N items, Q queries, D width of a space.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from bowerbird.gallery.gallery import Gallery
     from bowerbird.gallery.snapshot import UpgradeState
     from bowerbird.gallery.space import Item, Relation, Space
-    from bowerbird.gallery.store import Progress, Task
+    from bowerbird.gallery.store import Lease, Progress, Task
     from bowerbird.retrieval.index import Hits
 
 # What a store may be able to do beyond the basics. A missing feature is refused when an upgrade is planned or begun.
@@ -66,6 +65,7 @@ class Snapshot(Protocol):
     serving: str
     spaces: Mapping[str, Space]
     upgrade: UpgradeState | None
+    relations: tuple[Relation, ...]
     problems: list[str]
 
     @property
@@ -90,6 +90,11 @@ class StorageLike(Protocol):
 
     @property
     def features(self) -> frozenset[str]: ...
+    @property
+    def readonly(self) -> bool: ...
+    @property
+    def dtype(self) -> str:
+        """Of the stored vectors: ``float32`` or ``float16``."""
 
     def snapshot(self) -> Any: ...
     def close(self) -> None: ...
@@ -165,8 +170,8 @@ class StoreLike(Protocol):
         failures: Mapping[int, str] | None = None,
     ) -> None: ...
     def fail_task(self, task: Task, error: str) -> None: ...
-    def lease_owners(self) -> list[str]: ...
-    def free_leases(self, owner: str) -> None: ...
+    def leases(self) -> list[Lease]: ...
+    def free_lease(self, lease: Lease) -> bool: ...
     def retry_failed(self) -> int: ...
     def pause(self) -> None: ...
     def resume(self) -> None: ...
@@ -196,6 +201,3 @@ class StoreDriver(Protocol):
     @classmethod
     def create(cls, url: str, space: Space, *, dtype: str = "float32", lock_timeout: float = 10.0) -> Gallery:
         """Raises ``GalleryError`` where there is a gallery already."""
-
-
-Location = str | Path

@@ -108,6 +108,16 @@ class Storage:
         self._indexes.keep(set())
         self.catalog.close()
 
+    @property
+    def readonly(self) -> bool:
+        return self.catalog.readonly
+
+    @property
+    def dtype(self) -> str:
+        """Of the stored vectors."""
+        with self.catalog.reading() as db:
+            return db.execute("SELECT dtype FROM head").fetchone()[0]
+
     # ------------------------------------------------------------------------------------------------- reading
 
     def snapshot(self) -> Snapshot:

@@ -204,7 +204,7 @@ def plan(
         }
         counted = verdict.queries
 
-    itemsize = 2 if any(segment.info.dtype == "float16" for segment in snapshot.segments) else 4
+    itemsize = np.dtype(gallery.storage.dtype).itemsize
     vector_bytes = snapshot.live * new_space.dim * itemsize
     hours = snapshot.live / rate / 3600 if rate else None
     return Plan(

@@ -21,7 +21,7 @@ from bowerbird.upgrade.strategies import Strategy, load_strategy
 
 if TYPE_CHECKING:
     from bowerbird.gallery.gallery import Gallery, SearchResult
-    from bowerbird.gallery.snapshot import Snapshot
+    from bowerbird.gallery.protocol import Snapshot
     from bowerbird.gallery.space import Space
 
 EncoderLoader = Callable[["Space"], ItemEncoder]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from bowerbird.errors import InputError
 from bowerbird.gallery.gallery import Gallery
+from bowerbird.gallery.open import open_gallery
 from bowerbird.upgrade import plan as _plan
 from bowerbird.upgrade import run as _run
 from bowerbird.upgrade import serve as _serve
@@ -24,7 +25,7 @@ class Upgrade:
     """Moves a gallery to another encoder while it serves.
 
     Args:
-        gallery: Open, or the path of one (then closed by ``close`` or at the end of a ``with`` block).
+        gallery: Open, or the path or URL of one (then closed by ``close`` or at the end of a ``with`` block).
         new: The new encoder: a ``LoadedEncoder``, or a function of a list of items that returns ``(N, D)``.
         old: The old encoder, where it is at hand; needed to serve images under ``rank-merge``.
         space: Of the new vectors, where ``new`` is a function.
@@ -43,7 +44,7 @@ class Upgrade:
         batch_size: int = 64,
     ) -> None:
         self._owns = not isinstance(gallery, Gallery)
-        self.gallery = gallery if isinstance(gallery, Gallery) else Gallery.open(gallery)
+        self.gallery = gallery if isinstance(gallery, Gallery) else open_gallery(gallery)
         self.new = None if new is None else _wrap(new, space, batch_size)
         self.old = None if old is None else _wrap(old, old_space or self._old_space(old), batch_size)
 

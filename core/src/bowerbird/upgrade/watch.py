@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from bowerbird.errors import CorruptionError, InputError, SpaceError, UpgradeError
-from bowerbird.files import write_atomically
 from bowerbird.gallery.vectors import unit_vectors
 from bowerbird.retrieval.flips import churn, flips
 from bowerbird.retrieval.metrics import RankedList, Relevance, average_precision, cmc
@@ -112,20 +110,19 @@ class FrozenWatch:
             label_key=np.array(self.label_key or ""),
             labels=np.empty(0, str) if self.labels is None else self.labels,
         )
-        folder = gallery.path / "watch"
-        folder.mkdir(exist_ok=True)
-        write_atomically(folder / f"{upgrade}.npz", content.getvalue())
+        gallery.storage.write_file(f"watch/{upgrade}.npz", content.getvalue())
 
     @classmethod
     def load(cls, gallery: Gallery, upgrade: int) -> FrozenWatch:
-        path = gallery.path / "watch" / f"{upgrade}.npz"
-        if not path.exists():
+        name = f"watch/{upgrade}.npz"
+        content = gallery.storage.read_file(name)
+        if content is None:
             raise UpgradeError(
                 f"upgrade {upgrade} of {gallery.path} was begun without queries to watch; they are frozen at its "
                 "start: give --label-key or --queries to `bowerbird upgrade run` when it begins"
             )
         try:
-            with np.load(path, allow_pickle=False) as data:
+            with np.load(io.BytesIO(content), allow_pickle=False) as data:
                 return cls(
                     data["old"],
                     data["new"],
@@ -136,7 +133,7 @@ class FrozenWatch:
                     data["right"],
                 )
         except (ValueError, KeyError, OSError, EOFError) as exc:
-            raise CorruptionError(f"{path} cannot be read: {exc}") from exc
+            raise CorruptionError(f"{name} of {gallery.path} cannot be read: {exc}") from exc
 
 
 def freeze_watch(gallery: Gallery, queries: WatchSet, old: Space, new: Space) -> FrozenWatch:
@@ -217,41 +214,21 @@ def watch(gallery: Gallery, *, max_nfr: float | None = None) -> WatchEntry:
     )
     if stopped:
         gallery.store.pause()
-    _append(gallery.path / "watch" / f"{snapshot.upgrade.id}.jsonl", entry)
+    gallery.storage.append_line(f"watch/{snapshot.upgrade.id}.jsonl", json.dumps(entry.to_dict()))
     return entry
 
 
 def history(gallery: Gallery, upgrade: int | None = None) -> list[dict[str, Any]]:
     """Measurements of an upgrade (default: the last one that has any), oldest first, as plain data."""
-    folder = gallery.path / "watch"
     if upgrade is None:
-        numbers = sorted(int(path.stem) for path in folder.glob("*.jsonl")) if folder.exists() else []
+        numbers = [int(PurePath(name).stem) for name in gallery.storage.files("watch") if name.endswith(".jsonl")]
         if not numbers:
             return []
-        upgrade = numbers[-1]
-    path = folder / f"{upgrade}.jsonl"
-    if not path.exists():
-        return []
+        upgrade = max(numbers)
+    content = gallery.storage.read_file(f"watch/{upgrade}.jsonl")
     # A line that a kill cut short is no measurement.
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    lines = (content or b"").decode("utf-8").split("\n")[:-1]
     return [json.loads(line) for line in lines if line]
-
-
-def _append(path: Path, entry: WatchEntry) -> None:
-    """One whole line, whatever other processes append; a torn line of a killed process is closed first."""
-    data = json.dumps(entry.to_dict()).encode() + b"\n"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-    try:
-        size = os.fstat(descriptor).st_size
-        if size and os.pread(descriptor, 1, size - 1) != b"\n":
-            # What is there of the torn line is cut off by making the file anew.
-            whole = os.pread(descriptor, size, 0).rpartition(b"\n")
-            write_atomically(path, whole[0] + whole[1] + data)
-            return
-        os.write(descriptor, data)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _judge(gallery: Gallery, frozen: FrozenWatch, nums: np.ndarray) -> tuple[float, np.ndarray]:
