@@ -165,14 +165,10 @@ class Part:
         step = max(1, GATHER_BYTES // (8 * self.space.dim * rows.shape[1]))
         for start in range(0, len(queries), step):
             block = rows[start : start + step]
-            vectors = self._gather(np.maximum(block, 0).ravel()).reshape(*block.shape, -1).astype(np.float64)
-            vectors *= queries[start : start + step, None, :]
-            distance = np.maximum(1.0 - vectors.sum(axis=-1), 0.0).astype(np.float32)  # rounding gives -1e-8 for a copy
-            distance[block < 0] = np.inf
-            number = np.where(block < 0, np.iinfo(np.int64).max, self._nums_at(block))
-            order = np.lexsort((number, distance), axis=1)[:, :k]
-            ids[start : start + step] = np.take_along_axis(np.where(block < 0, -1, number), order, axis=1)
-            distances[start : start + step] = np.take_along_axis(distance, order, axis=1)
+            vectors = self._gather(np.maximum(block, 0).ravel()).reshape(*block.shape, -1)
+            number = np.where(block < 0, -1, self._nums_at(block))
+            some = slice(start, start + step)
+            ids[some], distances[some] = rank_exactly(queries[some], number, vectors, k)
         return ids, distances
 
     def _gather(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -200,6 +196,30 @@ class Part:
                 pieces.append((segment, rows[chosen] - offset, chosen))
             offset += segment.rows
         return pieces
+
+
+def rank_exactly(
+    queries: NDArray[np.float32], nums: NDArray[np.int64], vectors: NDArray, k: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """The ``k`` nearest of the candidates of each query, by distances computed in float64 from the vectors alone.
+
+    Every store ranks with it, so that the same gallery gives the same lists wherever it is kept.
+
+    Args:
+        queries: ``(Q, D)`` unit rows.
+        nums: ``(Q, W)`` item numbers of the candidates, W at least ``k``; -1 is none.
+        vectors: ``(Q, W, D)``.
+
+    Returns:
+        Numbers int64 and distances float32 ``(Q, k)``, nearest first, equal distances by lower number; -1 and ``inf``
+        beyond the end.
+    """
+    products = vectors.astype(np.float64)
+    products *= queries[:, None, :]
+    distance = np.maximum(1.0 - products.sum(axis=-1), 0.0).astype(np.float32)  # rounding gives -1e-8 for a copy
+    distance[nums < 0] = np.inf
+    order = np.lexsort((np.where(nums < 0, np.iinfo(np.int64).max, nums), distance), axis=1)[:, :k]
+    return np.take_along_axis(nums, order, axis=1), np.take_along_axis(distance, order, axis=1)
 
 
 def _spans(live: NDArray[np.bool_]) -> list[tuple[int, int]]:
