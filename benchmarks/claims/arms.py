@@ -17,6 +17,7 @@ from bowerbird_compat.bct import InfluenceLoss, build_prototypes
 from bowerbird_compat.online_backfilling import (
     MetricCompatibleLoss,
     MixedGallery,
+    TopK,
     backfill,
     fit_metric_compatible,
     fit_reverse_transform,
@@ -125,21 +126,27 @@ def online_backfilling(plan: Mapping[str, Any], seed: int) -> Values:
         "rqt-mcl": fit_reverse_transform(
             new_train, old_train, labels, seed=seed, loss=MetricCompatibleLoss(temperature), **fit
         ),
+        "rqt-mcl-hard": fit_reverse_transform(
+            new_train, old_train, labels, seed=seed, loss=MetricCompatibleLoss(temperature, mining=TopK(10)), **fit
+        ),
     }
-    rho, psi = fit_metric_compatible(
-        new_train,
-        old_train,
-        labels,
-        seed=seed,
-        loss=MetricCompatibleLoss(temperature, include_new_side=True),
-        **fit,
-    )
+    joint = {
+        name: fit_metric_compatible(
+            new_train, old_train, labels, seed=seed, loss=MetricCompatibleLoss(temperature, cross, True), **fit
+        )
+        for name, cross in (("joint-cl", False), ("joint-mcl", True))
+    }
+    rho = joint["joint-mcl"][0]
     served = {  # arm -> new gallery, queries for the old part, queries for the new part
         "naive": (g_new, q_new, q_new),
         "bct": (unit(compatible, world.gallery), *2 * (unit(compatible, world.queries),)),
         "drm": (g_new, q_old, q_new),
         **{name: (g_new, _mapped(psi, q_new), q_new) for name, psi in reverse.items()},
-        "joint-mcl": (_mapped(rho, g_new), _mapped(psi, _mapped(rho, q_new)), _mapped(rho, q_new)),
+        **{
+            name: (_mapped(rho, g_new), _mapped(psi, _mapped(rho, q_new)), _mapped(rho, q_new))
+            for name, (rho, psi) in joint.items()
+        },
+        "joint-drm": (_mapped(rho, g_new), q_old, _mapped(rho, q_new)),
     }
     old_map, old_right = _one_index(g_old, q_old, world)
     star_map, _ = _one_index(g_new, q_new, world)

@@ -6,7 +6,7 @@ noise, drawn once, so that old and new encoders see the same pictures.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,8 @@ from bowerbird.retrieval.metrics import RankedList, Relevance, average_precision
 
 @dataclass(frozen=True)
 class World:
-    """Disjoint parts: images float32 ``(n, 64)`` and labels. ``old`` marks the training images the old model had."""
+    """Disjoint parts: images float32 ``(n, 64)`` and labels. ``old`` marks the training images the old model had,
+    ``gallery_inverted`` the gallery images of inverted contrast."""
 
     train: Tensor
     train_labels: Tensor
@@ -30,10 +31,18 @@ class World:
     query_labels: Tensor
     gallery: Tensor
     gallery_labels: Tensor
+    gallery_inverted: Tensor
 
 
 def make_world(
-    seed: int, *, noise: float, queries: int, gallery: int, old_share: float = 1.0, old_classes: int = 10
+    seed: int,
+    *,
+    noise: float,
+    queries: int,
+    gallery: int,
+    old_share: float = 1.0,
+    old_classes: int = 10,
+    inverted: float = 0.0,
 ) -> World:
     """Splits and disturbs the digits.
 
@@ -43,6 +52,7 @@ def make_world(
         queries, gallery: Sizes; what remains is for training.
         old_share: Share of the training images that the old model sees.
         old_classes: It sees only the first so many classes.
+        inverted: Share of all images whose contrast is inverted; the old model sees none of them.
     """
     rng = np.random.default_rng(seed)
     pixels, labels = load_digits(return_X_y=True)
@@ -53,8 +63,10 @@ def make_world(
     x, y = torch.tensor(images, dtype=torch.float32), torch.tensor(labels, dtype=torch.int64)
     order = torch.tensor(rng.permutation(len(x)))
     q, g, t = order[:queries], order[queries : queries + gallery], order[queries + gallery :]
-    old = (torch.arange(len(t)) < round(old_share * len(t))) & (y[t] < old_classes)
-    return World(x[t], y[t], old, x[q], y[q], x[g], y[g])
+    turned = torch.tensor(rng.random(len(x)) < inverted)
+    x[turned] = 1 - x[turned]
+    old = (torch.arange(len(t)) < round(old_share * len(t))) & (y[t] < old_classes) & ~turned[t]
+    return World(x[t], y[t], old, x[q], y[q], x[g], y[g], turned[g])
 
 
 def mlp(width: int, embed_dim: int, seed: int) -> nn.Sequential:
@@ -77,21 +89,43 @@ def train(
     seed: int,
     classes: int = 10,
     extra: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    before_epoch: Callable[[int], object] | None = None,
 ) -> tuple[nn.Module, nn.Linear]:
     """Softmax training with Adam; returns encoder and classifier. ``extra(embeddings, labels, positions)`` is added."""
     torch.manual_seed(seed)
     classifier = nn.Linear(encoder(images[:1]).shape[1], classes)
-    optimiser = torch.optim.Adam([*encoder.parameters(), *classifier.parameters()], lr=lr)
-    for _ in range(epochs):
-        for chosen in torch.randperm(len(images)).split(batch_size):
-            embeddings = encoder(images[chosen])
-            loss = F.cross_entropy(classifier(embeddings), labels[chosen])
-            if extra is not None:
-                loss = loss + extra(embeddings, labels[chosen], chosen)
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
+
+    def loss(chosen: Tensor) -> Tensor:
+        embeddings = encoder(images[chosen])
+        total = F.cross_entropy(classifier(embeddings), labels[chosen])
+        return total if extra is None else total + extra(embeddings, labels[chosen], chosen)
+
+    minimise(
+        loss, [encoder, classifier], len(images), epochs=epochs, lr=lr, batch_size=batch_size, before_epoch=before_epoch
+    )
     return encoder.eval(), classifier
+
+
+def minimise(
+    loss: Callable[[Tensor], Tensor],
+    modules: Sequence[nn.Module],
+    count: int,
+    *,
+    epochs: int,
+    lr: float,
+    batch_size: int,
+    before_epoch: Callable[[int], object] | None = None,
+) -> None:
+    """Adam on ``loss(positions)`` over the parameters of ``modules``; ``count`` items, shuffled in every epoch."""
+    optimiser = torch.optim.Adam([p for module in modules for p in module.parameters()], lr=lr)
+    for epoch in range(epochs):
+        if before_epoch is not None:
+            before_epoch(epoch)
+        for chosen in torch.randperm(count).split(batch_size):
+            total = loss(chosen)
+            optimiser.zero_grad()
+            total.backward()
+            optimiser.step()
 
 
 @torch.no_grad()

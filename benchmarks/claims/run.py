@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import sys
 import time
 import tomllib
@@ -24,11 +25,23 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import arms  # noqa: E402
+import serving_arms  # noqa: E402
+import training_arms  # noqa: E402
 
 from bowerbird.files import write_json  # noqa: E402
 from common import machine, versions  # noqa: E402
 
-RUNS = {"bct": arms.bct, "online-backfilling": arms.online_backfilling}
+RUNS = {
+    "bct": arms.bct,
+    "online-backfilling": arms.online_backfilling,
+    "ract": training_arms.ract,
+    "unibct": training_arms.unibct,
+    "bict": training_arms.bict,
+    "bt2": training_arms.bt2,
+    "adapters": serving_arms.adapters,
+    "orders": serving_arms.orders,
+    "mergers": serving_arms.mergers,
+}
 
 
 def interval(values: np.ndarray) -> dict[str, float]:
@@ -45,6 +58,11 @@ def judge(claim: Mapping[str, Any], values: Mapping[str, np.ndarray]) -> dict[st
         first, *rest = (values[name] for name in claim["equal"])
         same = all(np.array_equal(first, other) for other in rest)
         return result | {"verdict": "shown" if same else "opposite", "equal": claim["equal"]}
+    if "close" in claim:
+        first, *rest = (values[name] for name in claim["close"])
+        gap = max(float(np.abs(first - other).max()) for other in rest)
+        verdict = "shown" if gap <= claim["tolerance"] else "opposite"
+        return result | {"verdict": verdict, "close": claim["close"], "largest_gap": gap}
     if "order_each" in claim:
         first, *rest = claim["order_each"]
         pairs = [(first, other) for other in rest]
@@ -64,19 +82,29 @@ def judge(claim: Mapping[str, Any], values: Mapping[str, np.ndarray]) -> dict[st
 def run(slug: str) -> dict[str, Any]:
     text = (HERE / f"{slug}.toml").read_bytes()
     plan = tomllib.loads(text.decode())
-    start = time.time()
-    rows = []
+    digest = hashlib.sha256(text).hexdigest()
+    kept = HERE / "results" / "unfinished" / f"{slug}.json"  # seeds that an interrupted run has done
+    done: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {}
+    if done.get("plan_sha256") != digest:
+        done = {"plan_sha256": digest, "seconds": {}, "rows": {}}
     for seed in plan["seeds"]:
-        rows.append(RUNS[slug](plan, seed))
-        print(f"{slug}: seed {seed} done, {time.time() - start:.0f} s", flush=True)
+        if str(seed) in done["rows"]:
+            continue
+        start = time.time()
+        done["rows"][str(seed)] = RUNS[slug](plan, seed)
+        done["seconds"][str(seed)] = time.time() - start
+        kept.parent.mkdir(exist_ok=True, parents=True)
+        write_json(kept, done)
+        print(f"{slug}: seed {seed} done, {done['seconds'][str(seed)]:.0f} s", flush=True)
+    rows = [done["rows"][str(seed)] for seed in plan["seeds"]]
     values = {name: np.array([row[name] for row in rows]) for name in rows[0]}
     return {
         "slug": slug,
         "method": plan["method"],
         "paper": plan["paper"],
         "command": plan["command"],
-        "plan_sha256": hashlib.sha256(text).hexdigest(),
-        "seconds": round(time.time() - start, 1),
+        "plan_sha256": digest,
+        "seconds": round(sum(done["seconds"].values()), 1),
         "versions": versions(),
         "machine": machine(),
         "seeds": plan["seeds"],
@@ -95,6 +123,7 @@ def main() -> None:
         result = run(slug)
         (HERE / "results").mkdir(exist_ok=True)
         write_json(HERE / "results" / f"{slug}.json", result)
+        (HERE / "results" / "unfinished" / f"{slug}.json").unlink()
         for claim in result["claims"]:
             print(f"{claim['verdict']:9}  {claim['id']}: {claim['text']}")
 

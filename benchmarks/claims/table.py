@@ -61,6 +61,9 @@ def claim_row(claim: dict[str, Any], seeds: int) -> str:
             " = ".join(claim["equal"]),
             f"bit-equal in {seeds if claim['verdict'] == 'shown' else 'not all'} seeds",
         )
+    elif "close" in claim:
+        expected = " = ".join(claim["close"])
+        measured = f"largest difference over {seeds} seeds {claim['largest_gap']:.1e}"
     else:
         steps = claim["steps"]
         expected = "; ".join(f"{s['less']} < {s['more']}" for s in steps)
@@ -71,7 +74,9 @@ def claim_row(claim: dict[str, Any], seeds: int) -> str:
 
 
 def main() -> int:
-    results = [json.loads(file.read_text()) for file in sorted((HERE / "results").glob("*.json"))]
+    results = [
+        json.loads(file.read_text()) for file in sorted((HERE / "results").glob("*.json")) if ".part" not in file.name
+    ]
     text = page(results)
     if "--check" in sys.argv[1:]:
         if not PAGE.is_file() or PAGE.read_text() != text:

