@@ -18,9 +18,10 @@ import os
 import secrets
 import sqlite3
 import threading
+import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, astuple, dataclass, fields
 from hashlib import sha256
 from pathlib import Path
@@ -29,18 +30,29 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bowerbird.errors import GalleryError, GalleryLockedError, InputError, MissingExtraError, did_you_mean
+from bowerbird.errors import (
+    CorruptionError,
+    GalleryError,
+    GalleryLockedError,
+    InputError,
+    MissingExtraError,
+    did_you_mean,
+)
 from bowerbird.gallery.catalog import DISK_FULL, disk_full
-from bowerbird.gallery.part import MARGIN, Part
+from bowerbird.gallery.covered import LiveIndex
 from bowerbird.gallery.segments import sync_folder
-from bowerbird.retrieval.index import FaissIndex, Hits
+from bowerbird.retrieval.index import FaissIndex, saved_effort
 
 if TYPE_CHECKING:
+    from bowerbird.gallery.part import Part
     from bowerbird.gallery.storage import Storage
 
 KINDS = ("exact", "ivf", "hnsw")
 FOLDER = "idx"
-MAX_DEAD = 0.3  # with more of its items gone an index finds too little, and an exact search is the better bargain
+LEAST = 4096  # fewer items are searched exactly as fast; ``tend`` leaves them alone
+DRIFT = 0.25  # an index file whose number of items is off by this share is brought up to date
+RETRAIN = 4  # an index that has grown so many times since it was trained is trained anew
+BLOCK = 65_536  # vectors in memory at once while an index is filled
 
 # Made by the first ``set_index``: a gallery without them is an exact one, and any version can read it.
 TABLES = (
@@ -76,90 +88,66 @@ class IndexEntry:
     bytes: int
     crc32: int
 
+    @property
+    def training(self) -> str:
+        """The same for all files of one training; an index that was built anew has another."""
+        return self.file.removesuffix(".faiss").rpartition("-")[2]
 
-# ------------------------------------------------------------------------------------------------------- search
 
-
-class CoveredPart:
-    """A part of a snapshot and an index over some of its items. Searches as ``Part`` does, approximately.
-
-    Attributes:
-        usable: Whether at most ``MAX_DEAD`` of the index' items have left the part.
-        fresh: The items of the part that the index lacks.
-    """
-
-    def __init__(self, part: Part, index: FaissIndex) -> None:
-        self.part, self.index = part, index
-        nums = index.ids[index.ids < part.num_limit]
-        nums = nums[part.contains(nums)]
-        self.alive = len(nums)
-        self.usable = self.alive > 0 and self.alive >= (1 - MAX_DEAD) * len(index)
-        covered = np.zeros(part.num_limit, bool)
-        covered[nums] = True
-        segments = []
-        for segment, live in part.segments:
-            fresh = ~covered[segment.nums]
-            segments.append((segment, fresh if live is None else fresh & live))
-        self.fresh = Part(part.space, tuple(segments), part.num_limit)
-
-    def search(self, queries: NDArray[np.float32], k: int, allowed: NDArray[np.bool_] | None = None) -> Hits:
-        """See ``Part.search``. The index may miss an item; the distances of those it finds are exact.
-
-        A filter (``allowed``) and a query for which the index has too few live items are searched exactly.
-        """
-        if allowed is not None:
-            return self.part.search(queries, k, allowed)
-        # Items that are gone still stand in the index: fetch so many more that k and a margin remain.
-        found = self.index.search(queries, math.ceil((k + MARGIN) * len(self.index) / self.alive)).ids
-        known = (found >= 0) & (found < self.part.num_limit)
-        rows = np.where(known, self.part.row_of[np.where(known, found, 0)], -1)
-        ids, distances = self.part.exact(queries, rows, k)
-        few = np.flatnonzero(np.count_nonzero(ids >= 0, axis=1) < min(k, self.alive))
-        if len(few):
-            exact = self.part.search(queries[few], k)
-            ids[few], distances[few] = exact.ids, exact.distances
-        if not self.fresh.count:
-            return Hits(ids, distances)
-        fresh = self.fresh.search(queries, k)
-        fresh.distances[few], fresh.ids[few] = np.inf, -1  # the exact search has found these already
-        ids, distances = np.hstack([ids, fresh.ids]), np.hstack([distances, fresh.distances])
-        order = np.lexsort((ids, distances), axis=1)[:, :k]
-        return Hits(np.take_along_axis(ids, order, 1), np.take_along_axis(distances, order, 1))
+# ------------------------------------------------------------------------------------------------------ in memory
 
 
 class IndexCache:
-    """The index files that a process has read; each is read once, when it is first searched. Thread-safe."""
+    """The indexes that a process has in memory; each is read once, when it is first searched. Thread-safe.
+
+    Files of one training are one index at different times. Who holds it in memory already keeps that, which follows the
+    gallery by itself, and takes from a later file only the effort that was measured for it.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = threading.Lock()
-        self._loaded: dict[str, FaissIndex | None] = {}
+        self._live: dict[str, LiveIndex] = {}  # by training
+        self._seen: dict[str, bool] = {}  # by file: whether it could be used
 
-    def get(self, entry: IndexEntry) -> FaissIndex | None:
+    def get(self, entry: IndexEntry) -> LiveIndex | None:
         """The index of an entry; ``None``, and one warning for other causes than a missing file, if unusable."""
         with self._lock:
-            if entry.file not in self._loaded:
-                self._loaded[entry.file], why = self._read(entry)
-                if why:
-                    warnings.warn(f"{why}; searches of {self.path} are exact", IndexUnusableWarning, stacklevel=2)
-            return self._loaded[entry.file]
+            held = self._live.get(entry.training)
+            if entry.file not in self._seen:
+                if held is None:
+                    held, why = self._read(entry)
+                    if why:
+                        warnings.warn(f"{why}; searches of {self.path} are exact", IndexUnusableWarning, stacklevel=2)
+                else:
+                    with contextlib.suppress(OSError, CorruptionError, InputError):  # the index in memory is good
+                        held.set_effort(saved_effort(self.path / FOLDER / entry.file))
+                self._seen[entry.file] = held is not None
+                if held is not None:
+                    self._live[entry.training] = held
+            return held if self._seen[entry.file] else None
 
-    def _read(self, entry: IndexEntry) -> tuple[FaissIndex | None, str | None]:
+    def _read(self, entry: IndexEntry) -> tuple[LiveIndex | None, str | None]:
         file = self.path / FOLDER / entry.file
         why = problem_of(file, entry)
         if why is not None:
             return None, why if file.exists() else None
         try:
-            return FaissIndex.load(file), None
+            return LiveIndex(FaissIndex.load(file)), None
         except MissingExtraError as exc:
             return None, f"the approximate index needs FAISS: {exc}"
         except Exception as exc:  # written by another version of FAISS: a cache must not stop a search
             return None, f"the index file {file} cannot be read ({type(exc).__name__}: {exc})"
 
-    def keep(self, files: set[str]) -> None:
+    def keep(self, entries: Iterable[IndexEntry]) -> None:
         """Forget the indexes that no entry names any more."""
+        files, trainings = set(), set()
+        for entry in entries:
+            files.add(entry.file)
+            trainings.add(entry.training)
         with self._lock:
-            self._loaded = {name: index for name, index in self._loaded.items() if name in files}
+            self._live = {name: live for name, live in self._live.items() if name in trainings}
+            self._seen = {name: usable for name, usable in self._seen.items() if name in files}
 
 
 def problem_of(file: Path, entry: IndexEntry) -> str | None:
@@ -231,13 +219,13 @@ def build(
             kind, config = read_setting(db)
     settings = _checked(kind, config)
     entries: list[IndexEntry] = []
-    (storage.path / FOLDER).mkdir(exist_ok=True)
-    sync_folder(storage.path)
     with _building(storage.path / FOLDER):
         if settings is not None:
             snapshot = storage.snapshot()
-            parts = [part for part in snapshot.parts if part.count]
-            entries = [_build_part(storage.path, part, snapshot.epoch, settings, progress) for part in parts]
+            parts, moving = [part for part in snapshot.parts if part.count], snapshot.upgrade is not None
+            entries = [
+                _build_part(storage.path, part, snapshot.epoch, settings, progress, capped=moving) for part in parts
+            ]
         with storage.catalog.writing() as db:
             for statement in TABLES:
                 db.execute(statement)
@@ -245,12 +233,72 @@ def build(
             value = json.dumps({"kind": kind, "config": stored})
             db.execute("INSERT OR REPLACE INTO setting VALUES ('index', ?)", (value,))
             db.execute("DELETE FROM index_file")
-            # An upgrade may have ended meanwhile: what it dropped needs no index.
-            served = {row[0] for row in db.execute("SELECT DISTINCT space FROM segment")}
-            entries = [entry for entry in entries if entry.space in served]
-            db.executemany("INSERT INTO index_file VALUES (?, ?, ?, ?, ?, ?, ?, ?)", [astuple(e) for e in entries])
+            entries = _enter(db, entries)
     storage.collect_garbage()
     return entries
+
+
+def _enter(db: sqlite3.Connection, entries: list[IndexEntry]) -> list[IndexEntry]:
+    """Inside a transaction: the entries count from now on, but for spaces that an upgrade has dropped meanwhile."""
+    served = {row[0] for row in db.execute("SELECT DISTINCT space FROM segment")}
+    entries = [entry for entry in entries if entry.space in served]
+    statement = "INSERT OR REPLACE INTO index_file VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+    db.executemany(statement, [astuple(entry) for entry in entries])
+    return entries
+
+
+class Tender:
+    """Brings the index files of a gallery up to date, in a bounded share of a worker's time.
+
+    A file matters to who opens the gallery: an index in memory follows by itself. But it has to be trained by someone
+    before it can be followed, which takes seconds, so that this is not left to a search.
+    """
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+        self._not_before = -math.inf
+
+    def __call__(self, share: float = 0.03, progress: Callable[[str], None] | None = None) -> list[IndexEntry]:
+        """See ``Gallery.tend_index``."""
+        if not 0 < share <= 1:
+            raise InputError(f"share is {share}; it must be above 0 and at most 1")
+        start = time.monotonic()
+        if self.storage.catalog.readonly or (share < 1 and start < self._not_before):
+            return []
+        with self.storage.catalog.reading() as db:
+            kind, config = read_setting(db)
+            entries = read_entries(db)
+        if kind == "exact":
+            return []
+        snapshot = self.storage.snapshot()
+        stale = [part for part in snapshot.parts if _stale(part, entries.get(part.space.fingerprint))]
+        if not stale:
+            return []
+        settings = _checked(kind, config)
+        written = []
+        with contextlib.suppress(GalleryLockedError), _building(self.storage.path / FOLDER):  # another process does it
+            for part in stale:
+                entry = entries.get(part.space.fingerprint)
+                fresh = (
+                    None if entry is None else _update_part(self.storage.path, part, snapshot.epoch, entry, progress)
+                )
+                if fresh is None:
+                    fresh = _build_part(self.storage.path, part, snapshot.epoch, settings, progress, capped=True)
+                written.append(fresh)
+            with self.storage.catalog.writing() as db:
+                # Who chose another kind meanwhile has the last word: what was written is an orphan then.
+                written = _enter(db, written) if read_setting(db) == (kind, config) else []
+        if written:
+            self.storage.collect_garbage()
+        end = time.monotonic()
+        self._not_before = end + (end - start) * (1 / share - 1)
+        return written
+
+
+def _stale(part: Part, entry: IndexEntry | None) -> bool:
+    if part.count < LEAST:
+        return False
+    return entry is None or abs(part.count - entry.items) > DRIFT * entry.items
 
 
 def _checked(kind: str, config: Mapping[str, Any]) -> Any:
@@ -270,22 +318,69 @@ def _checked(kind: str, config: Mapping[str, Any]) -> Any:
 
 
 def _build_part(
-    path: Path, part: Part, epoch: int, settings: Any, progress: Callable[[str], None] | None
+    path: Path, part: Part, epoch: int, settings: Any, progress: Callable[[str], None] | None, *, capped: bool
 ) -> IndexEntry:
-    def say(text: str) -> None:
-        if progress is not None:
-            progress(f"{text} ({part.count} items of {part.space.fingerprint[:12]})")
+    """Build the index of a part and write its file.
 
+    Args:
+        capped: The part is growing: it gets fewer lists than were asked for until there are items for them.
+    """
+    _say(progress, f"building {settings.kind}", part)
+    nums = part.nums
+    if settings.nlist is not None and capped:
+        settings = settings.model_copy(update={"nlist": min(settings.nlist, max(1, len(nums) // 39))})
     index = FaissIndex.build(settings)
-    say(f"building {settings.kind}")
-    vectors = part.vectors()
-    index.add(part.nums, vectors)
-    say("measuring recall")
-    index.search(np.asarray(vectors[:1], np.float32), 1)  # the first search chooses the effort
-    say("writing")
+    chosen = np.random.default_rng(settings.seed).choice(len(nums), index.sample_size(len(nums)), replace=False)
+    index.train(part.vectors_of(nums[np.sort(chosen)]), len(nums))
+    _fill(index, part, nums)
+    return _write(path, part, epoch, index, secrets.token_hex(4), progress)
+
+
+def _update_part(
+    path: Path, part: Part, epoch: int, entry: IndexEntry, progress: Callable[[str], None] | None
+) -> IndexEntry | None:
+    """Write the index of an entry once more, with the items of now; ``None`` where it has to be built anew."""
+    file = path / FOLDER / entry.file
+    if problem_of(file, entry) is not None or epoch <= entry.epoch:
+        return None
+    try:
+        index = FaissIndex.load(file)
+    except (CorruptionError, InputError, OSError, RuntimeError):  # RuntimeError: FAISS cannot read it
+        return None
+    gone = index.ids[~part.contains(index.ids)]
+    grown = index.kind == "ivf" and part.count > RETRAIN * index.trained_for
+    if grown or (index.kind == "hnsw" and len(gone) > DRIFT * len(index)):
+        return None
+    _say(progress, f"updating {entry.kind}", part)
+    if index.kind == "ivf":
+        index.remove(gone)
+    held = np.zeros(part.num_limit, bool)
+    held[index.ids] = True
+    nums = part.nums
+    _fill(index, part, nums[~held[nums]])
+    return _write(path, part, epoch, index, entry.training, progress)
+
+
+def _fill(index: FaissIndex, part: Part, nums: NDArray[np.int64]) -> None:
+    for start in range(0, len(nums), BLOCK):
+        block = nums[start : start + BLOCK]
+        index.add(block, part.vectors_of(block), distinct=True)
+
+
+def _say(progress: Callable[[str], None] | None, text: str, part: Part) -> None:
+    if progress is not None:
+        progress(f"{text} ({part.count} items of {part.space.fingerprint[:12]})")
+
+
+def _write(
+    path: Path, part: Part, epoch: int, index: FaissIndex, training: str, progress: Callable[[str], None] | None
+) -> IndexEntry:
+    _say(progress, "measuring recall", part)
+    index.measure()
+    _say(progress, "writing", part)
     # Never the name of an earlier file: who reads that one must not find another in its place.
     digest = sha256(part.space.fingerprint.encode()).hexdigest()[:16]
-    file = path / FOLDER / f"{digest}-{epoch}-{secrets.token_hex(4)}.faiss"
+    file = path / FOLDER / f"{digest}-{epoch}-{training}.faiss"
     try:
         index.save(file)
     except OSError as exc:
@@ -294,13 +389,16 @@ def _build_part(
         raise
     size, crc = _size_and_crc(file)
     return IndexEntry(
-        part.space.fingerprint, file.name, settings.kind, len(index), index.measured_recall, epoch, size, crc
+        part.space.fingerprint, file.name, index.kind, len(index), index.measured_recall, epoch, size, crc
     )
 
 
 @contextlib.contextmanager
-def _building(folder: Path) -> Iterator[None]:
+def _building(folder: Path, *, create: bool = True) -> Iterator[None]:
     """One process builds at a time; what others left unfinished may be removed whenever nobody does."""
+    if create:
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
     descriptor = os.open(folder / "build.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         try:
@@ -318,7 +416,7 @@ def collect_garbage(db: sqlite3.Connection, path: Path) -> list[str]:
     if _has_tables(db):
         db.execute("DELETE FROM index_file WHERE space NOT IN (SELECT space FROM segment)")
     removed = []
-    with contextlib.suppress(FileNotFoundError, GalleryLockedError), _building(path / FOLDER):
+    with contextlib.suppress(FileNotFoundError, GalleryLockedError), _building(path / FOLDER, create=False):
         for file in orphans(db, path):
             file.unlink(missing_ok=True)
             removed.append(file.name)

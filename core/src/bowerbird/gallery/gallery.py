@@ -476,9 +476,9 @@ class Gallery:
     def set_index(self, kind: str, *, progress: Callable[[str], None] | None = None, **config: Any) -> list[IndexEntry]:
         """Search this gallery exactly (the default), or through an approximate index, which is built now.
 
-        With ``ivf`` or ``hnsw`` a search may miss items; the distances of those it finds are exact. Items that come
-        later are searched exactly until ``build_index`` is called again. A search with ``where``, and one of a space
-        that lost more than 30 % of the indexed items (deleted, or moved by an upgrade), is exact.
+        With ``ivf`` or ``hnsw`` a search may miss items; the distances of those it finds are exact. The index of an
+        open gallery takes in what comes later by itself, a piece with each search; until then such items are searched
+        exactly, and so is a space that has no index yet (``tend_index`` builds it). A search with ``where`` is exact.
 
         Readers and writers go on while an index is built. Until it is complete the earlier state stays.
 
@@ -500,6 +500,24 @@ class Gallery:
     def build_index(self, *, progress: Callable[[str], None] | None = None) -> list[IndexEntry]:
         """Build the index again, over every item of now, with the settings of the last ``set_index``."""
         return self.storage.build_index(None, {}, progress)
+
+    def tend_index(
+        self, *, share: float = 0.03, progress: Callable[[str], None] | None = None
+    ) -> list[IndexEntry]:
+        """Bring the index files up to date where that is due: what a worker calls after each commit.
+
+        Due is a space of some thousand items that has no index, or whose number of items is a quarter away from what
+        its file holds. Files are updated, and built anew only where they have outgrown their training.
+
+        Args:
+            share: Share of this process' time, above 0 to 1, that may go into it: while the work of an earlier call was
+                more than that, nothing is done. 1: what is due is done now.
+
+        Returns:
+            The entries that were written; mostly none.
+        """
+        tend = getattr(self.storage, "tend_index", None)  # other stores keep their indexes themselves
+        return [] if tend is None else tend(share, progress)
 
     def index(self) -> dict[str, Any]:
         """Plain data: ``kind``, ``config``, and ``files`` with space, items, recall, epoch and path of each index."""

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bowerbird.gallery.ann import CoveredPart, IndexEntry
+from bowerbird.gallery.covered import CoveredPart, LiveIndex
 from bowerbird.gallery.part import Part
 from bowerbird.gallery.segments import Batch, MappedSegment
 from bowerbird.gallery.space import Relation, Space
 
 if TYPE_CHECKING:
+    from bowerbird.gallery.ann import IndexEntry
     from bowerbird.gallery.segments import SegmentInfo
     from bowerbird.retrieval.index import FaissIndex
 
@@ -80,7 +81,7 @@ class Snapshot:
         batches_of: Callable[[SegmentInfo], Sequence[Batch]],
         known_damage: Damage,
         indexes: Mapping[str, IndexEntry],
-        load_index: Callable[[IndexEntry], FaissIndex | None],
+        load_index: Callable[[IndexEntry], LiveIndex | None],
     ) -> None:
         self.epoch, self.live, self.num_limit, self.serving = epoch, live, num_limit, serving
         self.spaces, self.upgrade = spaces, upgrade
@@ -132,8 +133,9 @@ class Snapshot:
             return part
         with self._lock:
             if fingerprint not in self._covered:
-                index = self._load_index(entry)
-                covered = None if index is None or index.dim != part.space.dim else CoveredPart(part, index)
+                live = self._load_index(entry)
+                fits = live is not None and live.index.dim == part.space.dim
+                covered = CoveredPart(part, live, self.epoch) if live is not None and fits else None
                 self._covered[fingerprint] = covered if covered is not None and covered.usable else None
             return self._covered[fingerprint] or part
 

@@ -56,6 +56,7 @@ class Storage:
         self._mapped: dict[str, MappedSegment] = {}
         self._damage = Damage()
         self._indexes = ann.IndexCache(self.path)
+        self._tender = ann.Tender(self)
         self._snapshot_lock = threading.Lock()
         self._writers: dict[str, SegmentWriter] = {}
         self._append_lock = threading.RLock()
@@ -105,7 +106,7 @@ class Storage:
             self._writers.clear()
         self._snapshot = None
         self._mapped.clear()
-        self._indexes.keep(set())
+        self._indexes.keep(())
         self.catalog.close()
 
     @property
@@ -156,7 +157,7 @@ class Storage:
             known = np.concatenate([known, fresh.ravel()])
         self._tombstones = (epoch, known)
         self._mapped = {segment.info.sid: segment for segment in segments}
-        self._indexes.keep({entry.file for entry in indexes.values()})
+        self._indexes.keep(indexes.values())
         return Snapshot(
             epoch=epoch,
             live=live,
@@ -257,6 +258,9 @@ class Storage:
         self, kind: str | None, config: Mapping[str, Any], progress: Callable[[str], None] | None
     ) -> list[ann.IndexEntry]:
         return ann.build(self, kind, config, progress)
+
+    def tend_index(self, share: float, progress: Callable[[str], None] | None) -> list[ann.IndexEntry]:
+        return self._tender(share, progress)
 
     def index_status(self) -> dict[str, Any]:
         return ann.status(self)

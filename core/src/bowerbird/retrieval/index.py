@@ -456,6 +456,8 @@ class FaissIndex:
         self._index: Any = None
         self._on_gpu: Any = None
         self._measured_at = 0
+        self._trained_for = 0
+        self._effort_held = False
 
     @classmethod
     def build(cls, config: Any = None) -> Self:
@@ -475,20 +477,47 @@ class FaissIndex:
         """D; ``None`` while nothing was added."""
         return None if self._index is None else int(self._index.d)
 
-    def add(self, ids: ArrayLike, vectors: ArrayLike) -> None:
+    @property
+    def trained_for(self) -> int:
+        """For how many items the index was created; 0 before that."""
+        return self._trained_for
+
+    def train(self, sample: ArrayLike, count: int) -> None:
+        """Create the index for ``count`` vectors that will be added in pieces, of which ``sample`` (S, D) is typical.
+
+        Not needed where the first ``add`` brings enough vectors to be typical of the rest.
+
+        Raises:
+            InputError: Bad vectors, an index that has been created already, or fewer sample vectors than lists.
+        """
+        if self._index is not None:
+            raise InputError("this index has been trained already")
+        rows = np.ascontiguousarray(unit_rows(sample, what="sample"))
+        with _tuned(rows.shape[1], self.threads):
+            self._index = self._create(rows, count)
+
+    def sample_size(self, count: int) -> int:
+        """How many vectors ``train`` makes use of, for ``count`` to be added."""
+        return min(count, max(64 * self._lists_for(count), 4096))
+
+    def add(self, ids: ArrayLike, vectors: ArrayLike, *, distinct: bool = False) -> None:
         """Append ``vectors`` (N, D) under int64 ``ids`` (N,). The first call creates and trains the index.
+
+        Args:
+            distinct: The caller vouches that no id is given or stored twice; looking for that costs a sort of all ids.
 
         Raises:
             InputError: Bad vectors or repeated ids.
         """
         rows = np.ascontiguousarray(unit_rows(vectors, dim=self.dim))
         new = _checked_ids(ids, len(rows))
-        _refuse_duplicates(self._ids, new)
+        if not distinct:
+            _refuse_duplicates(self._ids, new)
         if not len(rows):
             return
         with _tuned(rows.shape[1], self.threads):
             if self._index is None:
-                self._index = self._create(rows)
+                self._index = self._create(rows, len(rows))
             self._keep_sample(rows)
             if self.kind == "ivf":  # rows keep their numbers when others are removed
                 self._index.add_with_ids(rows, np.arange(len(self._ids), len(self._ids) + len(rows)))
@@ -513,12 +542,28 @@ class FaissIndex:
             self._ids, self._index, self._measured_at = np.empty(0, np.int64), None, 0
             self.add(kept, rows)
             return count
-        self._index.remove_ids(np.flatnonzero(gone))
-        if self.kind == "flat":
-            self._ids = self._ids[~gone]
-        else:
-            self._ids[gone] = PAD_ID
+        bits = np.packbits(gone, bitorder="little")
+        faiss = load_faiss()
+        self._index.remove_ids(faiss.IDSelectorBitmap(len(gone), faiss.swig_ptr(bits)))
+        self._ids = self._ids[~gone] if self.kind == "flat" else np.where(gone, PAD_ID, self._ids)
         return count
+
+    def measure(self) -> None:
+        """Choose the effort for the items of now, and measure the recall, instead of at the next search."""
+        self._choose_effort()
+
+    @property
+    def effort(self) -> int | None:
+        """``nprobe`` or ``ef_search`` as it is now; ``None`` for ``flat``, and before anything was added."""
+        if self.kind == "flat" or self._index is None:
+            return None
+        return int(self._index.nprobe if self.kind == "ivf" else self._index.hnsw.efSearch)
+
+    def hold_effort(self, effort: int | None = None) -> None:
+        """From now on search with this effort (default: the present one), however the index grows."""
+        self._effort_held = True
+        if effort is not None:
+            self._set_effort(effort)
 
     def search(self, queries: ArrayLike, k: int = 10) -> Hits:
         """The k nearest items of ``queries`` (Q, D) or (D,); approximate for ``ivf`` and ``hnsw``."""
@@ -526,7 +571,7 @@ class FaissIndex:
         if self._index is None:
             return _no_hits(queries, k)
         batch, single = _as_batch(queries, self.dim)
-        if self._measured_at * 2 <= len(self) and len(self):
+        if not self._effort_held and self._measured_at * 2 <= len(self) and len(self):
             self._choose_effort()
         scores, rows = self._raw_search(np.ascontiguousarray(batch), min(k + 1, max(len(self), 1)))
         ids = np.where(rows >= 0, self._ids[rows], PAD_ID) if len(self) else np.full_like(rows, PAD_ID)
@@ -567,6 +612,8 @@ class FaissIndex:
             "dim": self.dim or 0,
             "settings": settings,
             "measured": [self._measured_at, self.measured_recall],
+            "effort": self.effort,
+            "trained_for": self._trained_for,
             "rows": len(self._ids),
             "sample": 0 if self._sample is None else len(self._sample),
         }
@@ -590,19 +637,27 @@ class FaissIndex:
                 faiss = load_faiss()
                 index._index = faiss.read_index(faiss.PyCallbackIOReader(stream.read))
                 index._measured_at, index.measured_recall = header["measured"]
+                index._trained_for = header.get("trained_for", index._measured_at)
             return index
 
     # -------------------------------------------------------------------------------------------- inside
 
-    def _create(self, rows: NDArray[np.float32]) -> Any:
+    def _lists_for(self, count: int) -> int:
+        if self.kind != "ivf" or not count:
+            return 1
+        return self.nlist or min(2 ** round(np.log2(np.sqrt(count))), max(1, count // 39))
+
+    def _create(self, rows: NDArray[np.float32], count: int) -> Any:
+        """An empty index for ``count`` vectors, trained on (some of) ``rows``."""
         faiss, (n, dim) = load_faiss(), rows.shape
+        self._trained_for = count
         if self.kind == "flat":
             return faiss.IndexFlatIP(dim)
         if self.kind == "hnsw":
             graph = faiss.IndexHNSWFlat(dim, self.m, faiss.METRIC_INNER_PRODUCT)
             graph.hnsw.efConstruction = self.ef_construction
             return graph
-        nlist = self.nlist or min(2 ** round(np.log2(np.sqrt(n))), max(1, n // 39))
+        nlist = self._lists_for(count)
         if nlist > n:
             raise InputError(f"nlist {nlist} needs at least as many vectors in the first add; got {n}.")
         lists = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, nlist, faiss.METRIC_INNER_PRODUCT)
@@ -610,7 +665,7 @@ class FaissIndex:
             1  # the default nlist keeps to FAISS' 39; a chosen one is the user's business
         )
         lists.cp.seed = self.seed + 1
-        sample = np.random.default_rng(self.seed).permutation(n)[: max(64 * nlist, 4096)]
+        sample = np.random.default_rng(self.seed).permutation(n)[: self.sample_size(count)]
         lists.train(rows[np.sort(sample)])
         return lists
 
@@ -753,6 +808,33 @@ def _index_file(path: str | Path, header: dict[str, Any]) -> Iterator[Any]:
         os.close(folder)
 
 
+def saved_effort(path: str | Path) -> int | None:
+    """``nprobe`` or ``ef_search`` of a saved index, from its header alone; ``None`` where it was not noted.
+
+    Raises:
+        InputError: There is no such file.
+        CorruptionError: Its header is damaged.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"there is no index file {path}.")
+    with path.open("rb") as stream:
+        return _header(path, stream).get("effort")
+
+
+def _header(path: Path, stream: IO[bytes]) -> dict[str, Any]:
+    start = stream.read(HEADER_BYTES)
+    if not start.startswith(MAGIC) or len(start) < HEADER_BYTES:
+        raise CorruptionError(f"{path} is not an index file of Bowerbird, or its beginning is damaged. Build it again.")
+    try:
+        header = json.loads(start[len(MAGIC) :])
+    except ValueError as error:
+        raise CorruptionError(f"the header of the index file {path} is damaged. Build it again.") from error
+    if header["format"] > FORMAT:
+        raise InputError(f"{path} has index format {header['format']}; this version reads up to {FORMAT}. Upgrade it.")
+    return header
+
+
 @contextlib.contextmanager
 def _read_index(path: str | Path, kinds: Sequence[str]) -> Iterator[tuple[dict[str, Any], IO[bytes]]]:
     """The header and the stream behind it, after the checksum was verified."""
@@ -760,19 +842,7 @@ def _read_index(path: str | Path, kinds: Sequence[str]) -> Iterator[tuple[dict[s
     if not path.is_file():
         raise InputError(f"there is no index file {path}.")
     with path.open("rb") as stream:
-        start = stream.read(HEADER_BYTES)
-        if not start.startswith(MAGIC) or len(start) < HEADER_BYTES:
-            raise CorruptionError(
-                f"{path} is not an index file of Bowerbird, or its beginning is damaged. Build it again."
-            )
-        try:
-            header = json.loads(start[len(MAGIC) :])
-        except ValueError as error:
-            raise CorruptionError(f"the header of the index file {path} is damaged. Build it again.") from error
-        if header["format"] > FORMAT:
-            raise InputError(
-                f"{path} has index format {header['format']}; this version reads up to {FORMAT}. Upgrade it."
-            )
+        header = _header(path, stream)
         checksum, size = 0, 0
         while data := stream.read(2**22):
             checksum, size = zlib.crc32(data, checksum), size + len(data)
