@@ -43,7 +43,8 @@ NETWORK_FILE_SYSTEMS = {
 # the epoch that made them visible.
 # tombstone: numbers that no reader of that epoch or later may see. pending: live items without a vector of the serving
 # space.
-# upgrade.state: running | paused | finished | rolled-back. task.state: free | leased | done | failed; [lo, hi) of the
+# upgrade.state: running | paused | covered (another one is on top of it) | finished | superseded (one on top of it
+# finished) | rolled-back. task.state: free | leased | done | failed; [lo, hi) of the
 # plan.
 SCHEMA = """
 CREATE TABLE head(one INTEGER PRIMARY KEY CHECK(one = 1), epoch INTEGER NOT NULL, live INTEGER NOT NULL,

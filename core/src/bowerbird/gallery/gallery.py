@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from bowerbird.errors import CorruptionError, InputError, SpaceError, UnknownNameError
 from bowerbird.gallery.merge import merge_by_distance, merge_many
+from bowerbird.gallery.routing import find_route, what_is_missing
 from bowerbird.gallery.space import Item, Relation, Space
 from bowerbird.gallery.storage import Storage
 from bowerbird.gallery.store import Store
@@ -43,11 +44,12 @@ class SearchResult:
     Attributes:
         ids: Q lists of at most k item ids.
         distances: float32 ``(Q, k)``, ``1 - cosine``; ``inf`` beyond the end of a list.
-        sides: int8 ``(Q, k)``: 0 where the hit was found by its old vector, 1 by its new one, -1 beyond the end of a
-            list.
-            Outside upgrades every hit is on side 1.
+        sides: int8 ``(Q, k)``: 1 where the hit was found in the newest space, 0 where in an older one, -1 beyond the
+            end of a list. Outside upgrades every hit is on side 1.
         nums: int64 ``(Q, k)`` item numbers, -1 beyond the end of a list.
         epoch: Of the snapshot that was searched.
+        parts: int8 ``(Q, k)``: position in ``spaces`` of the space in which the hit was found, -1 beyond the end.
+        spaces: Fingerprints of the spaces that were searched, the oldest first.
     """
 
     ids: list[list[str]]
@@ -55,6 +57,8 @@ class SearchResult:
     sides: NDArray[np.int8]
     nums: NDArray[np.int64]
     epoch: int
+    parts: NDArray[np.int8]
+    spaces: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -359,20 +363,20 @@ class Gallery:
     ) -> SearchResult:
         """The ``k`` nearest items; exact unless ``set_index`` chose an approximate index.
 
-        During an upgrade the gallery has two disjoint parts; each is searched with the queries given for its space and
-        the hits are merged. With no item migrated the result is bit for bit that of the old gallery, with all of them
-        that of a gallery built from the new vectors.
+        During an upgrade the gallery has two disjoint parts, more where upgrades stack; each is searched with queries
+        of its space and the hits are merged. With no item migrated the result is bit for bit that of the old gallery,
+        with all of them that of a gallery built from the new vectors.
 
         Args:
             queries: ``(Q, D)`` or ``(D,)`` vectors of the serving space; or ``{fingerprint: (Q, D)}``, which an
                 upgrade needs.
-                A part whose space is not given is searched with queries of a space that is registered as compatible
-                with it.
+                A part whose space is not given is searched with queries that registered relations lead to it
+                (``bowerbird.gallery.routing``): mapped by transforms, or as they are where spaces are compatible.
             k: At least 1.
             where: ``{"key": value}`` or ``{"key": [values]}`` on the metadata; all must hold. The ``k`` nearest among
                 the items
-                that match, on both sides of an upgrade.
-            merger: Joins the two lists; default: the one that the upgrade was begun with.
+                that match, in every part.
+            merger: Joins the lists; default: the one that the upgrade was begun with.
             snapshot: Search this earlier snapshot instead of the newest state.
 
         Raises:
@@ -387,28 +391,28 @@ class Gallery:
         given = self._queries(snapshot, queries)
         allowed = None if not where else self.storage.allowed(snapshot, where)
         count = len(next(iter(given.values())))
-        parts = [part for part in snapshot.parts if part.count]
-        sides = [0 if part is snapshot.old else 1 for part in parts]
+        parts = [part for part in snapshot.served_parts if part.count]
         # An empty part needs no queries, but what was given for it was checked all the same.
-        hits = [snapshot.searcher(part).search(self._queries_for(part, given), k, allowed) for part in parts]
+        queries_of = [self._queries_for(part, given, snapshot) for part in parts]
+        hits = [snapshot.searcher(part).search(rows, k, allowed) for part, rows in zip(parts, queries_of, strict=True)]
         if not hits:
             merged = Hits(np.full((count, k), -1, np.int64), np.full((count, k), np.inf, np.float32))
-            side = np.full((count, k), -1, np.int8)
         elif len(hits) == 1:
             merged = hits[0]
-            side = np.where(merged.ids < 0, -1, sides[0]).astype(np.int8)
         else:
             assert snapshot.upgrade is not None
             merge = merger or self._merger(snapshot.upgrade.merger)
             wanted = getattr(merge, "background_items", 0)
-            samples = [part.background(self._queries_for(part, given), wanted) for part in parts] if wanted else None
+            samples = (
+                [part.background(rows, wanted) for part, rows in zip(parts, queries_of, strict=True)]
+                if wanted
+                else None
+            )
             counts = None
             if getattr(merge, "needs_counts", False):
                 counts = [part.count if allowed is None else int(allowed[part.nums].sum()) for part in parts]
             merged = merge_many(merge, hits, k, background=samples, counts=counts)
-            is_new = snapshot.new.contains(np.maximum(merged.ids, 0))
-            side = np.where(merged.ids < 0, -1, is_new).astype(np.int8)
-        return self._named(snapshot, merged, side)
+        return self._named(snapshot, merged, parts)
 
     def _queries(self, snapshot: Snapshot, queries: Any) -> dict[str, NDArray[np.float32]]:
         if not isinstance(queries, Mapping):
@@ -435,18 +439,33 @@ class Gallery:
             )
         return given
 
-    def _queries_for(self, part: Part, given: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:
-        if part.space.fingerprint in given:
-            return given[part.space.fingerprint]
-        for fingerprint, rows in given.items():
-            if rows.shape[1] == part.space.dim and self.compatible(fingerprint, part.space.fingerprint):
-                return rows
-        raise SpaceError(
-            f"{part.count} items are in space {part.space}, and the queries are of "
-            f"{', '.join(name[:12] for name in given)}, which is "
-            "not registered as compatible with it. Give queries of that space too, or search with images through "
-            "`bowerbird upgrade serve`."
-        )
+    def _queries_for(
+        self, part: Part, given: Mapping[str, NDArray[np.float32]], snapshot: Snapshot
+    ) -> NDArray[np.float32]:
+        space = part.space.fingerprint
+        if space in given:
+            return given[space]
+        routed = self.route_queries(given, space, snapshot)
+        if routed is None:
+            raise SpaceError(what_is_missing(given, space, part.count, snapshot.spaces))
+        return routed
+
+    def route_queries(
+        self, queries: Mapping[str, Any], target: str, snapshot: Snapshot | None = None
+    ) -> NDArray[np.float32] | None:
+        """float32 ``(Q, D)`` query vectors with which the space ``target`` can be searched, made from those given.
+
+        Args:
+            queries: ``{fingerprint: (Q, D) unit rows}``; the cheapest route of registered relations is taken.
+
+        Returns:
+            ``None`` where no relation leads from a given space to ``target``.
+        """
+        snapshot = snapshot or self.snapshot()
+        route = find_route(queries, target, snapshot.relations, snapshot.spaces)
+        if route is None:
+            return None
+        return route.apply(np.asarray(queries[route.source], np.float32), snapshot.spaces, self._transform)
 
     def _merger(self, name: str) -> Merger:
         if name not in self._mergers:
@@ -456,11 +475,17 @@ class Gallery:
             self._mergers[name] = registry.load(registry.get("retriever", name, role="merger"))
         return self._mergers[name]
 
-    def _named(self, snapshot: Snapshot, hits: Hits, side: NDArray[np.int8]) -> SearchResult:
+    def _named(self, snapshot: Snapshot, hits: Hits, parts: Sequence[Part]) -> SearchResult:
         real = hits.ids >= 0
         names = self.storage.names(hits.ids[real].tolist())
         ids = [[names[num] for num in row[good].tolist()] for row, good in zip(hits.ids, real, strict=True)]
-        return SearchResult(ids, hits.distances, side, hits.ids, snapshot.epoch)
+        found_in = np.where(real, 0, -1).astype(np.int8)
+        for number, part in enumerate(parts[1:], 1):
+            found_in[part.contains(np.maximum(hits.ids, 0)) & real] = number
+        spaces = tuple(part.space.fingerprint for part in parts)
+        newest = len(parts) - 1 if spaces and spaces[-1] == snapshot.write_space.fingerprint else len(parts)
+        sides = np.where(real, found_in == newest, -1).astype(np.int8)
+        return SearchResult(ids, hits.distances, sides, hits.ids, snapshot.epoch, found_in, spaces)
 
     def _part(self, snapshot: Snapshot, fingerprint: str) -> Part:
         part = snapshot.part_of(fingerprint)
@@ -501,9 +526,7 @@ class Gallery:
         """Build the index again, over every item of now, with the settings of the last ``set_index``."""
         return self.storage.build_index(None, {}, progress)
 
-    def tend_index(
-        self, *, share: float = 0.03, progress: Callable[[str], None] | None = None
-    ) -> list[IndexEntry]:
+    def tend_index(self, *, share: float = 0.03, progress: Callable[[str], None] | None = None) -> list[IndexEntry]:
         """Bring the index files up to date where that is due: what a worker calls after each commit.
 
         Due is a space of some thousand items that has no index, or whose number of items is a quarter away from what

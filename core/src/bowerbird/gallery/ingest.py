@@ -87,9 +87,8 @@ def add_items(
 def _target(snapshot: Snapshot, space: str | None) -> Space:
     if space is None:
         return snapshot.write_space
-    served = {snapshot.write_space.fingerprint, snapshot.serving}
-    if space not in served:
-        known = ", ".join(str(snapshot.spaces[name]) for name in sorted(served))
+    if space not in snapshot.stack:
+        known = ", ".join(str(snapshot.spaces[name]) for name in snapshot.stack)
         raise SpaceError(f"items cannot be added in space {space[:12]!r}; this gallery takes vectors of {known}")
     return snapshot.spaces[space]
 
@@ -235,7 +234,7 @@ def compact(storage: Storage) -> int:
         part = snapshot.new
         storage.refuse_unreadable(snapshot)
         rows = sum(segment.rows for segment in snapshot.segments)
-        writer, batches = storage.write_packed(part.space, np.sort(part.nums), snapshot)
+        writer, batches = storage.write_packed(part, np.sort(part.nums))
         with storage.catalog.writing() as db:
             epoch = db.execute("UPDATE head SET epoch = epoch + 1 RETURNING epoch").fetchone()[0]
             db.execute("DELETE FROM batch")

@@ -64,7 +64,9 @@ class Snapshot(Protocol):
     num_limit: int  # every item number is below
     serving: str
     spaces: Mapping[str, Space]
-    upgrade: UpgradeState | None
+    upgrades: tuple[UpgradeState, ...]  # under way, each on top of the one before it
+    upgrade: UpgradeState | None  # the topmost one
+    stack: tuple[str, ...]  # fingerprints of the spaces of `parts`; the serving one alone outside upgrades
     relations: tuple[Relation, ...]
     problems: list[str]
 
@@ -75,7 +77,13 @@ class Snapshot(Protocol):
     @property
     def new(self) -> Any: ...
     @property
+    def olds(self) -> tuple[Any, ...]: ...
+    @property
     def parts(self) -> tuple[Any, ...]: ...
+    @property
+    def served_parts(self) -> tuple[Any, ...]:
+        """``parts``; where the upgrade has the setting ``switches_at_end``, new vectors are shown only at its end."""
+
     def part_of(self, fingerprint: str) -> Any: ...
     def searcher(self, part: Any) -> Any:
         """What searches ``part``: itself, or its approximate index."""
@@ -157,6 +165,7 @@ class StoreLike(Protocol):
         merger: str = "core:distance",
         task_items: int = 1000,
         settings: Mapping[str, Any] | None = None,
+        on_top: bool = False,  # refused by a store without the feature "sequences"
     ) -> UpgradeState: ...
     def lease_task(self, owner: str, lease_s: float = 300.0) -> Task | None: ...
     def renew(self, task: Task, lease_s: float = 300.0) -> None: ...

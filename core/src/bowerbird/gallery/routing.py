@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from bowerbird.gallery.space import Relation, Space
 from bowerbird.gallery.transform import VectorTransform
 
-TransformOf = Callable[[str, str], VectorTransform]
+TransformOf = Callable[[Relation], VectorTransform]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Route:
         """float32 ``(Q, D of the target)`` unit rows from unit rows of the source space."""
         for hop in self.hops:
             if hop.kind == "transform":
-                queries = transform_of(hop.new, hop.old)(queries)
+                queries = transform_of(hop)(queries)
             else:
                 queries = match_width(queries, spaces[hop.old].dim)
         return queries

@@ -1,8 +1,8 @@
 """What a reader sees: one epoch of a gallery, immutable, however much is written meanwhile.
 
-Which items are old and which are new is decided here, once, from committed rows: an item that has a committed row of
-the new space is new, every other live item is old. The two parts are disjoint by construction, whatever an index or a
-plan says.
+In which space an item is searched is decided here, once, from committed rows: in the newest space of the upgrades
+under way in which it has a row. Upgrades stack (v1 -> v2 under way, v3 on top), so that there may be more than two
+parts. They are disjoint by construction, whatever an index or a plan says.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +25,6 @@ from bowerbird.gallery.space import Relation, Space
 if TYPE_CHECKING:
     from bowerbird.gallery.ann import IndexEntry
     from bowerbird.gallery.segments import SegmentInfo
-    from bowerbird.retrieval.index import FaissIndex
 
 
 class CorruptionWarning(UserWarning):
@@ -33,10 +33,10 @@ class CorruptionWarning(UserWarning):
 
 @dataclass(frozen=True)
 class UpgradeState:
-    """The upgrade that is under way.
+    """An upgrade that is under way.
 
     Attributes:
-        state: ``running`` or ``paused``.
+        state: ``running``, ``paused``, or ``covered`` by another one on top of it, which alone gives out tasks.
         old, new: Fingerprints of the two spaces.
         settings: Whatever ``begin_upgrade`` was given to remember.
         plan_rows: Items queued so far, edits included.
@@ -60,8 +60,9 @@ class Snapshot:
     Attributes:
         epoch: Number of the last commit that it contains.
         live: Items in it, those without a vector included.
-        serving: Fingerprint of the space that serves outside upgrades (during one: the old space).
-        upgrade: The upgrade under way, or ``None``.
+        serving: Fingerprint of the space that serves outside upgrades (during some: the oldest space).
+        upgrades: The upgrades under way, the first begun first; each is on top of the one before it.
+        relations: The registered relations between spaces.
         indexes: Fingerprint -> the approximate index of that space.
         problems: Damaged rows found so far.
     """
@@ -74,7 +75,7 @@ class Snapshot:
         num_limit: int,
         serving: str,
         spaces: dict[str, Space],
-        upgrade: UpgradeState | None,
+        upgrades: Sequence[UpgradeState],
         relations: Sequence[Relation],
         segments: Sequence[MappedSegment],
         tombstones: NDArray[np.int64],
@@ -84,7 +85,7 @@ class Snapshot:
         load_index: Callable[[IndexEntry], LiveIndex | None],
     ) -> None:
         self.epoch, self.live, self.num_limit, self.serving = epoch, live, num_limit, serving
-        self.spaces, self.upgrade = spaces, upgrade
+        self.spaces, self.upgrades = spaces, tuple(upgrades)
         self.relations = tuple(relations)
         self.segments = tuple(segments)
         self.tombstones = tombstones
@@ -92,87 +93,123 @@ class Snapshot:
         self._damage = known_damage
         self.indexes = indexes
         self._load_index = load_index
-        self._covered: dict[str, CoveredPart | None] = {}
-        self._lock = threading.Lock()
-        self._parts: tuple[Part, Part] | None = None
+        self._searchers: dict[int, tuple[Part, Part | CoveredPart]] = {}
+        self._lock = threading.RLock()
+        self._readable: dict[str, NDArray[np.bool_] | None] | None = None
         self.problems: list[str] = [segment.problem for segment in segments if segment.problem]
 
     @property
-    def write_space(self) -> Space:
-        """Where new items go: the new space during an upgrade, the serving space otherwise."""
-        return self.spaces[self.upgrade.new if self.upgrade else self.serving]
+    def upgrade(self) -> UpgradeState | None:
+        """The upgrade that workers move items for: the one on top of all others. ``None`` outside upgrades."""
+        return self.upgrades[-1] if self.upgrades else None
 
     @property
-    def old(self) -> Part:
-        """Items that are searched in the old space; empty outside upgrades."""
-        return self.parts[0]
+    def stack(self) -> tuple[str, ...]:
+        """Fingerprints of the spaces of ``parts``, the oldest first; the serving space alone outside upgrades."""
+        return (self.serving, *(upgrade.new for upgrade in self.upgrades))
+
+    @property
+    def write_space(self) -> Space:
+        """Where new items go: the newest space of the upgrades under way, the serving space otherwise."""
+        return self.spaces[self.stack[-1]]
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The live items by the space in which they are searched, the oldest space first; one part outside upgrades."""
+        return self._parts
+
+    @cached_property
+    def _parts(self) -> tuple[Part, ...]:
+        divided = self._divide(self.stack[::-1])
+        return tuple(divided[fingerprint] for fingerprint in self.stack)
 
     @property
     def new(self) -> Part:
-        """Items that are searched in the new space; outside upgrades every item."""
-        return self.parts[1]
+        """Items that are searched in the space that is written; outside upgrades every item."""
+        return self.parts[-1]
 
     @property
-    def parts(self) -> tuple[Part, Part]:
-        with self._lock:
-            if self._parts is None:
-                self._parts = self._divide()
-            return self._parts
+    def olds(self) -> tuple[Part, ...]:
+        """The parts of all older spaces, the oldest first; none outside upgrades."""
+        return self.parts[:-1]
+
+    @property
+    def old(self) -> Part:
+        """Items of the space that the topmost upgrade comes from; empty outside upgrades."""
+        return self.parts[-2] if self.upgrades else Part(self.write_space, (), self.num_limit)
+
+    @cached_property
+    def served_parts(self) -> tuple[Part, ...]:
+        """The parts that searches look at: ``parts``, but for an upgrade that switches only at its end.
+
+        Such a one (setting ``switches_at_end``) shows the vector of an older space where an item has one, until no
+        item is left that has no new vector.
+        """
+        switches = self.upgrade is not None and self.upgrade.settings.get("switches_at_end")
+        if not switches or not any(part.count for part in self.olds):
+            return self.parts
+        divided = self._divide((*self.stack[-2::-1], self.stack[-1]))
+        return tuple(divided[fingerprint] for fingerprint in self.stack)
 
     def part_of(self, fingerprint: str) -> Part | None:
-        for part in reversed(self.parts):  # outside upgrades the old part is empty and names the same space
-            if part.space.fingerprint == fingerprint:
-                return part
-        return None
+        """The items that are searched in a space."""
+        return next((part for part in self.parts if part.space.fingerprint == fingerprint), None)
+
+    def rows_of(self, fingerprint: str) -> Part:
+        """Every live item with a readable vector in a space, also those that are searched in a newer one."""
+        return self._divide((fingerprint,))[fingerprint]
 
     def searcher(self, part: Part) -> Part | CoveredPart:
         """What searches ``part``: its approximate index where the gallery has a usable one, else the part, exactly."""
-        fingerprint = part.space.fingerprint
-        entry = self.indexes.get(fingerprint)
+        entry = self.indexes.get(part.space.fingerprint)
         if entry is None:
             return part
         with self._lock:
-            if fingerprint not in self._covered:
+            if id(part) not in self._searchers:
                 live = self._load_index(entry)
                 fits = live is not None and live.index.dim == part.space.dim
                 covered = CoveredPart(part, live, self.epoch) if live is not None and fits else None
-                self._covered[fingerprint] = covered if covered is not None and covered.usable else None
-            return self._covered[fingerprint] or part
+                self._searchers[id(part)] = part, covered if covered is not None and covered.usable else part
+            return self._searchers[id(part)][1]
 
-    def _divide(self) -> tuple[Part, Part]:
-        space_new = self.write_space
-        space_old = self.spaces[self.upgrade.old] if self.upgrade else space_new
-        readable = {segment.info.sid: self._readable(segment) for segment in self.segments}
-        if self.problems:
-            warnings.warn(
-                f"damaged rows are left out of this gallery: {'; '.join(self.problems[:3])}. Run `bowerbird gallery "
-                "verify`.",
-                CorruptionWarning,
-                stacklevel=2,
-            )
-        gone = np.zeros(self.num_limit, bool)
-        gone[self.tombstones] = True
-        nothing_gone = not len(self.tombstones)
-        new, old = [], []
-        migrated = gone.copy()
-        for segment in self.segments:
-            if segment.info.space == space_new.fingerprint:
+    def _divide(self, claims: Sequence[str]) -> dict[str, Part]:
+        """The live items by space: each in the first space of ``claims`` in which it has a readable row."""
+        readable = self._readable_rows()
+        taken = np.zeros(self.num_limit, bool)
+        taken[self.tombstones] = True
+        untouched = not len(self.tombstones)
+        divided = {}
+        for fingerprint in claims:
+            segments = [segment for segment in self.segments if segment.info.space == fingerprint]
+            chosen = []
+            for segment in segments:
                 intact = readable[segment.info.sid]
-                live = None if nothing_gone else ~gone[segment.nums]
+                live = None if untouched else ~taken[segment.nums]
                 if intact is not None:
                     live = intact if live is None else live & intact
-                new.append((segment, live))
-                if self.upgrade:
-                    migrated[segment.nums if intact is None else segment.nums[intact]] = True
-        if self.upgrade:
-            for segment in self.segments:
-                if segment.info.space == space_old.fingerprint:
+                chosen.append((segment, live))
+            divided[fingerprint] = Part(self.spaces[fingerprint], tuple(chosen), self.num_limit)
+            if fingerprint != claims[-1]:
+                untouched = False
+                for segment in segments:
                     intact = readable[segment.info.sid]
-                    live = ~migrated[segment.nums]
-                    old.append((segment, live if intact is None else live & intact))
-        return Part(space_old, tuple(old), self.num_limit), Part(space_new, tuple(new), self.num_limit)
+                    taken[segment.nums if intact is None else segment.nums[intact]] = True
+        return divided
 
-    def _readable(self, segment: MappedSegment) -> NDArray[np.bool_] | None:
+    def _readable_rows(self) -> dict[str, NDArray[np.bool_] | None]:
+        with self._lock:
+            if self._readable is None:
+                self._readable = {segment.info.sid: self._intact(segment) for segment in self.segments}
+                if self.problems:
+                    warnings.warn(
+                        f"damaged rows are left out of this gallery: {'; '.join(self.problems[:3])}. Run `bowerbird "
+                        "gallery verify`.",
+                        CorruptionWarning,
+                        stacklevel=2,
+                    )
+            return self._readable
+
+    def _intact(self, segment: MappedSegment) -> NDArray[np.bool_] | None:
         """Rows whose checksums hold, ``None`` = all. Every batch is checked once per process, when it is first used."""
         damaged, problems = self._damage.of(segment, self._batches_of)
         self.problems.extend(problem for problem in problems if problem not in self.problems)

@@ -23,6 +23,7 @@ from bowerbird.errors import CorruptionError, GalleryError, InputError, SpaceErr
 from bowerbird.files import write_atomically
 from bowerbird.gallery import ann, ingest
 from bowerbird.gallery.catalog import DISK_FULL, Catalog, create_catalog, says_full
+from bowerbird.gallery.part import Part
 from bowerbird.gallery.segments import (
     Batch,
     MappedSegment,
@@ -44,7 +45,7 @@ COPY_ROWS = 65_536
 class Storage:
     """An open gallery folder. Thread-safe; not usable across ``fork``."""
 
-    features = frozenset({"index", "rollback", "where"})
+    features = frozenset({"index", "rollback", "sequences", "where"})
 
     def __init__(self, path: str | Path, *, readonly: bool = False, lock_timeout: float = 10.0) -> None:
         self.path = Path(path)
@@ -140,7 +141,7 @@ class Storage:
                 spaces = {
                     row[0]: Space(*row) for row in db.execute("SELECT fingerprint, encoder, dim, metric FROM space")
                 }
-                upgrade = active_upgrade(db)
+                upgrades = active_upgrades(db)
                 relations = read_relations(db)
                 indexes = ann.read_entries(db)
                 infos = [
@@ -164,7 +165,7 @@ class Storage:
             num_limit=num_limit,
             serving=serving,
             spaces=spaces,
-            upgrade=upgrade,
+            upgrades=upgrades,
             relations=relations,
             segments=segments,
             tombstones=known,
@@ -448,17 +449,14 @@ class Storage:
                 "or delete them first."
             )
 
-    def write_packed(
-        self, space: Space, nums: NDArray[np.int64], snapshot: Snapshot
-    ) -> tuple[SegmentWriter, list[Batch]]:
-        """Write the vectors of ``nums`` into a new segment, in that order and durable; the caller commits it."""
-        part = snapshot.part_of(space.fingerprint)
+    def write_packed(self, part: Part, nums: NDArray[np.int64]) -> tuple[SegmentWriter, list[Batch]]:
+        """Write the vectors of items of ``part`` into a new segment, in the order of ``nums`` and durable; the caller
+        commits it."""
         with self.catalog.reading() as db:
             dtype = db.execute("SELECT dtype FROM head").fetchone()[0]
-        writer = SegmentWriter.new(self.segment_folder, space.fingerprint, dtype, space.dim)
+        writer = SegmentWriter.new(self.segment_folder, part.space.fingerprint, dtype, part.space.dim)
         try:
             for start in range(0, len(nums), COPY_ROWS):
-                assert part is not None
                 block = nums[start : start + COPY_ROWS]
                 writer.append(part.vectors_of(block), block)
             return writer, writer.sync()
@@ -492,15 +490,19 @@ def refuse_occupied(path: Path) -> None:
         )
 
 
-def active_upgrade(db: sqlite3.Connection) -> UpgradeState | None:
-    row = db.execute(
+def active_upgrades(db: sqlite3.Connection) -> list[UpgradeState]:
+    """The upgrades under way, each on top of the one before it."""
+    rows = db.execute(
         "SELECT id, old, new, state, strategy, merger, order_name, plan_rows, settings, started_at FROM upgrade "
-        "WHERE state IN ('running', 'paused')"
-    ).fetchone()
-    if row is None:
-        return None
-    number, old, new, state, strategy, merger, order, plan_rows, settings, started_at = row
-    return UpgradeState(number, old, new, state, strategy, merger, order, plan_rows, json.loads(settings), started_at)
+        "WHERE state IN ('running', 'paused', 'covered') ORDER BY id"
+    ).fetchall()
+    return [UpgradeState(*row[:8], json.loads(row[8]), row[9]) for row in rows]
+
+
+def active_upgrade(db: sqlite3.Connection) -> UpgradeState | None:
+    """The topmost upgrade under way."""
+    upgrades = active_upgrades(db)
+    return upgrades[-1] if upgrades else None
 
 
 def read_relations(db: sqlite3.Connection) -> list[Relation]:

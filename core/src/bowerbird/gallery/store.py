@@ -3,10 +3,15 @@
 An upgrade moves items from the old space to the new one in tasks. A worker leases a task, encodes its items and commits
 their vectors with the task's fencing token; a worker that was too slow, or was declared dead, is refused at the commit.
 Workers share a gallery with each other, with readers and with ingest, and each appends to a segment of its own.
+
+Upgrades stack: while v1 -> v2 is under way, v2 -> v3 may be begun on top of it. Only the topmost one gives out tasks;
+it moves every item, wherever it is, to the newest space. Rolling it back uncovers the one below, as it was; finishing
+it ends them all.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -20,16 +25,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bowerbird.errors import InputError, UpgradeError
+from bowerbird.errors import CorruptionError, InputError, UpgradeError
 from bowerbird.gallery import ingest
 from bowerbird.gallery.catalog import DISK_FULL, disk_full
-from bowerbird.gallery.segments import IDS, SegmentInfo, crc_of, sync_folder
+from bowerbird.gallery.segments import IDS, Batch, SegmentInfo, SegmentWriter, crc_of, sync_folder
 from bowerbird.gallery.snapshot import Snapshot, UpgradeState
 from bowerbird.gallery.space import Item, Space
 from bowerbird.gallery.storage import (
     Storage,
     abandon,
     active_upgrade,
+    active_upgrades,
     check_same_space,
     insert_space,
     item_of_row,
@@ -131,7 +137,7 @@ class Store:
             self.storage.append_rows(snapshot.spaces[snapshot.serving], nums, vectors)
 
     def upgrade_state(self) -> UpgradeState | None:
-        """The upgrade that is running or paused."""
+        """The upgrade that is running or paused: the topmost one."""
         with self.catalog.reading() as db:
             return active_upgrade(db)
 
@@ -152,79 +158,134 @@ class Store:
         merger: str = "core:distance",
         task_items: int = 1000,
         settings: Mapping[str, Any] | None = None,
+        on_top: bool = False,
     ) -> UpgradeState:
         """Start to move every item to the space ``to``.
 
-        The old vectors are first written once more in backfill order, so that what is still old is one contiguous
-        stretch at every moment: that is what keeps a half-migrated gallery as fast as a whole one. Search results do
-        not change.
+        The vectors of each part are first written once more in backfill order, so that what is not yet moved is one
+        contiguous stretch at every moment: that is what keeps a half-migrated gallery as fast as a whole one. Search
+        results do not change.
 
         Args:
-            order: Item numbers in backfill order (a permutation of ``snapshot().new.nums``); items that came since are
-                appended, items that were deleted since are left out. ``None``: by number.
+            order: Item numbers in backfill order (a permutation of the numbers of ``snapshot().parts``); items that
+                came since are appended, items that were deleted since are left out. ``None``: the oldest space first,
+                in each by number.
             task_items: Items per task.
             settings: Plain JSON data kept with the upgrade (and given back in ``UpgradeState.settings``).
+            on_top: Where an upgrade is under way, cover it instead of refusing: its tasks that are out are lost.
 
         Raises:
-            UpgradeError: If an upgrade is under way, or the gallery already serves ``to``, or has damaged rows.
+            UpgradeError: If an upgrade is under way (without ``on_top``), or ``to`` is a space of the gallery's parts.
+            CorruptionError: If vectors that are needed are damaged.
             InputError: If ``order`` has an item twice or one that never existed.
         """
         if task_items < 1:
             raise InputError(f"task_items is {task_items}; it must be at least 1")
         with self.catalog.exclusive("begin an upgrade"), self.storage.appending():
             snapshot = self.snapshot()
-            if snapshot.upgrade is not None:
+            below = snapshot.upgrade
+            if below is not None and not on_top:
                 raise UpgradeError(
-                    f"an upgrade to {snapshot.spaces[snapshot.upgrade.new]} is {snapshot.upgrade.state}; "
-                    "finish it or roll it back before another one"
+                    f"an upgrade to {snapshot.spaces[below.new]} is {below.state}; finish it or roll it back before "
+                    "another one, or begin this one on top of it (on_top=True, --on-top)"
                 )
-            if to.fingerprint == snapshot.serving:
-                raise UpgradeError(f"the gallery already serves space {to}; there is nothing to upgrade")
-            old = snapshot.spaces[snapshot.serving]
-            nums = snapshot.new.nums
-            self.storage.refuse_unreadable(snapshot)
-            queue = _complete_order(order, nums, snapshot.num_limit)
-            with self.catalog.reading() as db:
-                pending = np.array(db.execute("SELECT num FROM pending ORDER BY num").fetchall(), np.int64).ravel()
-            plan = np.concatenate([queue, pending])
-            plan_file = f"{secrets.token_hex(6)}.i64"
-            _write_durably(self.path / "plan" / plan_file, plan)
-            writer, batches = self.storage.write_packed(old, queue, snapshot)
+            if to.fingerprint in snapshot.stack:
+                what = "already serves" if below is None else "already has a part in"
+                raise UpgradeError(f"the gallery {what} space {to}; there is nothing to upgrade")
+            if below is not None:
+                self._halt(below)
             try:
-                with self.catalog.writing() as db:
-                    known = db.execute(
-                        "SELECT fingerprint, encoder, dim, metric FROM space WHERE fingerprint = ?", (to.fingerprint,)
-                    ).fetchone()
-                    if known is None:
-                        insert_space(db, to, parent=old.fingerprint)
-                    else:
-                        check_same_space(Space(*known), to)
-                    epoch = next_epoch(db)
-                    # Rows of either space that are not in the repacked segment are dead or belong to an upgrade rolled
-                    # back.
-                    _forget_segments(db, (old.fingerprint, to.fingerprint))
-                    self.storage.record_batches(db, writer, batches, epoch)
-                    upgrade = db.execute(
-                        "INSERT INTO upgrade(old, new, state, strategy, merger, order_name, plan_file, plan_rows, "
-                        "settings, "
-                        "started_at) VALUES (?, ?, 'running', ?, ?, ?, ?, ?, ?, ?)",
-                        (
-                            old.fingerprint, to.fingerprint, strategy, merger, order_name, plan_file, len(plan),
-                            json.dumps(dict(settings or {})), time.time(),
-                        ),
-                    ).lastrowid  # fmt: skip
-                    assert upgrade is not None
-                    _insert_tasks(db, upgrade, plan, 0, task_items)
+                self._begin(
+                    to, strategy, order_name, order, merger, task_items, dict(settings or {}), self.snapshot(), below
+                )
             except BaseException:
-                abandon(writer)
-                (self.path / "plan" / plan_file).unlink(missing_ok=True)
+                if below is not None:
+                    self.set_state(below.state)
                 raise
-            writer.committed()
-            writer.close()
         self.storage.collect_garbage()
         state = self.upgrade_state()
         assert state is not None
         return state
+
+    def _begin(
+        self,
+        to: Space,
+        strategy: str,
+        order_name: str,
+        order: NDArray[np.int64] | None,
+        merger: str,
+        task_items: int,
+        settings: Mapping[str, Any],
+        snapshot: Snapshot,
+        below: UpgradeState | None,
+    ) -> None:
+        self.storage.refuse_unreadable(snapshot)
+        parts = snapshot.parts
+        if below is not None and snapshot.problems:
+            raise CorruptionError(
+                f"vectors to which a rollback would return are damaged ({snapshot.problems[0]}). `bowerbird gallery "
+                f"verify {self.path}` names them; replace or delete those items first."
+            )
+        by_default = np.concatenate([np.sort(part.nums) for part in parts])
+        queue = _complete_order(order, by_default, snapshot.num_limit)
+        with self.catalog.reading() as db:
+            pending = np.array(db.execute("SELECT num FROM pending ORDER BY num").fetchall(), np.int64).ravel()
+        plan = np.concatenate([queue, pending])
+        plan_file = f"{secrets.token_hex(6)}.i64"
+        _write_durably(self.path / "plan" / plan_file, plan)
+        packed: list[tuple[SegmentWriter, list[Batch]]] = []
+        try:
+            for part in parts:
+                stored = snapshot.rows_of(part.space.fingerprint)
+                covered = stored.nums[~part.contains(stored.nums)]  # moved on; a rollback returns to them
+                waiting = queue[part.contains(queue)]
+                packed.append(self.storage.write_packed(stored, np.concatenate([waiting, covered])))
+            with self.catalog.writing() as db:
+                known = db.execute(
+                    "SELECT fingerprint, encoder, dim, metric FROM space WHERE fingerprint = ?", (to.fingerprint,)
+                ).fetchone()
+                if known is None:
+                    insert_space(db, to, parent=parts[-1].space.fingerprint)
+                else:
+                    check_same_space(Space(*known), to)
+                epoch = next_epoch(db)
+                if epoch != snapshot.epoch + 1:
+                    raise UpgradeError("the gallery was changed while the upgrade was begun; begin it again")
+                # Rows that are not in the repacked segments are dead or belong to an upgrade rolled back.
+                _forget_segments(db, (*snapshot.stack, to.fingerprint))
+                for writer, batches in packed:
+                    self.storage.record_batches(db, writer, batches, epoch)
+                if below is not None:
+                    db.execute("UPDATE upgrade SET state = 'covered' WHERE id = ?", (below.id,))
+                upgrade = db.execute(
+                    "INSERT INTO upgrade(old, new, state, strategy, merger, order_name, plan_file, plan_rows, "
+                    "settings, started_at) VALUES (?, ?, 'running', ?, ?, ?, ?, ?, ?, ?)",
+                    (
+                        parts[-1].space.fingerprint, to.fingerprint, strategy, merger, order_name, plan_file, len(plan),
+                        json.dumps(settings), time.time(),
+                    ),
+                ).lastrowid  # fmt: skip
+                assert upgrade is not None
+                _insert_tasks(db, upgrade, plan, 0, task_items)
+        except BaseException:
+            for writer, _ in packed:
+                abandon(writer)
+            (self.path / "plan" / plan_file).unlink(missing_ok=True)
+            raise
+        for writer, _ in packed:
+            writer.committed()
+            writer.close()
+
+    def _halt(self, upgrade: UpgradeState) -> None:
+        """Pause an upgrade and take its tasks back: nothing is committed to it from now on."""
+        with self.catalog.writing() as db:
+            db.execute("UPDATE upgrade SET state = 'paused' WHERE id = ?", (upgrade.id,))
+            db.execute(
+                "UPDATE task SET state = 'free', owner = NULL, lease_until = NULL "
+                "WHERE upgrade = ? AND state = 'leased'",
+                (upgrade.id,),
+            )
+            next_epoch(db)
 
     def lease_task(self, owner: str, lease_s: float = 300.0, *, now: float | None = None) -> Task | None:
         """The next free (or expired) task, leased to ``owner`` for ``lease_s`` seconds.
@@ -417,7 +478,9 @@ class Store:
         return Progress(by_space, tasks, queued, failures)
 
     def finish_upgrade(self, *, verified: bool, leave_pending: bool = False) -> None:
-        """Serve the new space only, and drop the old vectors. There is no way back.
+        """Serve the newest space only, and drop the vectors of every older one. There is no way back.
+
+        Upgrades that this one is on top of end with it.
 
         Args:
             verified: That the caller has verified the new vectors (``gallery.verify().ok``).
@@ -441,6 +504,9 @@ class Store:
             db.execute("DELETE FROM pending")
             db.executemany("INSERT INTO pending VALUES (?)", [(num,) for num in left])
             next_epoch(db)
+            for lower in active_upgrades(db)[:-1]:
+                _forget_segments(db, (lower.old,))
+                _end(db, lower, "superseded")
             _forget_segments(db, (upgrade.old,))
             db.execute("UPDATE head SET serving = ?", (upgrade.new,))
             _end(db, upgrade, "finished")
@@ -455,6 +521,8 @@ class Store:
         batch_items: int = 256,
     ) -> int:
         """Back to the exact old state: every old vector is still there and becomes the truth again.
+
+        An upgrade that this one is on top of comes back as it was, paused.
 
         Items that came (or whose content changed) during the upgrade have only a new vector. They need an old one:
 
@@ -476,20 +544,25 @@ class Store:
             if snapshot.upgrade is None:
                 raise UpgradeError("there is no upgrade to roll back")
             missing = self._without_old_vector(snapshot)
-            if len(missing) and encode_old is None and not leave_pending:
+            if len(snapshot.upgrades) > 1:  # what the upgrade below has queued, its own workers encode
+                with self.catalog.reading() as db:
+                    queued = self._queued(db, snapshot.upgrades[-2], snapshot.num_limit)
+            else:
+                queued = np.zeros(snapshot.num_limit, bool)
+            to_encode = missing[~queued[missing]]
+            if len(to_encode) and encode_old is None and not leave_pending:
                 raise UpgradeError(
-                    f"{len(missing)} items were added or edited during the upgrade and have no vector of the old "
-                    "space. Give the old "
-                    "encoder (encode_old) to encode them, or leave_pending=True to keep them unsearchable until it "
-                    "is there."
+                    f"{len(to_encode)} items were added or edited during the upgrade and have no vector of the old "
+                    "space. Give the old encoder (encode_old) to encode them, or leave_pending=True to keep them "
+                    "unsearchable until it is there."
                 )
             if encode_old is not None:
                 old = snapshot.spaces[snapshot.upgrade.old]
-                for start in range(0, len(missing), batch_items):
-                    chunk = missing[start : start + batch_items]
+                for start in range(0, len(to_encode), batch_items):
+                    chunk = to_encode[start : start + batch_items]
                     found = self.items(chunk)
                     self.storage.append_rows(old, chunk, encode_old([found[num] for num in chunk.tolist()]))
-                missing = missing[:0]
+                missing = missing[queued[missing]]
             with self.catalog.writing() as db:
                 upgrade = _require_upgrade(db)
                 next_epoch(db)
@@ -499,9 +572,34 @@ class Store:
                 # pending.
                 db.executemany("INSERT INTO pending VALUES (?)", [(num,) for num in missing.tolist()])
                 _end(db, upgrade, "rolled-back")
+                if len(snapshot.upgrades) > 1:
+                    self._uncover(db, snapshot.upgrades[-2])
         self._remove_plans()
         self.storage.collect_garbage()
         return len(missing)
+
+    def _uncover(self, db: sqlite3.Connection, upgrade: UpgradeState) -> None:
+        """Inside the transaction that ended the upgrade on top: this one is paused, and queues what came meanwhile."""
+        db.execute("UPDATE upgrade SET state = 'paused' WHERE id = ?", (upgrade.id,))
+        left = np.array(self._without_new_vector(db, upgrade), np.int64)
+        known = self._queued(db, upgrade, int(left.max()) + 1 if len(left) else 0)
+        given_up = db.execute("SELECT num FROM failure WHERE upgrade = ?", (upgrade.id,)).fetchall()
+        known[[num for (num,) in given_up if num < len(known)]] = True
+        fresh = left[~known[left]]
+        if len(fresh):
+            self.enqueue(db, fresh)
+
+    def _queued(self, db: sqlite3.Connection, upgrade: UpgradeState, num_limit: int) -> NDArray[np.bool_]:
+        """By item number: whether it is in a task that is not done."""
+        queued = np.zeros(num_limit, bool)
+        tasks = db.execute(
+            "SELECT lo, hi, crc FROM task WHERE upgrade = ? AND state != 'done'", (upgrade.id,)
+        ).fetchall()
+        for lo, hi, crc in tasks:
+            with contextlib.suppress(UpgradeError):  # a damaged plan must not stand in the way of a rollback
+                nums = self._plan(db, upgrade.id, lo, hi, crc)
+                queued[nums[nums < num_limit]] = True
+        return queued
 
     def enqueue(self, db: sqlite3.Connection, nums: NDArray[np.int64]) -> None:
         """Inside a transaction: put items at the end of the queue of the upgrade under way."""
@@ -549,10 +647,9 @@ class Store:
         return live[~has[live]].tolist()
 
     def _without_old_vector(self, snapshot: Snapshot) -> NDArray[np.int64]:
-        assert snapshot.upgrade is not None
         has = np.zeros(snapshot.num_limit, bool)
         for segment in snapshot.segments:
-            if segment.info.space == snapshot.upgrade.old:
+            if segment.info.space in snapshot.stack[:-1]:
                 has[segment.nums] = True
         with self.catalog.reading() as db:
             live = np.array(
@@ -563,7 +660,8 @@ class Store:
     def _remove_plans(self) -> None:
         with self.catalog.writing() as db:
             active = {
-                row[0] for row in db.execute("SELECT plan_file FROM upgrade WHERE state IN ('running', 'paused')")
+                row[0]
+                for row in db.execute("SELECT plan_file FROM upgrade WHERE state IN ('running', 'paused', 'covered')")
             }
             for file in (self.path / "plan").glob("*.i64"):
                 if file.name not in active:
@@ -632,9 +730,9 @@ def _forget_segments(db: sqlite3.Connection, fingerprints: Iterable[str]) -> Non
 
 
 def _complete_order(order: Any, nums: NDArray[np.int64], num_limit: int) -> NDArray[np.int64]:
-    """``order`` without the items that are gone, and with those that it lacks appended by number."""
+    """``order`` without the items that are gone, and with those that it lacks appended; ``nums`` for no order."""
     if order is None:
-        return np.sort(nums)
+        return nums
     order = np.asarray(order, np.int64).ravel()
     if len(order) and (order.min() < 0 or order.max() >= num_limit):
         raise InputError(f"the backfill order names item numbers outside 0 to {num_limit - 1}, which no item has")
@@ -644,7 +742,7 @@ def _complete_order(order: Any, nums: NDArray[np.int64], num_limit: int) -> NDAr
         raise InputError("the backfill order has an item twice; it must be a permutation of the gallery's item numbers")
     live = np.zeros(num_limit, bool)
     live[nums] = True
-    return np.concatenate([order[live[order]], np.flatnonzero(live & ~seen)])
+    return np.concatenate([order[live[order]], nums[~seen[nums]]])
 
 
 def _write_durably(file: Path, nums: NDArray[np.int64]) -> None:

@@ -79,7 +79,7 @@ def _verify(storage: Storage, snapshot: Snapshot) -> Report:
         pending = np.array(db.execute("SELECT num FROM pending").fetchall(), np.int64).ravel()
         tasks = db.execute(
             "SELECT plan_file, lo, hi, crc FROM task JOIN upgrade ON upgrade.id = task.upgrade "
-            "WHERE upgrade.state IN ('running', 'paused') ORDER BY lo"
+            "WHERE upgrade.state IN ('running', 'paused', 'covered') ORDER BY upgrade, lo"
         ).fetchall()
     problems = [Problem("catalogue", f"the catalogue is damaged: {line}") for line in quick if line != "ok"]
 
@@ -155,9 +155,9 @@ def _check_segment(
 def _without_vector(
     snapshot: Snapshot, is_live: np.ndarray, pending: np.ndarray, has_vector: dict[str, np.ndarray]
 ) -> np.ndarray:
-    """Live items that are in neither part (pending ones are known to be)."""
+    """Live items that are in no part (pending ones are known to be)."""
     readable = np.zeros(snapshot.num_limit, bool)
-    for fingerprint in {snapshot.serving, snapshot.write_space.fingerprint} & set(has_vector):
+    for fingerprint in set(snapshot.stack) & set(has_vector):
         readable |= has_vector[fingerprint] > 0
     readable[pending[pending < snapshot.num_limit]] = True
     return np.flatnonzero(is_live & ~readable)
