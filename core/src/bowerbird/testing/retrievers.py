@@ -12,9 +12,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from bowerbird.gallery.space import Space
+from bowerbird.gallery.transform import VectorTransform
 from bowerbird.registry import get_registry
 from bowerbird.retrieval.index import Hits
 from bowerbird.testing.contract import Contract, must_raise
+from bowerbird.upgrade.strategies import TrainingPairs, transform_direction
 
 
 def unit_vectors(rows: int, dim: int, *, seed: int = 0) -> np.ndarray:
@@ -213,10 +215,35 @@ class UpgradeContract(Contract):
 
     def test_the_old_part_is_searched_with_vectors_of_the_old_width(self) -> None:
         """Fix: ``old_part_queries`` returns finite float ``(Q, old.dim)``."""
-        vectors = np.asarray(self.target().old_part_queries(self.queries(), self.old, self.new))
+        vectors = np.asarray(self.target().old_part_queries(self.queries(), self.old, self.new, *self.transform()))
         assert vectors.shape == (3, self.old.dim), f"shape {vectors.shape}, the old space has {self.old.dim} dimensions"
         assert np.isfinite(vectors).all()
 
     def test_missing_queries_are_refused(self) -> None:
         """Fix: raise ``SpaceError`` naming the space whose query vectors are needed."""
-        must_raise(lambda: self.target().old_part_queries({}, self.old, self.new), "a search without query vectors")
+        made = self.transform()
+        must_raise(
+            lambda: self.target().old_part_queries({}, self.old, self.new, *made), "a search without query vectors"
+        )
+
+    def test_what_it_fits_has_the_direction_that_it_says(self) -> None:
+        """Fix: ``fit`` returns a ``VectorTransform`` from new to old for ``query``, from old to new for ``gallery``."""
+        direction = transform_direction(self.target())
+        if direction is None:
+            return
+        made = self.target().fit(self.pairs(), seed=0)
+        ends = (self.new, self.old) if direction == "query" else (self.old, self.new)
+        assert (made.source, made.target) == tuple(space.fingerprint for space in ends)
+        assert made(unit_vectors(3, ends[0].dim)).shape == (3, ends[1].dim)
+
+    def pairs(self) -> TrainingPairs:
+        """A small paired sample of two related spaces, with labels."""
+        new = unit_vectors(200, self.new.dim, seed=4)
+        old = new @ unit_vectors(self.new.dim, self.old.dim, seed=5)
+        return TrainingPairs(old, new, [i % 4 for i in range(200)], self.old, self.new)
+
+    def transform(self) -> tuple[VectorTransform, ...]:
+        """The fourth argument of ``old_part_queries``, for a strategy that has one."""
+        if transform_direction(self.target()) != "query":
+            return ()
+        return (VectorTransform.linear(self.new.fingerprint, self.old.fingerprint, unit_vectors(6, 8, seed=6)),)

@@ -34,6 +34,8 @@ __all__ = [
     "fit_forward_transform", "instance_contrast", "upgrade_gallery",
 ]  # fmt: skip
 
+MAX_STEPS = 1000  # of the default schedule: a million pairs in one or two minutes on two cores
+
 Norm = Literal["batch", "layer"]
 Align = Literal["cosine", "mse", "mse_raw"]
 Discriminative = Literal["contrastive", "classifier", "both"]
@@ -231,7 +233,7 @@ def fit_forward_transform(
     residual: bool = False,
     loss: ForwardCompatibleLoss | None = None,
     classifier: Tensor | None = None,
-    epochs: int = 80,
+    epochs: int | None = None,
     steps: int | None = None,
     batch_size: int = 1024,
     lr: float = 5e-4,
@@ -253,7 +255,7 @@ def fit_forward_transform(
         hidden, depth, norm, residual, source, target: Of ``ForwardTransform``.
         loss: Default: cosine, with the contrastive term where there are labels.
         classifier: ``(C, D_new)``, for a loss with the classifier term.
-        epochs: Passes over the items.
+        epochs: Passes over the items; default: 80, but at most 1,000 steps.
         steps: Number of optimiser steps instead.
         batch_size: Vectors per step.
         lr: Highest learning rate; cosine to 0 after the warm-up.
@@ -275,7 +277,13 @@ def fit_forward_transform(
         raise InputError(f"{len(x)} old and {len(y)} new vectors; both of the same items are needed, row by row.")
     classes = None if labels is None else integer_labels(torch.as_tensor(labels), len(x)).to(x.device)
     loss = loss or ForwardCompatibleLoss(disc=None if classes is None else "contrastive")
-    if epochs < 0 or (steps is not None and steps < 0) or batch_size < 1 or not lr > 0 or weight_decay < 0:
+    if (
+        (epochs is not None and epochs < 0)
+        or (steps is not None and steps < 0)
+        or batch_size < 1
+        or not lr > 0
+        or weight_decay < 0
+    ):
         raise InputError(
             f"epochs={epochs}, steps={steps}, batch_size={batch_size}, lr={lr}, weight_decay={weight_decay}; "
             "batch_size must be at least 1, lr above 0, the others at least 0."
@@ -293,7 +301,9 @@ def fit_forward_transform(
         classifier = classifier.to(x.device)
     least = 2 if norm == "batch" else 1
     per_epoch = sum(min(batch_size, len(x) - start) >= least for start in range(0, len(x), batch_size))
-    total = epochs * per_epoch if steps is None else steps
+    if steps is None:
+        steps = min(80 * per_epoch, MAX_STEPS) if epochs is None else epochs * per_epoch
+    total = steps
     optimiser = torch.optim.Adam(psi.parameters(), lr=lr, weight_decay=weight_decay)
     rising = round(warmup * total)
     draws = torch.Generator().manual_seed(seed)

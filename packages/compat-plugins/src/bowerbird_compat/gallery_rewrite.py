@@ -242,10 +242,12 @@ class TransformChain:
                 known = ", ".join(f"{a!r} -> {b!r}" for a, b in self._links) or "none"
                 raise InputError(f"No transform for {step[0]!r} -> {step[1]!r}; there are: {known}.")
             steps.append(self._links[step])
-        return _Composed(steps, normalize)
+        return ComposedTransform(steps, normalize)
 
 
-class _Composed(Transform):
+class ComposedTransform(Transform):
+    """What ``TransformChain.compose`` returns: ``steps`` one after the other."""
+
     def __init__(self, steps: Sequence[Transform], normalize: bool) -> None:
         super().__init__()
         self.steps, self.normalize = nn.ModuleList(steps), normalize

@@ -280,8 +280,11 @@ def _fit(
     modules = nn.ModuleList([psi] if rho is None else [psi, rho]).to(source.device)
     optimiser = torch.optim.Adam(modules.parameters(), lr=lr)
     with torch.enable_grad():
+        order = torch.empty(0, dtype=torch.int64)
         for _ in range(steps):
-            chosen = torch.randperm(len(source), generator=draws)[:batch_size]
+            if len(order) < min(batch_size, len(source)):
+                order = torch.randperm(len(source), generator=draws)
+            chosen, order = order[:batch_size], order[batch_size:]
             x, o = source[chosen], target[chosen]
             n = x if rho is None else rho(x)
             r = psi(n)

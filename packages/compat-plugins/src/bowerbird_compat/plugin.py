@@ -88,3 +88,25 @@ def bowerbird_retrievers() -> Iterable[RetrieverRecord]:
         role="upgrade",
         summary="Rank merge with the distances of both models on one scale; for models that differ in it.",
     )
+    yield RetrieverRecord(
+        name="compat:adapter",
+        target="bowerbird_compat.transform_strategies:Adapter",
+        role="upgrade",
+        summary="New queries through a small map to the old space, fitted on a sample: one encoder pass, any encoders.",
+        paper="Drift-Adapter, EMNLP 2025, arXiv:2509.23471",
+    )
+    yield RetrieverRecord(
+        name="compat:reverse-transform",
+        target="bowerbird_compat.transform_strategies:ReverseTransform",
+        role="upgrade",
+        summary="New queries through the reverse query transform; with labels made metric compatible.",
+        paper="Online Backfilling with No Regret for Large-Scale Image Retrieval, WACV 2025, arXiv:2301.03767",
+    )
+    yield RetrieverRecord(
+        name="compat:lift",
+        target="bowerbird_compat.transform_strategies:Lift",
+        role="upgrade",
+        summary="Stored old vectors lifted into the new space by a forward transform: no image is read.",
+        paper="Privacy-Preserving Model Upgrades with Bidirectional Compatible Training in Image Retrieval, "
+        "arXiv:2204.13919",
+    )

@@ -1,0 +1,297 @@
+"""What a map between two spaces is worth, measured on pairs that it was not fitted on, and whether it is the right way.
+
+A map has one of two uses. ``query``: new queries are brought into the old space, and search old vectors. ``gallery``:
+stored old vectors are lifted into the new space, and new queries search them. Either way the answer is held against
+what the true vectors of the target space would have found.
+
+Labels say what is right; without them the lists of the target system itself are the reference. No torch.
+
+N pairs, Di and Do widths of source and target, Q queries among the pairs, k results.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from bowerbird.errors import InputError, SpaceError
+from bowerbird.gallery.transform import VectorTransform
+from bowerbird.retrieval.intervals import bootstrap_interval
+from bowerbird.retrieval.metrics import RankedList, Relevance, average_precision
+from bowerbird_compat.adapter_maps import unit
+
+Direction = Literal["query", "gallery"]
+Level = Literal["good", "usable with loss", "not usable", "undecided"]
+
+MIN_HELD_OUT = 10  # pairs below which nothing at all can be said
+WIDTH = 0.05  # half of the interval that a verdict should have
+# Of the share that is kept, with labels (of the old system's mAP) and without (of the target system's own results).
+THRESHOLDS = {True: (0.95, 0.75), False: (0.7, 0.3)}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was measured. Shares are in [0, 1] unless said otherwise.
+
+    Attributes:
+        level: ``good``, ``usable with loss``, ``not usable``, or ``undecided`` for lack of pairs.
+        sentence: The same for people, with the numbers.
+        direction: ``query`` or ``gallery``.
+        pairs: Held-out pairs: all of them are the gallery.
+        queries: How many of them were queries.
+        k: Length of the lists that are compared.
+        cosine: Mean cosine of mapped and true vectors; ``chance_cosine``: with those of other items.
+        overlap: Mean share of the target system's first k that the mapped system finds, and its 95 % interval.
+        chance_overlap: What a map to nowhere would have.
+        recall_at_1, recall_at_10: How often the true vector of the same item is the nearest, or among 10.
+        kept: ``(mean, low, high)``. With labels: mAP with the map by the old system's mAP (above 1: better than the old
+            system). Without: ``overlap``.
+        quality: With labels mAP@100 of ``old``, ``new`` and ``mapped``; else ``None``.
+        pairs_needed: Held-out pairs for an interval of +- 0.05 around ``kept``.
+    """
+
+    level: Level
+    sentence: str
+    direction: Direction
+    pairs: int
+    queries: int
+    k: int
+    cosine: float
+    chance_cosine: float
+    overlap: tuple[float, float, float]
+    chance_overlap: float
+    recall_at_1: float
+    recall_at_10: float
+    kept: tuple[float, float, float]
+    quality: dict[str, float] | None
+    pairs_needed: int
+
+    @property
+    def usable(self) -> bool:
+        return self.level in ("good", "usable with loss")
+
+    def evidence(self) -> dict[str, Any]:
+        """Plain JSON data, for ``VectorTransform.evidence``; ``verdict`` is the level."""
+        rounded = {name: _rounded(value) for name, value in asdict(self).items() if name != "level"}
+        return {"verdict": self.level, "usable": self.usable, **rounded}
+
+
+def judge_transform(
+    transform: VectorTransform,
+    source: ArrayLike,
+    target: ArrayLike,
+    *,
+    direction: Direction = "query",
+    labels: Sequence[Any] | NDArray[Any] | None = None,
+    k: int = 10,
+    max_queries: int = 1000,
+    max_pairs: int = 10_000,
+    seed: int = 0,
+) -> Verdict:
+    """Measure ``transform`` on pairs that it was not fitted on.
+
+    Args:
+        transform: From the space of ``source`` to the space of ``target``.
+        source: ``(N, Di)``.
+        target: ``(N, Do)``; row i is the same item as row i of ``source``.
+        direction: What the map is for, see the module.
+        labels: N labels of any kind; an item is right for a query if their labels are equal. ``None`` for an item: no
+            other is right for it.
+        k: Length of the lists, at least 1.
+        max_queries, max_pairs: Above that, pairs are drawn with ``seed``.
+        seed: Also of the bootstrap.
+
+    Raises:
+        InputError: (a ``ValueError``) Rows that do not pair, fewer than 10 pairs, or another direction.
+        SpaceError: Vectors of other widths than the transform's.
+    """
+    if direction not in get_args(Direction):
+        raise InputError(f"direction is {direction!r}; accepted: {', '.join(get_args(Direction))}.")
+    if k < 1 or max_queries < 1:
+        raise InputError(f"k={k}, max_queries={max_queries}; at least 1.")
+    x, y = _paired(transform, source, target)
+    if labels is not None and len(labels) != len(x):
+        raise InputError(f"{len(labels)} labels for {len(x)} pairs.")
+    if len(x) < MIN_HELD_OUT:
+        raise InputError(f"{len(x)} held-out pairs; a verdict needs at least {MIN_HELD_OUT}, better some hundreds.")
+    rng = np.random.default_rng(seed)
+    chosen = np.sort(rng.choice(len(x), min(len(x), max_pairs), replace=False))
+    x, y = unit(x[chosen]), unit(y[chosen])
+    number = len(x)
+    k = min(k, number - 1)
+    asked = np.sort(rng.choice(number, min(number, max_queries), replace=False))
+    mapped = transform(x)
+
+    # Scores (Q, N) of the mapped and of the true target system; a query does not find itself.
+    scores = mapped[asked] @ y.T if direction == "query" else y[asked] @ mapped.T
+    truth = y[asked] @ y.T
+    own = scores[np.arange(len(asked)), asked]
+    rank_of_own = (scores > own[:, None]).sum(axis=1)
+    for block in (scores, truth):
+        block[np.arange(len(asked)), asked] = -np.inf
+    overlap = _overlap(scores, truth, k)
+    quality: dict[str, float] | None = None
+    kept = _interval(overlap, seed)
+    if labels is not None:
+        classes = _codes([labels[i] for i in chosen])
+        sides = (x, y) if direction == "gallery" else (y, x)
+        old, new = (_average_precision(side[asked] @ side.T, classes, asked) for side in sides)
+        values = _average_precision(scores, classes, asked)
+        if np.isfinite(old).any() and np.nanmean(old) > 0:
+            quality = {name: float(np.nanmean(v)) for name, v in (("old", old), ("new", new), ("mapped", values))}
+            kept = _ratio(values, old, seed)
+    own_cosine = float(np.mean(np.sum(mapped * y, axis=1)))
+    other_cosine = float(np.mean(np.sum(mapped * np.roll(y, 1, axis=0), axis=1)))
+
+    half = (kept[2] - kept[1]) / 2
+    needed = max(number, math.ceil(number * (half / WIDTH) ** 2)) if half > WIDTH else number
+    chance = k / (number - 1)
+    level = _level(kept, half, labelled=quality is not None)
+    if overlap.mean() <= 1.5 * chance and k < (number - 1) / 2:
+        level = "not usable"  # also where a large part of the gallery is right by chance
+    sentence = _sentence(level, kept, quality, k, number, needed, direction, float(overlap.mean()), chance)
+    return Verdict(
+        level, sentence, direction, number, len(asked), k, own_cosine, other_cosine, _interval(overlap, seed), chance,
+        float((rank_of_own < 1).mean()), float((rank_of_own < 10).mean()), kept, quality, needed,
+    )  # fmt: skip
+
+
+def check_direction(transform: VectorTransform, source: ArrayLike, target: ArrayLike) -> tuple[float, float]:
+    """Make sure that ``transform`` goes from the space of ``source`` to the space of ``target``, and not back.
+
+    Between models of one width a map of the other direction has the right shape and passes every other check. It is
+    held against vectors whose spaces are known, for example some that the gallery stores.
+
+    Args:
+        transform: Any map.
+        source, target: ``(N, Di)`` and ``(N, Do)`` of the same items, at least 10; best such as were not fitted on.
+
+    Returns:
+        How far the cosine with the right vector is above that with another item's vector, ``(as it is, the other way
+        round)``. The second is NaN where widths rule the other way out.
+
+    Raises:
+        SpaceError: The map fits the other direction better, or is no better than chance; both numbers are named.
+        InputError: (a ``ValueError``) Rows that do not pair, or fewer than 10.
+    """
+    x, y = _paired(transform, source, target)
+    if len(x) < MIN_HELD_OUT:
+        raise InputError(f"{len(x)} pairs; at least {MIN_HELD_OUT} are needed to tell the direction of a map.")
+    forward, error = _margin(transform, x, y)
+    backward = _margin(transform, y, x)[0] if transform.dim_in == transform.dim_out else math.nan
+    if backward > forward + 0.02 and backward > 4 * error:
+        raise SpaceError(
+            f"the transform {transform} goes the other way: the cosine with the right vector is {forward:.3f} above "
+            f"that with a wrong one from source to target, and {backward:.3f} above it from target to source. "
+            "Swap source and target, or fit the map again."
+        )
+    if forward <= 4 * error:
+        other = "" if math.isnan(backward) else f", and {backward:.3f} the other way round"
+        raise SpaceError(
+            f"the transform {transform} relates nothing: the cosine with the right vector is {forward:.3f} above that "
+            f"with a wrong one (+- {error:.3f}{other}). Do the rows pair, and are these the two spaces?"
+        )
+    return forward, backward
+
+
+def _margin(transform: VectorTransform, x: NDArray, y: NDArray) -> tuple[float, float]:
+    """Mean of cosine with the own minus that with another's vector, and its standard error."""
+    mapped, y = transform(x), unit(y)
+    values = np.sum(mapped * (y - np.roll(y, len(y) // 2, axis=0)), axis=1, dtype=np.float64)
+    return float(values.mean()), float(values.std() / math.sqrt(len(values))) + 1e-6
+
+
+def _paired(transform: VectorTransform, source: ArrayLike, target: ArrayLike) -> tuple[NDArray, NDArray]:
+    x, y = np.asarray(source), np.asarray(target)
+    if x.ndim != 2 or y.ndim != 2 or len(x) != len(y):
+        raise InputError(f"source {x.shape} and target {y.shape} must be (N, Di) and (N, Do) of the same N items.")
+    if (x.shape[1], y.shape[1]) != (transform.dim_in, transform.dim_out):
+        raise SpaceError(
+            f"the transform {transform} goes from width {transform.dim_in} to {transform.dim_out}, and these pairs go "
+            f"from {x.shape[1]} to {y.shape[1]}; are source and target swapped?"
+        )
+    return x, y
+
+
+def _overlap(scores: NDArray, truth: NDArray, k: int) -> NDArray[np.float64]:
+    found, due = (np.argpartition(-block, k - 1, axis=1)[:, :k] for block in (scores, truth))
+    return np.array([len(np.intersect1d(a, b)) / k for a, b in zip(found, due, strict=True)])
+
+
+def _average_precision(scores: NDArray, classes: NDArray[np.int64], asked: NDArray[np.int64]) -> NDArray[np.float64]:
+    """mAP@100 per query; NaN for a query for which nothing is right."""
+    ids = np.arange(len(classes))
+    relevant = Relevance.from_labels(classes[asked], classes, query_ids=asked, gallery_ids=ids)
+    ranked = RankedList.from_scores(np.where(np.isfinite(scores), scores, -2), k=min(101, len(classes)))
+    result = average_precision(ranked, relevant, "at_k", 100, no_positive="zero")
+    shared = np.bincount(classes)[classes[asked]] > 1
+    return np.where(shared, result.values, np.nan)
+
+
+def _codes(labels: Sequence[Any]) -> NDArray[np.int64]:
+    """Class numbers; an item without a label is alone in its class."""
+    known: dict[str, int] = {}
+    names = (f"alone {i}" if label is None else f"is {label}" for i, label in enumerate(labels))
+    return np.array([known.setdefault(name, len(known)) for name in names])
+
+
+def _interval(values: NDArray[np.float64], seed: int) -> tuple[float, float, float]:
+    made = bootstrap_interval(values, samples=1000, seed=seed)
+    return made.mean, made.low, made.high
+
+
+def _ratio(values: NDArray, reference: NDArray, seed: int) -> tuple[float, float, float]:
+    """Ratio of two means over the same queries, with its bootstrap interval."""
+    both = np.isfinite(values) & np.isfinite(reference)
+    values, reference = np.asarray(values[both]), np.asarray(reference[both])
+    draws = np.random.default_rng(seed).integers(len(values), size=(1000, len(values)))
+    below = np.maximum(reference[draws].mean(axis=1), 1e-12)
+    low, high = np.quantile(values[draws].mean(axis=1) / below, [0.025, 0.975])
+    return float(values.mean() / reference.mean()), float(low), float(high)
+
+
+def _level(kept: tuple[float, float, float], half: float, *, labelled: bool) -> Level:
+    good, usable = THRESHOLDS[labelled]
+    mean, low, high = kept
+    if high < usable:
+        return "not usable"
+    if low < usable and half > WIDTH:
+        return "undecided"
+    if mean < usable:
+        return "not usable"
+    return "good" if low >= good else "usable with loss"
+
+
+def _sentence(
+    level: Level, kept: tuple[float, float, float], quality: dict[str, float] | None, k: int, pairs: int, needed: int,
+    direction: Direction, overlap: float, chance: float,
+) -> str:  # fmt: skip
+    what = {"query": "New queries on old vectors", "gallery": "New queries on lifted vectors"}[direction]
+    interval = f"(95 % interval {kept[1]:.2f} to {kept[2]:.2f}, {pairs} held-out pairs)"
+    if quality is not None:
+        measured = f"{what} keep {kept[0]:.2f} of the old system's mAP {interval}"
+    else:
+        target = "old" if direction == "query" else "new"
+        measured = f"{what} find {kept[0]:.2f} of the {target} system's first {k} results {interval}"
+    if level == "undecided":
+        return f"Undecided: {measured}. Too few pairs: about {needed} held-out ones are needed for +- {WIDTH:g}."
+    if overlap <= 1.5 * chance:
+        return (
+            f"Not usable: {measured}; chance is {chance:.2f}. The two sets of vectors are unrelated: do the rows pair?"
+        )
+    return f"{level[0].upper()}{level[1:]}: {measured}."
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, 4)
+    if isinstance(value, tuple | list):
+        return [_rounded(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _rounded(item) for name, item in value.items()}
+    return value
