@@ -107,6 +107,59 @@ def bowerbird_datasets() -> Iterable[DatasetRecord]:
         splits=("all", "train", "test"),
         extras={"sklearn": "bowerbird-core[digits]"},
     )
+    yield DatasetRecord(
+        name="core:gldv2",
+        target="bowerbird.data.landmarks:Landmarks",
+        config="bowerbird.data.benchmark_configs:LandmarksConfig",
+        summary="Google Landmarks v2: training, index and queries, from a local copy.",
+        provides=("image", "item_id"),
+        splits=("train", "train-clean", "index", "test", "public", "private"),
+        paper="Google Landmarks Dataset v2, arXiv:2004.01804",
+    )
+    yield DatasetRecord(
+        name="core:revisited",
+        target="bowerbird.data.revisited:Revisited",
+        config="bowerbird.data.benchmark_configs:RevisitedConfig",
+        summary="Revisited Oxford (roxford5k) or Paris (rparis6k), from a local copy.",
+        provides=("image", "item_id"),
+        splits=("query", "gallery"),
+        paper="Revisiting Oxford and Paris: Large-Scale Image Retrieval Benchmarking, arXiv:1803.11285",
+    )
+    yield DatasetRecord(
+        name="core:market-1501",
+        target="bowerbird.data.market1501:Market1501",
+        config="bowerbird.data.benchmark_configs:MarketConfig",
+        summary="Market-1501: pedestrians seen by six cameras, from a local copy.",
+        provides=("image", "label", "item_id"),
+        splits=("train", "gallery", "query"),
+        paper="Scalable Person Re-identification: A Benchmark, ICCV 2015, doi:10.1109/ICCV.2015.133",
+    )
+    yield DatasetRecord(
+        name="core:ms1m",
+        target="bowerbird.data.faces:Ms1m",
+        config="bowerbird.data.benchmark_configs:Ms1mConfig",
+        summary="Faces in RecordIO (train.rec, train.idx, property) as MS1M is shipped, from a local copy.",
+        provides=("image", "label", "item_id"),
+        splits=("train",),
+        paper="MS-Celeb-1M: A Dataset and Benchmark for Large-Scale Face Recognition, arXiv:1607.08221",
+    )
+    yield DatasetRecord(
+        name="core:face-pairs",
+        target="bowerbird.data.faces:FacePairs",
+        config="bowerbird.data.benchmark_configs:FacePairsConfig",
+        summary="Pairs of faces in a .bin file such as lfw.bin, read without running what it holds.",
+        provides=("image", "item_id"),
+        splits=("test",),
+    )
+    yield DatasetRecord(
+        name="core:ijb",
+        target="bowerbird.data.ijb:Ijb",
+        config="bowerbird.data.benchmark_configs:IjbConfig",
+        summary="The faces of IJB-B or IJB-C with their templates and media, from a local copy.",
+        provides=("image", "item_id"),
+        splits=("test",),
+        paper="IARPA Janus Benchmark - C: Face Dataset and Protocol, ICB 2018, doi:10.1109/ICB2018.2018.00033",
+    )
 
 
 @hookimpl
@@ -172,6 +225,19 @@ def bowerbird_retrievers() -> Iterable[RetrieverRecord]:
         summary="Backfill first what the old encoder was least sure of (entropy, least confidence or margin).",
         paper="Hot-Refresh Model Upgrades with Regression-Alleviating Compatible Training, arXiv 2201.09724",
     )
+    yield RetrieverRecord(
+        name="core:local",
+        role="executor",
+        target="bowerbird.upgrade.executors:LocalExecutor",
+        summary="Several worker processes on this machine share an upgrade.",
+    )
+    yield RetrieverRecord(
+        name="core:torchrun",
+        role="executor",
+        target="bowerbird.upgrade.executors:TorchrunExecutor",
+        summary="Every process that torchrun starts, on one or many machines, is a worker of an upgrade.",
+        extras={"torch": "bowerbird-core[torch]"},
+    )
 
 
 @hookimpl
@@ -198,4 +264,48 @@ def bowerbird_evaluators() -> Iterable[EvaluatorRecord]:
         summary="An old encoder against this one: cross tests, compatibility, flips and gains.",
         paper="Towards Backward-Compatible Representation Learning, arXiv 2003.11942",
         extras={"torch": "bowerbird-core[torch]"},
+    )
+    torch = {"torch": "bowerbird-core[torch]"}
+    yield EvaluatorRecord(
+        name="core:gldv2",
+        target="bowerbird.retrieval.benchmarks:LandmarksBenchmark",
+        config="bowerbird.retrieval.configs:LandmarksEvaluation",
+        summary="mAP@100 of Google Landmarks v2 retrieval, from a local copy.",
+        needs=("image",),
+        paper="Google Landmarks Dataset v2, arXiv:2004.01804",
+        extras=torch,
+    )
+    yield EvaluatorRecord(
+        name="core:revisited",
+        target="bowerbird.retrieval.benchmarks:RevisitedBenchmark",
+        config="bowerbird.retrieval.configs:RevisitedEvaluation",
+        summary="mAP and mP@k of revisited Oxford or Paris: easy, medium and hard.",
+        needs=("image",),
+        paper="Revisiting Oxford and Paris: Large-Scale Image Retrieval Benchmarking, arXiv:1803.11285",
+        extras=torch,
+    )
+    yield EvaluatorRecord(
+        name="core:market-1501",
+        target="bowerbird.retrieval.benchmarks:MarketBenchmark",
+        config="bowerbird.retrieval.configs:MarketEvaluation",
+        summary="mAP and CMC of Market-1501, single query; the same person by the same camera is ignored.",
+        paper="Scalable Person Re-identification: A Benchmark, ICCV 2015, doi:10.1109/ICCV.2015.133",
+        extras=torch,
+    )
+    yield EvaluatorRecord(
+        name="core:face-pairs",
+        target="bowerbird.retrieval.benchmarks:FacePairsBenchmark",
+        config="bowerbird.retrieval.configs:FacePairsEvaluation",
+        summary="Accuracy on pairs of faces such as LFW: the threshold of a fold comes from the others.",
+        needs=("image",),
+        extras=torch,
+    )
+    yield EvaluatorRecord(
+        name="core:ijb",
+        target="bowerbird.retrieval.benchmarks:IjbBenchmark",
+        config="bowerbird.retrieval.configs:IjbEvaluation",
+        summary="IJB-B or IJB-C: 1:1 TAR at FAR, 1:N identification; also old encoder against new.",
+        needs=("image",),
+        paper="IARPA Janus Benchmark - C: Face Dataset and Protocol, ICB 2018, doi:10.1109/ICB2018.2018.00033",
+        extras=torch,
     )

@@ -15,7 +15,9 @@ from bowerbird.errors import InputError
 def pick_device(name: str = "auto") -> torch.device:
     """``auto`` is the GPU of this process where there is one, else the CPU. Raises ``InputError``."""
     if name == "auto":
-        return torch.device(f"cuda:{local_rank()}") if torch.cuda.is_available() else torch.device("cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device(f"cuda:{local_rank() % torch.cuda.device_count()}")
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -16,7 +16,9 @@ from bowerbird.cli.gallery import parse_where
 
 if TYPE_CHECKING:
     from bowerbird.gallery import Gallery, Space
-    from bowerbird.upgrade import ItemEncoder, QuerySet, UpgradeStatus
+    from bowerbird.upgrade import ItemEncoder, QuerySet, RunReport, UpgradeStatus
+    from bowerbird.upgrade.engines import Executor
+    from bowerbird.upgrade.worker import Job
 
 gallery_argument = click.argument("gallery", type=click.Path(file_okay=False))
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")
@@ -155,6 +157,8 @@ def serve(gallery: str, images: tuple[str, ...], k: int, where: tuple[str, ...],
         "bowerbird upgrade run photos --to runs/new --order uncertainty --label-key label --stop-at-share 0.5",
         "bowerbird upgrade run photos --to runs/new --label-key label --watch-every 0.05 --max-nfr 0.02",
         "bowerbird upgrade run photos --rate 50      (goes on with the upgrade under way)",
+        "bowerbird upgrade run photos --to runs/new --workers 4",
+        "torchrun --nproc-per-node 2 -m bowerbird upgrade run photos --to runs/new --engine torchrun",
     )
 )
 @gallery_argument
@@ -177,24 +181,30 @@ def serve(gallery: str, images: tuple[str, ...], k: int, where: tuple[str, ...],
 @click.option("--watch-every", type=float, help="Measure after each such share of the gallery, such as 0.05.")
 @click.option("--max-nfr", type=float, help="Pause above this rate of negative flips against the old system.")
 @click.option("--retry-failed", is_flag=True, help="Try items again that failed three times.")
+@click.option("--workers", type=click.IntRange(min=1), help="Processes that share the work. [default: 1]")
+@click.option("--engine", default="local", show_default=True, help="What starts them: local, torchrun or ray.")
 @batch_option
 @device_option
 @json_option
 def run(gallery: str, to: str | None, old: str | None, compatible: bool, overrides: tuple[str, ...],
         queries: str | None, split: str | None, retry_failed: bool, batch_size: int, device: str, as_json: bool,
         rate: float | None, stop_after: int | None, stop_at_share: float | None, watch_every: float | None,
-        max_nfr: float | None, **begin_settings: Any) -> None:  # fmt: skip
+        max_nfr: float | None, workers: int | None, engine: str, **begin_settings: Any) -> None:  # fmt: skip
     """Move the gallery to the new encoder. Begins the upgrade if none is under way.
 
     Safe to stop at any moment and to start again: Ctrl-C gives the task in hand back, a kill loses one task of
-    encoding. Start it in several terminals to share the work.
+    encoding. --workers shares the work over processes of this machine; so does starting it in several terminals.
+    Limits hold for all workers of one command together.
     """
     from bowerbird.errors import InputError
     from bowerbird.upgrade import Upgrade
     from bowerbird.upgrade.tables import show, watch_table
 
     begin_settings = {name: value for name, value in begin_settings.items() if value is not None}
-    with _open(gallery) as opened:
+    executor = _executor(engine, workers)
+    with _open(gallery) as opened, _terminated_like_ctrl_c():
+        if executor is not None and not executor.speaks:
+            _work_silently(opened, executor)
         state = opened.store.upgrade_state()
         if state is None and to is None:
             raise InputError(f"no upgrade is under way in {gallery}: name the new encoder, --to ENCODER")
@@ -217,13 +227,28 @@ def run(gallery: str, to: str | None, old: str | None, compatible: bool, overrid
         if retry_failed:
             upgrade.status()
             opened.store.retry_failed()
+        limits: dict[str, Any] = {"rate": rate, "stop_after": stop_after, "stop_at_share": stop_at_share}
+        watched = {"watch_every": watch_every, "max_nfr": max_nfr}
         with _bar(show_it=sys.stderr.isatty() and not as_json) as progress:
-            report = upgrade.run(
-                rate=rate, stop_after=stop_after, stop_at_share=stop_at_share, watch_every=watch_every, max_nfr=max_nfr,
-                progress=progress, **settings,
-            )  # fmt: skip
+            if executor is None:
+                report = upgrade.run(**limits, **watched, progress=progress, **settings)
+            else:
+                from bowerbird.upgrade.engines import make_job, run_workers
+
+                def begin() -> Job:
+                    label = begin_settings.get("label_key")
+                    begun = upgrade.join(watch=any(v is not None for v in (label, *watched.values())), **settings)
+                    encoder = {
+                        "ref": to or opened.snapshot().spaces[begun.new].encoder,
+                        "batch_size": batch_size,
+                        "device": device,
+                    }
+                    return make_job(opened, gallery, begun, WORKER_LOADER, encoder, **limits)
+
+                report = run_workers(opened, begin, executor, **watched, progress=progress)
     if as_json:
         click.echo(json.dumps(report.to_dict()))
+        _exit_if_failed(report)
         return
     if report.watched:
         show(watch_table(report.watched))
@@ -231,8 +256,14 @@ def run(gallery: str, to: str | None, old: str | None, compatible: bool, overrid
         f"{report.reason}: moved {report.encoded} items in {report.seconds:.1f} s ({report.rate:.1f} items/s); "
         f"{report.share:.1%} of the gallery is new"
     )
+    for share in report.workers:
+        again = f", started again {share.restarts} times" if share.restarts else ""
+        click.echo(f"  worker {share.index}: {share.encoded} items in {share.seconds:.1f} s{again}")
+        if share.error is not None:
+            click.echo(f"worker {share.index} failed: {share.error}", err=True)
     for item, attempts, error in report.failures[:10]:
         click.echo(f"failed ({attempts} of 3 attempts): {item}: {error}", err=True)
+    _exit_if_failed(report)
     follow = {
         "complete": f"bowerbird upgrade finish {gallery}",
         "stop-rule": f"bowerbird upgrade rollback {gallery}, or resume",
@@ -388,6 +419,59 @@ def _load(ref: str, device: str) -> Any:
     return load_encoder(ref, device=device)
 
 
+WORKER_LOADER = "bowerbird.cli.upgrade:load_in_worker"
+
+
+def load_in_worker(settings: dict[str, Any], gallery: Gallery, space: Space, index: int) -> ItemEncoder:
+    """The encoder of a worker process: that of the command which started it."""
+    return _encoder(settings["ref"], settings["batch_size"], settings["device"], space)
+
+
+def _executor(engine: str, workers: int | None) -> Executor | None:
+    """``None`` where this process does the work alone."""
+    if engine in ("local", "core:local") and workers in (None, 1):
+        return None
+    from bowerbird.upgrade.engines import load_executor
+
+    return load_executor(engine)(workers)
+
+
+def _work_silently(gallery: Gallery, executor: Executor) -> None:
+    """A process that a launcher started beside the one that speaks: it works, and leaves the talking to that one."""
+    from bowerbird.upgrade.engines import run_workers
+
+    def begin() -> Job:
+        raise AssertionError("only the process that speaks begins")
+
+    run_workers(gallery, begin, executor)
+    click.get_current_context().exit(0)
+
+
+def _exit_if_failed(report: RunReport) -> None:
+    if report.reason == "failed":
+        codes = [share.exit_code for share in report.workers if share.exit_code]
+        click.get_current_context().exit(75 if set(codes) == {75} else codes[0])
+
+
+@contextmanager
+def _terminated_like_ctrl_c() -> Iterator[None]:
+    """SIGTERM (a container that stops, torchrun) gives the task in hand back, as Ctrl-C does."""
+    import signal
+    import threading
+
+    def interrupt(signum: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _encoder(ref: str, batch_size: int, device: str, space: Space | None = None) -> ItemEncoder:
     from bowerbird.upgrade import ItemEncoder
 
@@ -417,20 +501,16 @@ def _queries(source: str | None, split: str | None) -> QuerySet | None:
     from pathlib import Path
 
     from bowerbird.data import images_of
+    from bowerbird.data.uris import open_dataset
     from bowerbird.errors import InputError
-    from bowerbird.recipe import build_config
-    from bowerbird.registry import get_registry
     from bowerbird.upgrade import QuerySet
 
-    registry = get_registry()
     is_folder = Path(source).is_dir()
     if not is_folder and ":" not in source:
         raise InputError(
             f"queries {source!r}: there is no such folder; expected one, or a data set such as core:digits"
         )
-    record = registry.get("dataset", "core:image-folder" if is_folder else source)
-    config = build_config(record, {"root": source} if is_folder else {}, where=f"dataset {record.name!r}")
-    dataset = registry.load(record).build(config, split)
+    dataset, _ = open_dataset("core:image-folder", split, root=source) if is_folder else open_dataset(source, split)
     labels = [dataset.classes[label] if dataset.classes else label for label in dataset.labels()]
     return QuerySet(labels, images=images_of(dataset))
 

@@ -189,7 +189,9 @@ def backfill_plan(
     part = gallery.snapshot().new
     # By item number: the plan must not depend on where rows happen to lie.
     nums = np.sort(part.nums)
-    return nums[order_positions(order, nums, part.vectors_of(nums), settings=settings, seed=seed,
+    # What was added in order lies in order: then the rows are mapped, not copied.
+    vectors = part.vectors() if np.array_equal(nums, part.nums) else part.vectors_of(nums)
+    return nums[order_positions(order, nums, vectors, settings=settings, seed=seed,
                                 centers=_centers(gallery, nums, part, centers, label_key))]  # fmt: skip
 
 
@@ -234,8 +236,8 @@ def _centers(gallery: Gallery, nums: np.ndarray, part: Any, centers: Any, label_
 
 
 @dataclass
-class _Limits:
-    """When to stop, and how fast to go."""
+class Limits:
+    """When to stop, and how fast to go; see ``run``. Raises ``InputError`` for values that make no sense."""
 
     stop_after: int | None = None
     stop_at_items: int | None = None
@@ -373,7 +375,7 @@ def run(
         SpaceError: If the encoder is not the one of the upgrade's new space, or stops reproducing its space.
         StoreUnavailableError: If the store stayed away; calling ``run`` again goes on where it was.
     """
-    limits = _Limits(stop_after, stop_at_items, stop_at_share, rate)
+    limits = Limits(stop_after, stop_at_items, stop_at_share, rate)
     patient = Patience(str(gallery.path), store_patience)
     watching = Watching(gallery, every=watch_every, max_nfr=max_nfr, share=0.0)
     state = gallery.store.upgrade_state()
@@ -382,7 +384,7 @@ def run(
     state = join(gallery, encoder, **begin_settings)
     owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(2)}"
     task_items = int(state.settings.get("task_items", 0))
-    tell = _tolerant(progress)
+    tell = tolerant(progress)
     dead = _TheDead()
     encoded = failed = 0
     now = patient(status, gallery)
@@ -434,6 +436,7 @@ def run(
         encoded += len(result.positions)
         failed += len(failures)
         now = patient(_status_after, gallery, now)
+        patient(gallery.tend_index)  # an approximate index grows with the new part, in a small share of our time
         tell(0, now)
         if patient(watching.look, now.share):
             reason = "stop-rule"
@@ -441,6 +444,7 @@ def run(
         limits.keep_to_rate(encoded)
 
     if reason == "complete" and encoded:
+        patient(lambda: gallery.tend_index(share=1))
         watching.at_the_end(now.share)
     end = patient(_status_after, gallery, now)
     return RunReport(
@@ -458,7 +462,7 @@ class _StopAsked(Exception):
     """``stop`` said so in the middle of a task."""
 
 
-def _tolerant(progress: Callable[[int, UpgradeStatus], None] | None) -> Callable[[int, UpgradeStatus], None]:
+def tolerant(progress: Callable[[int, UpgradeStatus], None] | None) -> Callable[[int, UpgradeStatus], None]:
     """``progress``, without the power to cost a task: what it draws is less than what was encoded."""
     broken = progress is None
 

@@ -86,6 +86,19 @@ class Upgrade:
             settings.pop("queries", None)
         return _run.run(self.gallery, encoder, **settings)
 
+    def join(self, *, watch: bool = False, **begin_settings: Any) -> UpgradeState:
+        """Begin the upgrade, or check that the one under way is this one, for workers that something else starts.
+
+        Args:
+            watch: Freeze queries where this call begins it.
+        """
+        encoder = self._needs_new("run")
+        if self.gallery.store.upgrade_state() is None:
+            begin_settings = self._begin_settings(begin_settings, watch=watch)
+        else:
+            begin_settings.pop("queries", None)
+        return _run.join(self.gallery, encoder, **begin_settings)
+
     def serve(self, *, loader: _serve.EncoderLoader | None = None) -> _serve.SearchService:
         """A search object valid at every moment; see ``bowerbird.upgrade.serve``."""
         return _serve.serve(self.gallery, [e for e in (self.old, self.new) if e is not None], loader=loader)
