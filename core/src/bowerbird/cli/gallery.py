@@ -101,7 +101,7 @@ def create(
     type=click.Path(exists=True, file_okay=False),
     help="Every image below it; the id is the path in it, the first subfolder the `label`.",
 )
-@click.option("--dataset", help="A data set by name.")
+@click.option("--dataset", help="A data set by name, or with settings: 'core:market-1501?root=FOLDER'.")
 @click.option("--split", help="Split of the data set.")
 @click.option("--vectors", type=click.Path(exists=True, dir_okay=False), help="Ready vectors: .npy of shape (N, D).")
 @click.option(
@@ -429,16 +429,12 @@ def _images(
         # In subfolders the first one is the label, as in `core:image-folder`.
         labels = [{"label": name.split("/", 1)[0]} if "/" in name else {} for name in ids]
         return ids, paths, labels
-    from bowerbird.data.uris import dataset_uri
-    from bowerbird.recipe import build_config
-    from bowerbird.registry import get_registry
+    from bowerbird.data.uris import item_uris, open_dataset
 
     assert dataset is not None
-    registry = get_registry()
-    record = registry.get("dataset", dataset)
-    built = registry.load(record).build(build_config(record, {}, where=f"dataset {record.name!r}"), split)
-    known = [{"label": built.classes[label]} for label in built.labels()] if built.classes else None
-    return list(built.item_ids), [dataset_uri(record.name, split, name) for name in built.item_ids], known
+    built, address = open_dataset(dataset, split)
+    known = built.metadata()
+    return list(built.item_ids), item_uris(address, built.item_ids), None if known is None else list(map(dict, known))
 
 
 def _add_vectors(

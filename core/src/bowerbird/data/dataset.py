@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, Self
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from bowerbird.retrieval.metrics import Relevance
 
 
 class Dataset(ABC):
@@ -36,3 +39,17 @@ class Dataset(ABC):
     def labels(self) -> Sequence[int]:
         """Class index of every item, without decoding images. Overridden where that is cheap."""
         return [self[i]["label"] for i in range(len(self))]
+
+    def metadata(self) -> Sequence[Mapping[str, Any]] | None:
+        """What a gallery keeps beside each item, JSON values, without decoding images; ``None`` for nothing.
+
+        By default the name of its class as ``label``.
+        """
+        return [{"label": self.classes[label]} for label in self.labels()] if self.classes else None
+
+    def relevance(self, gallery: Dataset) -> Relevance | None:
+        """What is right and what is ignored for these items as queries in ``gallery``, whose ids are its positions.
+
+        ``None``: the set has no ground truth of its own, and the same class is right.
+        """
+        return None

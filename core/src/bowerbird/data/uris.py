@@ -1,18 +1,21 @@
 """``dataset:`` addresses: an item of an installed data set, where a gallery otherwise keeps the path of a file.
 
     dataset:emoji:styles?split=unseen-gallery#noto/red-apple
+    dataset:core:market-1501?root=/data/market&split=gallery#bounding_box_test/0002_c1s1_000451_03.jpg
 
-A gallery that was filled from a data set can so fetch its images again, for a canary or an upgrade.
+A gallery that was filled from a data set can so fetch its images again, for a canary or an upgrade. Between ``?`` and
+``#`` are the settings of the data set, and its split.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
-from urllib.parse import parse_qs, quote, unquote, urlencode
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, unquote
 
-from bowerbird.errors import DataError
+from bowerbird.errors import DataError, InputError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -26,10 +29,51 @@ def is_dataset_uri(source: object) -> bool:
     return isinstance(source, str) and source.startswith(SCHEME)
 
 
-def dataset_uri(name: str, split: str | None, item_id: str) -> str:
-    """The address of an item of the data set ``name`` with its default settings."""
-    query = f"?{urlencode({'split': split})}" if split else ""
-    return f"{SCHEME}{name}{query}#{quote(item_id)}"
+def parse_dataset(ref: str) -> tuple[str, dict[str, Any]]:
+    """Name and settings of ``NAME?key=value&key=value``; values are read as in ``--set``.
+
+    Raises ``InputError`` for a part that is no setting.
+    """
+    from bowerbird.recipe import parse_value
+
+    name, _, query = ref.partition("?")
+    settings: dict[str, Any] = {}
+    for part in filter(None, query.split("&")):
+        key, equals, value = part.partition("=")
+        if not equals or not key:
+            raise InputError(f"data set {ref!r}: {part!r} is no setting; expected key=value")
+        settings[unquote(key)] = parse_value(unquote(value))
+    return name, settings
+
+
+def open_dataset(ref: str, split: str | None = None, **more: Any) -> tuple[Dataset, str]:
+    """The data set ``NAME`` or ``NAME?key=value`` (with ``more`` settings), and the beginning of its items' addresses.
+
+    Raises:
+        UnknownNameError: There is no such data set or split (its plugin is not installed).
+        RecipeError: A setting is not accepted.
+        DataError: Its files cannot be read.
+    """
+    from bowerbird.recipe import build_config
+    from bowerbird.registry import get_registry
+
+    name, settings = parse_dataset(ref)
+    settings |= more
+    registry = get_registry()
+    record = registry.get("dataset", name)
+    config = build_config(record, settings, where=f"data set {ref!r}")
+    dataset: Dataset = registry.load(record).build(config, split)
+    if config is not None:  # a path from the current folder means another one elsewhere
+        settings = {key: _absolute(getattr(config, key)) for key in settings}
+    if split is not None:
+        settings["split"] = split
+    query = "&".join(f"{quote(key)}={quote(_text(value), safe='/:')}" for key, value in settings.items())
+    return dataset, f"{SCHEME}{record.name}{'?' if query else ''}{query}"
+
+
+def item_uris(address: str, item_ids: Iterable[str]) -> list[str]:
+    """The addresses of items of the data set that ``open_dataset`` opened."""
+    return [f"{address}#{quote(item_id)}" for item_id in item_ids]
 
 
 def open_dataset_item(uri: str) -> Image.Image:
@@ -37,24 +81,30 @@ def open_dataset_item(uri: str) -> Image.Image:
 
     Raises:
         UnknownNameError: There is no such data set or split (its plugin is not installed).
-        DataError: The data set has no such item.
+        DataError: The data set has no such item, or its files are no longer there.
     """
-    address, _, item_id = uri.removeprefix(SCHEME).partition("#")
-    name, _, query = address.partition("?")
-    dataset, positions = _opened(name, parse_qs(query).get("split", [None])[0])
+    address, _, item_id = uri.partition("#")
+    dataset, positions = _opened(address)
     position = positions.get(unquote(item_id))
     if position is None:
-        raise DataError(f"{uri!r}: the data set {name!r} has no item {unquote(item_id)!r}")
+        raise DataError(f"{uri!r}: the data set {address.removeprefix(SCHEME)!r} has no item {unquote(item_id)!r}")
     image: Image.Image = dataset[position]["image"]
     return image
 
 
 @functools.lru_cache(maxsize=8)
-def _opened(name: str, split: str | None) -> tuple[Dataset, Mapping[str, int]]:
-    from bowerbird.recipe import build_config
-    from bowerbird.registry import get_registry
-
-    registry = get_registry()
-    record = registry.get("dataset", name)
-    dataset: Dataset = registry.load(record).build(build_config(record, {}, where=f"dataset {record.name!r}"), split)
+def _opened(address: str) -> tuple[Dataset, Mapping[str, int]]:
+    name, _, query = address.removeprefix(SCHEME).partition("?")
+    parts = [part for part in query.split("&") if part]
+    split = next((unquote(part.partition("=")[2]) for part in parts if part.startswith("split=")), None)
+    rest = "&".join(part for part in parts if not part.startswith("split="))
+    dataset, _ = open_dataset(f"{name}?{rest}", split)
     return dataset, {item_id: position for position, item_id in enumerate(dataset.item_ids)}
+
+
+def _absolute(value: Any) -> Any:
+    return value.expanduser().resolve() if isinstance(value, Path) else value
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self, overload
 
 from PIL import Image
@@ -41,6 +41,40 @@ class Subset(Dataset):
     def labels(self) -> Sequence[int]:
         labels = self.dataset.labels()
         return [int(labels[i]) for i in self.indices]
+
+    def metadata(self) -> Sequence[Mapping[str, Any]] | None:
+        known = self.dataset.metadata()
+        return None if known is None else [known[i] for i in self.indices]
+
+
+class Mirrored(Dataset):
+    """The same items with their images mirrored left to right."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+        self.classes = dataset.classes
+        self.domains = dataset.domains
+
+    @classmethod
+    def build(cls, config: Any, split: str | None) -> Self:
+        raise TypeError("Mirrored is made from a data set: bowerbird.data.views.Mirrored(dataset).")
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = self.dataset[index]
+        return {**item, "image": item["image"].transpose(Image.Transpose.FLIP_LEFT_RIGHT)}
+
+    @property
+    def item_ids(self) -> Sequence[str]:
+        return self.dataset.item_ids
+
+    def labels(self) -> Sequence[int]:
+        return self.dataset.labels()
+
+    def metadata(self) -> Sequence[Mapping[str, Any]] | None:
+        return self.dataset.metadata()
 
 
 def subset(dataset: Dataset, indices: Sequence[int]) -> Subset:

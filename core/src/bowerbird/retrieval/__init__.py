@@ -36,12 +36,14 @@ from bowerbird.retrieval.metrics import (
     recall_all,
     revisited_precision,
     revisited_protocol,
+    revisited_relevance,
 )
 from bowerbird.retrieval.verification import (
     Identification,
     TwoGalleries,
     Verification,
     combine_galleries,
+    fold_accuracy,
     identification_at_fpir,
     pair_scores,
     template_features,
@@ -54,8 +56,8 @@ __all__ = [
     "RetrievalData", "Revisited", "StrictCompatibility", "TwoGalleries", "Verification", "advbct_scores", "ap_flips",
     "average_compatibility", "average_multimodel_accuracy", "average_precision", "backfill_curve", "backward_transfer",
     "bootstrap_interval", "churn", "cmc", "combine_galleries", "compatibility_matrix", "compatibility_report",
-    "cross_test", "exact_search", "flips", "forgetting", "identification_at_fpir", "measure", "new_model_loss",
-    "num_backfilled", "pair_scores", "paired_difference", "precision", "recall_all", "revisited_precision",
-    "revisited_protocol", "self_test", "similarity", "strict_compatibility", "template_features", "update_gain",
-    "verification_at_fpr",
+    "cross_test", "exact_search", "flips", "fold_accuracy", "forgetting", "identification_at_fpir", "measure",
+    "new_model_loss", "num_backfilled", "pair_scores", "paired_difference", "precision", "recall_all",
+    "revisited_precision", "revisited_protocol", "revisited_relevance", "self_test", "similarity",
+    "strict_compatibility", "template_features", "update_gain", "verification_at_fpr",
 ]  # fmt: skip

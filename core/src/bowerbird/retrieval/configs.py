@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from bowerbird.data.benchmark_configs import (
+    FacePairsConfig,
+    IjbConfig,
+    LandmarksConfig,
+    MarketConfig,
+    RevisitedFiles,
+)
+
+Rate = Annotated[float, Field(ge=0, le=1)]
+Rank = Annotated[int, Field(ge=1)]
 
 
 class ExactConfig(BaseModel):
@@ -40,21 +51,24 @@ class FaissConfig(BaseModel):
     """Of the samples for training and measuring."""
 
 
-class _OnDataset(BaseModel):
+class Intervals(BaseModel):
     """What the evaluators have in common."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    dataset: str
-    """Name of a data set, for example emoji:styles."""
-    settings: dict[str, Any] = Field(default_factory=dict)
-    """Settings of the data set."""
     level: float = Field(0.95, gt=0, lt=1)
     """Coverage of the bootstrap intervals over queries."""
     samples: int = Field(1000, ge=1)
     """Resamples of the bootstrap."""
     seed: int = 0
     """Of the bootstrap."""
+
+
+class _OnDataset(Intervals):
+    dataset: str
+    """Name of a data set, for example emoji:styles."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Settings of the data set."""
 
 
 class KNNConfig(_OnDataset):
@@ -103,3 +117,54 @@ class UpgradeConfig(_Ranking):
     """For flips, a query is right where a positive is among the first k."""
     eps: float = Field(0.01, ge=0)
     """An average precision that falls by more is an AP flip."""
+
+
+class LandmarksEvaluation(Intervals, LandmarksConfig):
+    """``core:gldv2``."""
+
+    split: Literal["private", "public", "test"] = "private"
+    """Queries: those of the private or of the public part of the solution, or both (test)."""
+    ap_k: int = Field(100, ge=1)
+    """mAP@k."""
+
+
+class RevisitedEvaluation(Intervals, RevisitedFiles):
+    """``core:revisited``."""
+
+    ks: tuple[Rank, ...] = (1, 5, 10)
+    """Ranks of mP@k."""
+
+
+class MarketEvaluation(Intervals, MarketConfig):
+    """``core:market-1501``."""
+
+    ks: tuple[Rank, ...] = (1, 5, 10)
+    """Ranks of CMC@k."""
+
+
+class FacePairsEvaluation(Intervals, FacePairsConfig):
+    """``core:face-pairs``."""
+
+    folds: int = Field(10, ge=2)
+    """Consecutive parts of the list; the threshold of one comes from the others."""
+    fars: tuple[Rate, ...] = (1e-3,)
+    """False acceptance rates."""
+    mirror: bool = True
+    """Add the vector of the mirrored image to that of the image."""
+
+
+class IjbEvaluation(Intervals, IjbConfig):
+    """``core:ijb``."""
+
+    old: str | None = None
+    """An old encoder to be upgraded from: a run, an exported folder or a name with settings."""
+    fars: tuple[Rate, ...] = (1e-4, 1e-5, 1e-6)
+    """False acceptance rates of 1:1."""
+    fpirs: tuple[Rate, ...] = (0.01, 0.1)
+    """False positive identification rates of 1:N."""
+    ks: tuple[Rank, ...] = (1, 5, 10)
+    """Ranks of 1:N."""
+    mirror: bool = True
+    """Add the vector of the mirrored face to that of the face."""
+    detector_score: bool = True
+    """Weigh faces by the score of the face detector."""

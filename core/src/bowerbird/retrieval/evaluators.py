@@ -23,7 +23,7 @@ from bowerbird.retrieval.metrics import PerQuery, RankedList, Relevance, average
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from bowerbird.retrieval.configs import KNNConfig, RetrievalConfig, UpgradeConfig
+    from bowerbird.retrieval.configs import Intervals, KNNConfig, RetrievalConfig, UpgradeConfig
 
 
 class KNN(Evaluator):
@@ -57,7 +57,7 @@ class KNN(Evaluator):
         names = ["top1", "top5"] if len(classes) > 5 else ["top1"]
         outcomes = {name: right[:, : int(name[3:])].any(axis=1).astype(np.float64) for name in names}
         everything = np.ones(len(test), bool)
-        return _metrics({name: PerQuery(values, everything) for name, values in outcomes.items()}, c)
+        return summarise({name: PerQuery(values, everything) for name, values in outcomes.items()}, c)
 
 
 def knn_votes(
@@ -120,7 +120,7 @@ class Retrieval(Evaluator):
         at = cmc(ranked, relevance, c.ks, **switches)
         values = {"mAP": average_precision(ranked, relevance, c.kind, c.ap_k, **switches)}
         values |= {f"R@{k}": PerQuery(at.values[:, column], at.valid) for column, k in enumerate(c.ks)}
-        return _metrics(values, c, {"num_valid": float(at.num_valid)})
+        return summarise(values, c, {"num_valid": float(at.num_valid)})
 
 
 class Upgrade(Evaluator):
@@ -157,7 +157,7 @@ class Upgrade(Evaluator):
             tie=c.tie,
         )
         values = {f"{pair} {name}": value for pair, row in report.metrics.items() for name, value in row.items()}
-        metrics = _metrics(values, c, report.summary())
+        metrics = summarise(values, c, report.summary())
         changes = {
             f"{name} flip": np.where(counted.valid, counted.change, np.nan) for name, counted in report.flips.items()
         }
@@ -166,10 +166,14 @@ class Upgrade(Evaluator):
 
 
 def _task(context: EvalContext, c: RetrievalConfig | UpgradeConfig) -> tuple[Dataset, Dataset | None, Relevance]:
+    """Queries, gallery (``None``: the queries themselves) and what is right: the set's own truth, or the class."""
     queries = context.dataset(c.dataset, split=c.query_split, **c.settings)
     if c.gallery_split == c.query_split:
         return queries, None, Relevance.from_labels(queries.labels(), queries.labels(), exclude_self=True)
     gallery = context.dataset(c.dataset, split=c.gallery_split, **c.settings)
+    own = queries.relevance(gallery)
+    if own is not None:
+        return queries, gallery, own
     query_labels, gallery_labels = _common_labels(queries, gallery)
     relevance = Relevance.from_labels(
         query_labels, gallery_labels, query_ids=queries.item_ids, gallery_ids=gallery.item_ids
@@ -191,9 +195,9 @@ def _common_labels(first: Dataset, second: Dataset) -> tuple[NDArray[Any], NDArr
     return labels[0], labels[1]
 
 
-def _metrics(
+def summarise(
     values: Mapping[str, PerQuery],
-    c: KNNConfig | RetrievalConfig | UpgradeConfig,
+    c: Intervals,
     more: Mapping[str, float] | None = None,
 ) -> Metrics:
     """Means with their intervals; numbers that are undefined are left out."""

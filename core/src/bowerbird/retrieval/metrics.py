@@ -409,6 +409,14 @@ def revisited_protocol(
         junk) and ``hard`` (positives hard, ignored junk and easy). A query without positives in a set-up is not valid
         there (NaN).
     """
+    return {
+        name: Revisited(average_precision(ranked, rel, "trapezoid"), revisited_precision(ranked, rel, ks))
+        for name, rel in revisited_relevance(easy, hard, junk).items()
+    }
+
+
+def revisited_relevance(easy: Any, hard: Any, junk: Any = None) -> dict[str, Relevance]:
+    """What is right and what is ignored in ``easy``, ``medium`` and ``hard``; see ``revisited_protocol``."""
     easy, hard = _ragged(easy, "easy"), _ragged(hard, "hard")
     junk = _ragged([[]] * len(easy) if junk is None else junk, "junk")
     if not len(easy) == len(hard) == len(junk):
@@ -419,14 +427,10 @@ def revisited_protocol(
     def union(*lists: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
         return [np.concatenate(arrays) for arrays in zip(*lists, strict=True)]
 
-    set_ups = {
+    return {
         "easy": Relevance(easy, union(junk, hard)),
         "medium": Relevance(union(easy, hard), junk),
         "hard": Relevance(hard, union(junk, easy)),
-    }
-    return {
-        name: Revisited(average_precision(ranked, rel, "trapezoid"), revisited_precision(ranked, rel, ks))
-        for name, rel in set_ups.items()
     }
 
 

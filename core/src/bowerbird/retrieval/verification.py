@@ -17,6 +17,8 @@ from bowerbird.errors import InputError
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
+PAIR_BLOCK = 65_536
+
 
 def template_features(
     embeddings: ArrayLike,
@@ -86,7 +88,14 @@ def pair_scores(first: ArrayLike, second: ArrayLike, pair_a: ArrayLike, pair_b: 
     a, b = _floats(first), _floats(second)
     if a.shape[1:] != b.shape[1:]:
         raise InputError(f"features of widths {a.shape[1:]} and {b.shape[1:]} have no dot product.")
-    return np.einsum("pd,pd->p", a[np.asarray(pair_a)], b[np.asarray(pair_b)])
+    left, right = np.asarray(pair_a), np.asarray(pair_b)
+    if left.shape != right.shape or left.ndim != 1:
+        raise InputError(f"pair_a and pair_b must have the same shape (P,); got {left.shape} and {right.shape}.")
+    scores = np.empty(len(left), np.result_type(a, b))
+    for start in range(0, len(left), PAIR_BLOCK):  # 15 million pairs of 512 numbers at once would be 64 GB
+        part = slice(start, start + PAIR_BLOCK)
+        scores[part] = np.einsum("pd,pd->p", a[left[part]], b[right[part]])
+    return scores
 
 
 @dataclass(frozen=True)
@@ -148,6 +157,41 @@ def verification_at_fpr(
     else:
         at = len(fpr) - 1 - np.abs(fpr[::-1, None] - wanted).argmin(axis=0)
     return Verification(true[at] / num_same, fpr[at], threshold[at], wanted)
+
+
+def fold_accuracy(scores: ArrayLike, labels: ArrayLike, folds: int = 10) -> NDArray[np.bool_]:
+    """bool ``(P,)``: is each pair judged right with the threshold that is best on the other folds (the LFW protocol)?
+
+    Folds are consecutive parts of the list, as its authors ordered it. A pair is accepted where its score reaches the
+    threshold; of several best thresholds (scores of the other folds, and infinity) the lowest is taken.
+
+    Args:
+        scores: ``(P,)``, larger = more alike.
+        labels: ``(P,)``, 1 for a pair of one person.
+        folds: At least 2, at most P.
+
+    Raises:
+        InputError: Shapes that do not fit, NaN, labels other than 0 and 1, or more folds than pairs.
+    """
+    score, label = _floats(scores), np.asarray(labels)
+    if score.ndim != 1 or label.shape != score.shape or not np.isin(label, (0, 1)).all():
+        raise InputError(f"needs scores (P,) and labels 0 or 1; got shapes {score.shape} and {label.shape}.")
+    _refuse_nan(score, "scores")
+    if not 2 <= folds <= len(score):
+        raise InputError(f"folds must be 2 to {len(score)}, the number of pairs; got {folds}.")
+    same = label.astype(bool)
+    right = np.empty(len(score), bool)
+    for fold in np.array_split(np.arange(len(score)), folds):
+        others = np.setdiff1d(np.arange(len(score)), fold, assume_unique=True)
+        order = others[np.argsort(score[others], kind="stable")]
+        # accepting the items from position i on: right are the same pairs from i on and the different ones before
+        correct = np.append(np.cumsum(same[order][::-1])[::-1], 0) + np.append(0, np.cumsum(~same[order]))
+        edge = np.append(True, np.diff(score[order]) > 0)  # equal scores are accepted together
+        candidates = np.append(np.flatnonzero(edge), len(order))
+        best = candidates[correct[candidates].argmax()]
+        threshold = score[order[best]] if best < len(order) else np.inf
+        right[fold] = (score[fold] >= threshold) == same[fold]
+    return right
 
 
 @dataclass(frozen=True)
