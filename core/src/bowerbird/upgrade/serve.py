@@ -4,6 +4,10 @@ It follows the gallery by snapshots (a commit of any process is seen at the next
 encoders that the present state needs, never more: the old one is left alone once nothing old is left, or where the
 strategy searches the old part with new queries.
 
+Where upgrades stack, each part is searched as the upgrade that leads away from its space says, one step at a time: with
+v1 -> v2 by a compatible encoder and v2 -> v3 by a transform of the queries, one pass of v3's encoder reaches all three.
+Where that needs query vectors that cannot be had, registered relations lead to them from those that can.
+
 Q queries, k results, D width of a space.
 """
 
@@ -16,12 +20,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bowerbird.errors import InputError, SpaceError
+from bowerbird.gallery.routing import find_route
+from bowerbird.gallery.vectors import unit_vectors
 from bowerbird.upgrade.encoding import ItemEncoder
 from bowerbird.upgrade.strategies import Strategy, load_strategy
 
 if TYPE_CHECKING:
     from bowerbird.gallery.gallery import Gallery, SearchResult
-    from bowerbird.gallery.protocol import Snapshot
+    from bowerbird.gallery.protocol import Snapshot, UpgradeState
     from bowerbird.gallery.space import Space
 
 EncoderLoader = Callable[["Space"], ItemEncoder]
@@ -33,15 +39,17 @@ class ServingState:
 
     Attributes:
         epoch: Number of the last commit.
-        share: Share of the searchable items in the new space, 0 to 1; 1 outside upgrades.
-        strategy: Of the upgrade; ``None`` outside upgrades.
+        share: Share of the searchable items in the newest space, 0 to 1; 1 outside upgrades.
+        strategy: Of the upgrade, the topmost one; ``None`` outside upgrades.
         needs: Fingerprints of the spaces in which a query must be given, or for which it is encoded.
+        parts: ``(fingerprint, items)`` of each space with items, the oldest first.
     """
 
     epoch: int
     share: float
     strategy: str | None
     needs: tuple[str, ...]
+    parts: tuple[tuple[str, int], ...] = ()
 
 
 class SearchService:
@@ -64,10 +72,11 @@ class SearchService:
 
     def state(self) -> ServingState:
         snapshot = self.gallery.snapshot()
-        old, new = snapshot.old.count, snapshot.new.count
-        share = new / (old + new) if old + new else 1.0
+        parts = tuple((part.space.fingerprint, part.count) for part in snapshot.parts if part.count)
+        total = sum(count for _, count in parts)
+        share = snapshot.new.count / total if total else 1.0
         strategy = snapshot.upgrade.strategy if snapshot.upgrade else None
-        return ServingState(snapshot.epoch, share, strategy, self._needs(snapshot))
+        return ServingState(snapshot.epoch, share, strategy, self._needs(snapshot), parts)
 
     def search(
         self,
@@ -82,7 +91,7 @@ class SearchService:
         Args:
             images: Q paths, bytes or ``PIL.Image``; encoded here.
             vectors: ``{fingerprint: (Q, D)}``, instead of images or for the encoders that are not at hand.
-            where: Filter on the metadata, applied to both parts.
+            where: Filter on the metadata, applied to every part.
 
         Raises:
             SpaceError: If a space is needed for which there are neither vectors nor an encoder; names it.
@@ -92,55 +101,101 @@ class SearchService:
             raise InputError("search needs images, or vectors by the fingerprint of their space")
         snapshot = self.gallery.snapshot()
         # Vectors of a space that is not needed now are left out: a client may send both, before and after the upgrade.
-        given = vectors or {}
-        queries = {
-            fingerprint: np.atleast_2d(np.asarray(given[fingerprint], np.float32))
-            if fingerprint in given
-            else self._encode(snapshot, fingerprint, images, given)
-            for fingerprint in self._needs(snapshot)
-        }
-        return self.gallery.search(self._routed(snapshot, queries), k, where=where, snapshot=snapshot)
+        known = {name: rows for name, rows in (vectors or {}).items() if name in snapshot.spaces}
+        queries: dict[str, np.ndarray] = {}
+        routed: dict[str, np.ndarray] = {}
+        for number in reversed(self._searched(snapshot)):  # the newest first: older ones may be made from it
+            base = self._base(snapshot, number)
+            fingerprint = snapshot.stack[base]
+            if fingerprint not in queries:
+                queries[fingerprint] = self._obtain(snapshot, fingerprint, images, known)
+            routed[snapshot.stack[number]] = self._stepped(snapshot, number, base, {**queries, **routed})
+        return self.gallery.search(routed, k, where=where, snapshot=snapshot)
+
+    def _searched(self, snapshot: Snapshot) -> list[int]:
+        """Positions in ``snapshot.stack`` of the parts that have items; of an empty gallery the newest."""
+        parts = snapshot.served_parts
+        return [number for number, part in enumerate(parts) if part.count] or [len(parts) - 1]
+
+    def _base(self, snapshot: Snapshot, number: int) -> int:
+        """Position of the space whose own query vectors the part at ``number`` needs: its own, or a newer one where
+        strategies make its queries from those."""
+        while number < len(snapshot.upgrades) and not self._strategy(snapshot.upgrades[number]).needs_old_encoder:
+            number += 1
+        return number
 
     def _needs(self, snapshot: Snapshot) -> tuple[str, ...]:
-        if snapshot.upgrade is None:
-            return (snapshot.serving,)
-        needs = []
-        if snapshot.old.count and self._strategy(snapshot).needs_old_encoder:
-            needs.append(snapshot.upgrade.old)
-        if snapshot.new.count or not needs:
-            needs.append(snapshot.upgrade.new)
-        return tuple(needs)
+        wanted = [snapshot.stack[self._base(snapshot, number)] for number in self._searched(snapshot)]
+        return tuple(dict.fromkeys(self._encoded_space(snapshot, fingerprint) for fingerprint in wanted))
 
-    def _routed(self, snapshot: Snapshot, queries: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Queries by the space of the part that they search."""
-        upgrade = snapshot.upgrade
-        routed = dict(queries)
-        if upgrade is not None and snapshot.old.count:
+    def _encoded_space(self, snapshot: Snapshot, fingerprint: str) -> str:
+        """The space in which images are encoded for queries of a space: no encoder makes vectors of a lifted one."""
+        if not snapshot.spaces[fingerprint].lifted:
+            return fingerprint
+        encoders = [name for name, space in snapshot.spaces.items() if not space.lifted]
+        at_hand = [name for name in encoders if name in self._encoders]
+        for candidates in (at_hand, encoders if self._loader or not at_hand else []):
+            route = find_route(candidates, fingerprint, snapshot.relations, snapshot.spaces)
+            if route is not None:
+                return route.source
+        return fingerprint
+
+    def _stepped(self, snapshot: Snapshot, number: int, base: int, queries: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Queries for the part at ``number``, from those of the space at ``base``, by the strategies between them."""
+        found = dict(queries)
+        for level in range(min(base, len(snapshot.upgrades) - 1), number - 1, -1):
+            upgrade = snapshot.upgrades[level]
             old, new = snapshot.spaces[upgrade.old], snapshot.spaces[upgrade.new]
-            routed[upgrade.old] = self._strategy(snapshot).old_part_queries(queries, old, new)
-        return routed
+            strategy: Any = self._strategy(upgrade)
+            extra = ()
+            if getattr(strategy, "transform_direction", None) == "query":
+                transform = self.gallery.transform(new.fingerprint, old.fingerprint)
+                if transform is None:
+                    raise SpaceError(
+                        f"strategy {upgrade.strategy!r} searches vectors of space {old} with mapped queries, and this "
+                        f"gallery has no transform from {new} to it. Register it, or roll the upgrade back"
+                    )
+                extra = (transform,)
+            found[old.fingerprint] = strategy.old_part_queries(found, old, new, *extra)
+        return found[snapshot.stack[number]]
 
-    def _strategy(self, snapshot: Snapshot) -> Strategy:
-        assert snapshot.upgrade is not None
-        name = snapshot.upgrade.strategy
-        if name not in self._strategies:
-            self._strategies[name] = load_strategy(name)[1]
-        return self._strategies[name]
+    def _strategy(self, upgrade: UpgradeState) -> Strategy:
+        if upgrade.strategy not in self._strategies:
+            self._strategies[upgrade.strategy] = load_strategy(upgrade.strategy)[1]
+        return self._strategies[upgrade.strategy]
 
-    def _encode(
+    def _obtain(
         self, snapshot: Snapshot, fingerprint: str, images: Sequence[Any] | None, given: Mapping[str, Any]
     ) -> np.ndarray:
-        space = snapshot.spaces[fingerprint]
-        if images is None:
+        """``(Q, D)`` query vectors of a space: given, encoded, or made along registered relations."""
+        if fingerprint in given:
+            return _rows(given[fingerprint], snapshot.spaces[fingerprint])
+        source = fingerprint if images is None else self._encoded_space(snapshot, fingerprint)
+        if images is not None and not snapshot.spaces[source].lifted:
+            known = {source: self._encode(snapshot.spaces[source], images)}
+            if source == fingerprint:
+                return known[source]
+        else:
+            known = {name: _rows(rows, snapshot.spaces[name]) for name, rows in given.items()}
+        routed = self.gallery.route_queries(known, fingerprint, snapshot)
+        if routed is None:
             raise SpaceError(
-                f"searching now needs query vectors of space {space}; those of {', '.join(f[:12] for f in given)} were "
-                "given. Give vectors of the needed space, or images"
+                f"searching now needs query vectors of space {snapshot.spaces[fingerprint]}; those of "
+                f"{', '.join(name[:12] for name in given) or 'no space'} were given, and no registered relation leads "
+                "from those to it. Give vectors of the needed space, or images"
             )
-        if fingerprint not in self._encoders:
+        return routed
+
+    def _encode(self, space: Space, images: Sequence[Any]) -> np.ndarray:
+        if space.fingerprint not in self._encoders:
             if self._loader is None:
                 raise SpaceError(f"searching now needs the encoder of space {space}; it was not given to this service")
-            self._encoders[fingerprint] = self._loader(space)
-        return self._encoders[fingerprint].images(images)
+            self._encoders[space.fingerprint] = self._loader(space)
+        return self._encoders[space.fingerprint].images(images)
+
+
+def _rows(rows: Any, space: Space) -> np.ndarray:
+    return unit_vectors(np.atleast_2d(np.asarray(rows)), space.dim, what="queries")
 
 
 def serve(gallery: Gallery, encoders: Sequence[Any] = (), *, loader: EncoderLoader | None = None) -> SearchService:

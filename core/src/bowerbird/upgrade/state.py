@@ -23,7 +23,10 @@ class UpgradeStatus:
         id: Number of the upgrade in its gallery.
         state: ``running`` (workers may work; whether one does is not known) or ``paused``.
         old, new: The two spaces: fingerprint, encoder, dim.
-        items: Live items; ``old_items + new_items`` of them are searchable.
+        parts: Every space in which items are searched, the oldest first: fingerprint, encoder, dim, items. Two of them,
+            more where upgrades stack.
+        covered: How many upgrades this one is on top of.
+        items: Live items; ``old_items`` of them are searched in older spaces, ``new_items`` in the newest.
         share: ``new_items / items``; 1 for an empty gallery.
         failures: ``(id, attempts, error)``; with three attempts an item is left on its old vector.
         tasks: Task state -> tasks.
@@ -44,6 +47,8 @@ class UpgradeStatus:
     tasks: Mapping[str, int]
     complete: bool
     started_at: float
+    parts: tuple[Mapping[str, Any], ...] = ()
+    covered: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -60,7 +65,8 @@ def status(gallery: Gallery) -> UpgradeStatus:
         raise UpgradeError(no_upgrade(gallery))
     snapshot = gallery.store.snapshot()
     progress = gallery.store.progress()
-    old, new = progress.by_space.get(state.old, 0), progress.by_space.get(state.new, 0)
+    new = progress.by_space.get(state.new, 0)
+    old = sum(progress.by_space.values()) - new
     return UpgradeStatus(
         id=state.id,
         state=state.state,
@@ -76,6 +82,10 @@ def status(gallery: Gallery) -> UpgradeStatus:
         tasks=dict(progress.tasks),
         complete=progress.complete,
         started_at=state.started_at,
+        parts=tuple(
+            {**space_dict(snapshot.spaces[name]), "items": progress.by_space.get(name, 0)} for name in snapshot.stack
+        ),
+        covered=max(0, len(snapshot.upgrades) - 1),
     )
 
 
@@ -104,6 +114,8 @@ def resume(gallery: Gallery) -> UpgradeStatus:
 
 def finish(gallery: Gallery, *, encoder: ItemEncoder | None = None, accept_failed: bool = False) -> dict[str, Any]:
     """Serve the new space only and drop the old vectors. There is no way back.
+
+    Where upgrades stack, the topmost one is finished, every older space is dropped, and the upgrades below end with it.
 
     Verified first: every item has a new vector, the checksums of the gallery hold, and, where ``encoder`` is given, it
     reproduces a sample of the new vectors.
@@ -151,6 +163,8 @@ def finish(gallery: Gallery, *, encoder: ItemEncoder | None = None, accept_faile
 
 def rollback(gallery: Gallery, *, encode_old: Any = None, leave_pending: bool = False) -> int:
     """Back to the exact old state, at any time before ``finish``. Old vectors were never touched.
+
+    Where upgrades stack, the topmost one is rolled back; the one below is uncovered as it was, paused.
 
     Args:
         encode_old: The old encoder (``ItemEncoder``), or a function of a list of items; needed only for items that were
