@@ -130,6 +130,7 @@ def _look_after(
     if post.last is None:
         tell(index, last)
     if last["exit_code"] == CRASHED and post.restarts < max_restarts:
+        post.worker.kill()  # what is left of it: pipes, not a process
         post.restarts += 1
         post.start_at = time.monotonic() + 0.1 * 2**post.restarts
         return
@@ -144,8 +145,9 @@ class LocalExecutor:
 
     speaks = True
 
-    def __init__(self, workers: int | None = None) -> None:
+    def __init__(self, workers: int | None = None, *, max_restarts: int = MAX_RESTARTS) -> None:
         self.workers = checked_workers(workers)
+        self.max_restarts = max_restarts
 
     def prepare(self, begin: Callable[[], Job]) -> Job:
         return begin()
@@ -153,7 +155,9 @@ class LocalExecutor:
     def run(self, job: Job, tell: Callable[[int, Event], None]) -> list[WorkerShare]:
         own = job.for_one_of(self.workers)
         environment = thread_environment(threads_per_worker(self.workers))
-        return supervise(lambda index: _Process(own, index, environment), self.workers, tell)
+        return supervise(
+            lambda index: _Process(own, index, environment), self.workers, tell, max_restarts=self.max_restarts
+        )
 
 
 def thread_environment(threads: int) -> dict[str, str]:
