@@ -31,6 +31,7 @@ COMMANDS = {
     "embed": "Turn images into vectors.",
     "gallery": "Create, fill and search a gallery.",
     "upgrade": "Move a gallery to another model while it serves.",
+    "benchmark": "Compare methods and strategies of an upgrade.",
     "new-plugin": "Start a plugin of your own.",
 }
 

@@ -79,6 +79,59 @@ def line_chart(
     return _svg(figure, ident)
 
 
+@dataclass(frozen=True)
+class Point:
+    """One named point of a ``point_chart``."""
+
+    label: str
+    x: float
+    y: float
+    color: str = "blue"
+
+
+def point_chart(
+    points: Sequence[Point],
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+    size: tuple[float, float] = (7.2, 4.6),
+    ident: str = "points",
+) -> str:
+    """Named points as SVG text; labels of near neighbours are moved apart, upwards."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    if title:
+        axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
+    low, high = (f(p.y for p in points) for f in (min, max)) if points else (0.0, 1.0)
+    line = (high - low or 1.0) / 22  # the height of a label in units of y
+    taken: list[tuple[float, float]] = []
+    width = (max((p.x for p in points), default=1.0) - min((p.x for p in points), default=0.0)) or 1.0
+    for point in sorted(points, key=lambda p: p.y):
+        color, y = PALETTE.get(point.color, point.color), point.y
+        axes.plot([point.x], [point.y], "o", color=color, markersize=6)
+        while any(abs(y - other) < line and abs(point.x - x) < width / 4 for x, other in taken):
+            y += line / 4
+        taken.append((point.x, y))
+        axes.annotate(
+            point.label, xy=(point.x, point.y), xytext=(point.x + width / 60, y), fontsize=8.5, color=color,
+            va="center",
+            arrowprops=None if y == point.y else {"arrowstyle": "-", "color": color, "alpha": 0.35, "linewidth": 0.8},
+        )  # fmt: skip
+    axes.margins(x=0.22, y=0.08)
+    axes.grid(color="#e5e7eb", linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    return _svg(figure, ident)
+
+
 def _svg(figure: Any, ident: str) -> str:
     """SVG text that can be put into a page: same bytes for the same data, ids prefixed, no XML header."""
     import matplotlib as mpl
