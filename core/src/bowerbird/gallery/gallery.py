@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from bowerbird.errors import CorruptionError, InputError, SpaceError, UnknownNameError
 from bowerbird.gallery.merge import merge_by_distance, merge_many
-from bowerbird.gallery.routing import find_route, what_is_missing
+from bowerbird.gallery.routing import Route, find_route, what_is_missing
 from bowerbird.gallery.space import Item, Relation, Space
 from bowerbird.gallery.storage import Storage
 from bowerbird.gallery.store import Store
@@ -149,8 +149,8 @@ class Gallery:
             metadata: One JSON object per item, for ``search(where=...)``.
             content_hashes: Digest of the content per item.
             space: Fingerprint of the vectors' space. Default: the space that is written now, during an upgrade the new
-                one.
-                Old-space vectors may be added during an upgrade; the upgrade then encodes these items as well.
+                one. Old-space vectors may be added during an upgrade; the upgrade then encodes these items as well. A
+                lifted space takes vectors of the space that it was lifted from, and maps them; it has no default.
             replace: Replace ids that exist already (their content was edited) instead of refusing them.
 
         Raises:
@@ -160,6 +160,9 @@ class Gallery:
             GalleryLockedError: If another writer is busy for longer than ``lock_timeout``; names it.
             GalleryError: If the disk is full; the gallery is unchanged.
         """
+        snapshot = self.snapshot()
+        if snapshot.write_space.lifted and space not in snapshot.stack:
+            vectors, space = self._lifted(snapshot, vectors, space), snapshot.write_space.fingerprint
         self.store.add_items(
             ids,
             vectors,
@@ -169,6 +172,21 @@ class Gallery:
             space=space,
             replace=replace,
         )
+
+    def _lifted(self, snapshot: Snapshot, vectors: Any, space: str | None) -> NDArray[np.float32]:
+        """Vectors of another space, mapped into the lifted one that is written now."""
+        target = snapshot.write_space
+        into = [r.new for r in snapshot.relations if (r.kind, r.old) == ("transform", target.fingerprint)]
+        transforms = [relation for relation in snapshot.relations if relation.kind == "transform"]
+        route = None if space is None else find_route([space], target.fingerprint, transforms, snapshot.spaces)
+        if route is None:
+            asked = "no space was named" if space is None else f"these are of space {space[:12]!r}"
+            raise SpaceError(
+                f"{self.path} is lifted: its vectors were made from those of {', '.join(i[:12] for i in into)} by a "
+                f"transform, and {asked}. Name that space (its whole fingerprint) to have such vectors lifted; for "
+                "vectors of the new encoder begin an upgrade to it, which takes new items at once"
+            )
+        return self.apply_route(route, unit_vectors(vectors, snapshot.spaces[route.source].dim), snapshot)
 
     def delete(self, ids: Sequence[str]) -> int:
         """Delete items, atomically; returns how many. Raises ``UnknownNameError`` if one is not there (nothing is
@@ -465,7 +483,11 @@ class Gallery:
         route = find_route(queries, target, snapshot.relations, snapshot.spaces)
         if route is None:
             return None
-        return route.apply(np.asarray(queries[route.source], np.float32), snapshot.spaces, self._transform)
+        return self.apply_route(route, np.asarray(queries[route.source], np.float32), snapshot)
+
+    def apply_route(self, route: Route, vectors: NDArray[np.float32], snapshot: Snapshot) -> NDArray[np.float32]:
+        """float32 ``(N, D of the target)`` unit rows from unit rows of the route's source."""
+        return route.apply(vectors, snapshot.spaces, self._transform)
 
     def _merger(self, name: str) -> Merger:
         if name not in self._mergers:

@@ -84,7 +84,14 @@ class Snapshot(Protocol):
     def served_parts(self) -> tuple[Any, ...]:
         """``parts``; where the upgrade has the setting ``switches_at_end``, new vectors are shown only at its end."""
 
+    @property
+    def parts_below(self) -> tuple[Any, ...]:
+        """``parts`` as they would be without the topmost upgrade."""
+
     def part_of(self, fingerprint: str) -> Any: ...
+    def rows_of(self, fingerprint: str) -> Any:
+        """As a part: every live item with a vector in a space, also those that are searched in a newer one."""
+
     def searcher(self, part: Any) -> Any:
         """What searches ``part``: itself, or its approximate index."""
 

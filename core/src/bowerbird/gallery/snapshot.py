@@ -151,6 +151,14 @@ class Snapshot:
         divided = self._divide((*self.stack[-2::-1], self.stack[-1]))
         return tuple(divided[fingerprint] for fingerprint in self.stack)
 
+    @cached_property
+    def parts_below(self) -> tuple[Part, ...]:
+        """The parts as they would be without the topmost upgrade: what a lift maps, and a rollback returns to."""
+        if not self.upgrades:
+            return self.parts
+        divided = self._divide(self.stack[-2::-1])
+        return tuple(divided[fingerprint] for fingerprint in self.stack[:-1])
+
     def part_of(self, fingerprint: str) -> Part | None:
         """The items that are searched in a space."""
         return next((part for part in self.parts if part.space.fingerprint == fingerprint), None)

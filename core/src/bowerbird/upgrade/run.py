@@ -22,6 +22,7 @@ from bowerbird.errors import InputError, PluginError, StoreUnavailableError, Upg
 from bowerbird.gallery.store import LeaseLostError
 from bowerbird.registry import get_registry
 from bowerbird.upgrade.canary import check_canary
+from bowerbird.upgrade.lift import refuse_without_images
 from bowerbird.upgrade.orders import class_means
 from bowerbird.upgrade.patience import Patience, may_pass
 from bowerbird.upgrade.state import UpgradeStatus, status
@@ -115,6 +116,7 @@ def begin(
     task_items: int | None = None,
     old_encoder: ItemEncoder | None = None,
     watch_set: WatchSet | None = None,
+    on_top: bool = False,
 ) -> UpgradeState:
     """Start an upgrade to the space ``new``. Search results do not change by it.
 
@@ -129,18 +131,25 @@ def begin(
             share at which a run stops is met within two percent, but at least 4.
         old_encoder: Where given, it must reproduce stored old vectors (a swapped model of the same size is caught).
         watch_set: Queries whose old results are frozen now; see ``bowerbird.upgrade.watch``.
+        on_top: Where an upgrade is under way, begin this one on top of it: from its new space, which with this becomes
+            one of the older ones, to ``new``.
 
     Raises:
-        UpgradeError: If an upgrade is under way, or the strategy cannot serve this pair of spaces.
+        UpgradeError: If an upgrade is under way (without ``on_top``), or the strategy cannot serve this pair of spaces.
         UnknownNameError: If there is no such strategy or order; suggests close names.
     """
     snapshot = gallery.snapshot()
     if snapshot.upgrade is not None:
-        raise UpgradeError(
-            f"an upgrade of {gallery.path} to {snapshot.spaces[snapshot.upgrade.new]} is {snapshot.upgrade.state}; "
-            "finish it or roll it back before another one"
-        )
-    old = snapshot.spaces[snapshot.serving]
+        if not on_top:
+            raise UpgradeError(
+                f"an upgrade of {gallery.path} to {snapshot.spaces[snapshot.upgrade.new]} is {snapshot.upgrade.state}; "
+                "finish it or roll it back before another one, or begin this one on top of it (--on-top)"
+            )
+        if "sequences" not in gallery.features:
+            raise UpgradeError(
+                f"the store of {gallery.path} cannot begin an upgrade on top of another; finish it first"
+            )
+    old = snapshot.write_space
     name, chosen = load_strategy(strategy)
     chosen.check(gallery, old, new)
     if old_encoder is not None:
@@ -161,7 +170,9 @@ def begin(
             "order_settings": dict(order_settings or {}),
             "label_key": label_key,
             "task_items": items_per_task,
+            "switches_at_end": bool(getattr(chosen, "switches_at_end", False)),
         },
+        **({"on_top": True} if snapshot.upgrade is not None else {}),
     )
     if frozen is not None:
         try:
@@ -186,13 +197,16 @@ def backfill_plan(
     Raises:
         PluginError: If the order does not return a permutation.
     """
-    part = gallery.snapshot().new
-    # By item number: the plan must not depend on where rows happen to lie.
-    nums = np.sort(part.nums)
-    # What was added in order lies in order: then the rows are mapped, not copied.
-    vectors = part.vectors() if np.array_equal(nums, part.nums) else part.vectors_of(nums)
-    return nums[order_positions(order, nums, vectors, settings=settings, seed=seed,
-                                centers=_centers(gallery, nums, part, centers, label_key))]  # fmt: skip
+    parts = [part for part in gallery.snapshot().parts if part.count]
+    if centers is not None and len(parts) > 1:
+        raise InputError("an upgrade on top of another has old vectors of several spaces; give label_key, not centers")
+    plan = [np.empty(0, np.int64)]
+    for part in parts:  # the oldest space first: those items gain most
+        nums = np.sort(part.nums)  # the plan must not depend on where rows happen to lie
+        around = _centers(gallery, nums, part, centers, label_key)
+        rows = part.vectors_of(nums)
+        plan.append(nums[order_positions(order, nums, rows, settings=settings, seed=seed, centers=around)])
+    return np.concatenate(plan)
 
 
 def order_positions(
@@ -323,11 +337,14 @@ def join(gallery: Gallery, encoder: ItemEncoder, **begin_settings: Any) -> Upgra
     """Begin the upgrade to the encoder's space, or check that it is the one under way and that workers may work on it.
 
     Raises:
-        UpgradeError: If another upgrade is under way, or this one is paused.
+        UpgradeError: If another upgrade is under way (without ``on_top``), or this one is paused, or the encoder reads
+            images and the gallery has none.
         SpaceError: If the encoder does not reproduce the vectors that are new already.
     """
     state = gallery.store.upgrade_state()
-    if state is None:
+    another = state is not None and state.new != encoder.space.fingerprint
+    if state is None or (another and begin_settings.get("on_top")):
+        refuse_without_images(gallery, encoder)
         return begin(gallery, encoder.space, **begin_settings)
     _check_same_upgrade(gallery, state, encoder, begin_settings)
     check_canary(gallery, encoder)

@@ -154,7 +154,7 @@ def freeze_watch(gallery: Gallery, queries: WatchSet, old: Space, new: Space) ->
         raise InputError("labels of queries need label_key, the metadata key of the items' label")
     items = gallery.get_many(list(queries.ids)) if queries.ids is not None else [None] * count
     self_nums = np.array([-1 if item is None else item.num for item in items], np.int64)
-    found = gallery.search(old_rows, DEPTH + 1)
+    found = SearchService(gallery).search(vectors={old.fingerprint: old_rows}, k=DEPTH + 1)
     labels = None if queries.labels is None else np.array([str(label) for label in queries.labels])
     frozen = FrozenWatch(old_rows, new_rows, labels, queries.label_key, self_nums, found.nums, np.zeros(count, np.int8))
     _, right = _judge(gallery, frozen, found.nums)

@@ -1,0 +1,202 @@
+"""``lift``: an upgrade that reads no image. Stored vectors are mapped towards the new space by a registered transform.
+
+Made for galleries whose images are gone, and for those that want the new model's queries to work today: a forward
+transform (BiCT, BT^2, an adapter; see docs/methods) rewrites 1M vectors in seconds. What comes out are not the new
+encoder's vectors, so they have a space of their own, the *lifted space*: its identity is the transform and the new
+space, its width that of the new space, and queries of the new encoder are registered as compatible with it. Where
+images exist, an upgrade from the lifted space to the new one replaces them later by the real vectors.
+
+Everything else is an upgrade like any other: leases, many workers, resume, exact rollback, verification at ``finish``.
+
+N items, D width of a space.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bowerbird.errors import SpaceError, UpgradeError
+from bowerbird.gallery.routing import Route, find_route
+from bowerbird.gallery.space import LIFTED, Space
+from bowerbird.gallery.transform import MIN_PAIRS, VectorTransform, check_direction
+from bowerbird.upgrade.encoding import ItemEncoder
+from bowerbird.upgrade.strategies import load_strategy
+
+if TYPE_CHECKING:
+    from bowerbird.gallery.gallery import Gallery
+    from bowerbird.gallery.snapshot import Snapshot, UpgradeState
+    from bowerbird.gallery.space import Item
+
+TASK_ITEMS = 65_536  # a transform is cheap: what costs is the commit
+PAIRS = 64  # items that are encoded by the new encoder to check the direction, where it is at hand
+
+
+def lifted_space(transform: VectorTransform, new: Space) -> Space:
+    """The space of vectors that ``transform`` makes: like ``new``, but with an identity of its own.
+
+    Raises:
+        SpaceError: If the transform does not lead to ``new``.
+    """
+    if (transform.target, transform.dim_out) != (new.fingerprint, new.dim):
+        raise SpaceError(
+            f"the transform {transform} makes {transform.dim_out}-d vectors for space {transform.target[:12]}, and "
+            f"{new} is to be reached"
+        )
+    digest = hashlib.sha256(f"lifted {transform.fingerprint} {new.fingerprint}".encode()).hexdigest()
+    return Space(digest, LIFTED + new.encoder, new.dim)
+
+
+def begin_lift(
+    gallery: Gallery,
+    transform: VectorTransform,
+    new: Space | ItemEncoder | None = None,
+    *,
+    strategy: str = "rank-merge",
+    pairs: tuple[Any, Any] | None = None,
+    task_items: int = TASK_ITEMS,
+    on_top: bool = False,
+) -> UpgradeState:
+    """Start to lift a gallery. Search results do not change by it.
+
+    Registered with it: the transform, as leading to the lifted space, and ``compatible(new -> lifted)``. So queries of
+    the new encoder search what is lifted, and queries and uploads of the old one can still be lifted when they come.
+
+    Args:
+        transform: From the space that the gallery is written in to the new one.
+        new: The new space, or its encoder; then the direction is checked on items whose images can be read. Default:
+            the space that the transform's file names.
+        strategy: How the part that is not lifted yet is searched meanwhile (an ``upgrade`` record).
+        pairs: ``(old vectors (N, Do), new vectors (N, Dn))`` of the same items, on which the direction is checked.
+        on_top: Begin on top of an upgrade that is under way. Every part with items must be led to the transform's
+            source by registered transforms.
+
+    Raises:
+        SpaceError: If the transform has the other direction, comes from another space, or does not fit the pairs.
+        UpgradeError: If an upgrade is under way (without ``on_top``), or the strategy cannot serve this pair of spaces.
+    """
+    snapshot = gallery.snapshot()
+    old = snapshot.write_space
+    target = new.space if isinstance(new, ItemEncoder) else new or snapshot.spaces.get(transform.target)
+    if target is None:
+        target = Space(transform.target, str(transform.evidence.get("encoder", "unknown encoder")), transform.dim_out)
+    if transform.source != old.fingerprint:
+        if (transform.source, transform.target) == (target.fingerprint, old.fingerprint) or (
+            transform.target == old.fingerprint
+        ):
+            raise SpaceError(
+                f"the transform {transform} goes the other way: it maps to {old}, the space of the stored vectors, and "
+                "a lift needs one from there. It can map queries instead (strategy reverse-transform or adapter)"
+            )
+        raise SpaceError(f"the transform {transform} takes vectors of another space than the stored ones, {old}")
+    lifted = lifted_space(transform, target)
+    if pairs is None and isinstance(new, ItemEncoder):
+        pairs = _encoded_pairs(gallery, snapshot, new)
+    if pairs is not None:
+        check_direction(transform, *pairs)
+    name, chosen = load_strategy(strategy)
+    gallery.register_space(target)
+    gallery.register_space(lifted)
+    own = replace(transform, target=lifted.fingerprint)
+    gallery.register_transform(own)
+    gallery.relate(target.fingerprint, lifted.fingerprint, evidence={**transform.evidence, "lifted": transform.method})
+    chosen.check(gallery, old, lifted)
+    _routes(gallery.snapshot(), lifted.fingerprint, snapshot.parts)
+    return gallery.store.begin_upgrade(
+        lifted,
+        strategy=name,
+        merger=chosen.merger,
+        order_name="stored",
+        task_items=task_items,
+        settings={
+            "lift": own.fingerprint,
+            "task_items": task_items,
+            "switches_at_end": bool(getattr(chosen, "switches_at_end", False)),
+        },
+        **({"on_top": True} if on_top and snapshot.upgrade is not None else {}),
+    )
+
+
+def lifter(gallery: Gallery) -> ItemEncoder:
+    """The "encoder" of the lift under way: it maps the older vectors of items and never looks at their content.
+
+    Give it to ``bowerbird.upgrade.run`` (which then works on the lift) and to ``finish``.
+
+    Raises:
+        UpgradeError: If the upgrade under way is no lift.
+    """
+    snapshot = gallery.snapshot()
+    if snapshot.upgrade is None or not snapshot.write_space.lifted:
+        what = "no upgrade is under way" if snapshot.upgrade is None else f"it moves items to {snapshot.write_space}"
+        raise UpgradeError(
+            f"the gallery {gallery.path} is not being lifted: {what}. `bowerbird upgrade lift {gallery.path} "
+            "--transform FILE` begins a lift"
+        )
+    lifted = snapshot.write_space
+
+    def lift_items(items: Sequence[Item]) -> np.ndarray:
+        now = gallery.snapshot()
+        if now.upgrade is None or now.upgrade.new != lifted.fingerprint:
+            raise UpgradeError(f"the lift of {gallery.path} has ended")
+        nums = np.array([item.num for item in items], np.int64)
+        out = np.full((len(nums), lifted.dim), np.nan, np.float32)
+        below = now.parts_below
+        for part, route in zip(below, _routes(now, lifted.fingerprint, below), strict=True):
+            chosen = part.contains(nums)
+            if route is not None and chosen.any():
+                out[chosen] = gallery.apply_route(route, part.vectors_of(nums[chosen]), now)
+        return out
+
+    return ItemEncoder(lift_items, space=lifted, batch_size=TASK_ITEMS)
+
+
+def refuse_without_images(gallery: Gallery, encoder: ItemEncoder) -> None:
+    """Raise ``UpgradeError`` where an encoder reads images and the items have none; says what to do instead."""
+    if not encoder.reads_images:
+        return
+    nums = np.sort(np.concatenate([part.nums for part in gallery.snapshot().parts]))
+    if not len(nums):
+        return
+    chosen = nums[np.unique(np.linspace(0, len(nums) - 1, 1000).astype(np.int64))]
+    if not any(item.uri for item in gallery.store.items(chosen).values()):
+        raise UpgradeError(
+            f"the items of {gallery.path} have no images (none of {len(chosen)} sampled ones has a uri), and the "
+            f"encoder of {encoder.space} reads images. Lift the stored vectors instead (`bowerbird upgrade lift "
+            f"{gallery.path} --transform FILE`), or give ready vectors of the new space in the place of the encoder "
+            "(vectors:FILE)"
+        )
+
+
+def _encoded_pairs(gallery: Gallery, snapshot: Snapshot, encoder: ItemEncoder) -> tuple[Any, Any] | None:
+    """Stored vectors of some items beside their vectors by the new encoder; ``None`` where too few can be read."""
+    nums = np.sort(snapshot.new.nums)
+    if not len(nums):
+        return None
+    chosen = nums[np.unique(np.linspace(0, len(nums) - 1, PAIRS).astype(np.int64))]
+    found = gallery.store.items(chosen)
+    items = [found[num] for num in chosen.tolist() if not encoder.reads_images or found[num].uri]
+    if len(items) < MIN_PAIRS:
+        return None
+    encoded = encoder.items(items)
+    if len(encoded.positions) < MIN_PAIRS:
+        return None
+    return snapshot.new.vectors_of(np.array([items[row].num for row in encoded.positions])), encoded.vectors
+
+
+def _routes(snapshot: Snapshot, lifted: str, parts: Sequence[Any]) -> list[Route | None]:
+    """For each part the way of its vectors to the lifted space, by transforms alone; ``None`` for an empty part."""
+    transforms = [relation for relation in snapshot.relations if relation.kind == "transform"]
+    routes: list[Route | None] = []
+    for part in parts:
+        route = find_route([part.space.fingerprint], lifted, transforms, snapshot.spaces) if part.count else None
+        if part.count and route is None:
+            raise UpgradeError(
+                f"{part.count} items are in space {part.space}, and no registered transform leads from there to the "
+                "lifted space. Register one, or finish the upgrade under way first"
+            )
+        routes.append(route)
+    return routes
