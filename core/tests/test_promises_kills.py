@@ -1,0 +1,126 @@
+"""Promise: ``kill -9`` of any worker or of the server, at any point, changes nothing about the gallery that comes out.
+
+Two workers backfill while a server searches, uploads, edits and deletes. One of the three is killed at a random moment
+and started again, over and over. BOWERBIRD_PROMISES=full kills 200 times.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from collections import Counter
+
+import gallery_world
+import pytest
+from gallery_world import NEW, OLD
+from promises_world import (
+    FULL,
+    INITIAL,
+    add,
+    assert_is,
+    everything,
+    gallery_of_the_server,
+    plan_of_the_server,
+    promise,  # noqa: F401  # a fixture
+    server,
+    start,
+    worker,
+)
+
+from bowerbird.gallery import Gallery
+
+KILLS = 200 if FULL else 12
+SEED = 0
+DELAY = 0.002  # of a worker per item
+PAUSE = 0.01  # of the server per step
+
+
+def expected() -> dict[str, str]:
+    return {**gallery_of_the_server(), **{f"step-{n:03d}": "" for n in range(len(plan_of_the_server()))}}
+
+
+def run_round(folder, moments: random.Random, kills_left: int) -> tuple[Counter, list[float]]:
+    """One gallery, from the first item to the end. Returns kills by role, and the shares at which they happened."""
+    path = folder / "g"
+    queries = gallery_world.queries(2, seed=2)
+    with Gallery.create(path, OLD) as gallery:
+        add(gallery, INITIAL, OLD)
+        gallery.store.begin_upgrade(NEW, strategy="test", order_name="core:random", task_items=16)
+        made = {
+            "worker 0": lambda: start(worker, str(path), DELAY),
+            "worker 1": lambda: start(worker, str(path), DELAY),
+            "server": lambda: start(server, str(path), PAUSE),
+        }
+        processes = {name: make() for name, make in made.items()}
+        kills: Counter = Counter()
+        shares = []
+        try:
+            deadline = time.monotonic() + 120
+            while True:
+                assert time.monotonic() < deadline, "the round does not come to its end"
+                served = path.with_suffix(".served").exists()
+                done = served and gallery.store.progress().complete
+                if done:
+                    break
+                if sum(kills.values()) >= kills_left:
+                    time.sleep(0.02)
+                    continue
+                time.sleep(moments.uniform(0.0, 0.12))
+                name = moments.choice([name for name, process in processes.items() if process.is_alive()] or [None])
+                if name is None or (name == "server" and path.with_suffix(".served").exists()):
+                    continue
+                processes[name].kill()
+                processes[name].join()
+                if processes[name].exitcode == -signal.SIGKILL:
+                    kills[name] += 1
+                    everything(gallery, queries)
+                    counts = gallery.counts()
+                    shares.append(counts.get(NEW.fingerprint, 0) / max(1, sum(counts.values())))
+                processes[name] = made[name]()
+            path.with_suffix(".over").touch()
+            for process in processes.values():
+                process.join(30)
+            assert [process.exitcode for process in processes.values()] == [0, 0, 0], "nobody found anything wrong"
+        finally:
+            for process in processes.values():
+                process.kill()
+        assert gallery.verify().ok
+        gallery.store.finish_upgrade(verified=True)
+        assert_is(gallery, expected(), NEW)
+    return kills, shares
+
+
+def test_kills_of_workers_and_server_at_random_moments_give_the_gallery_of_no_kills(
+    tmp_path,
+    promise,  # noqa: F811
+):
+    moments = random.Random(SEED)
+    kills: Counter = Counter()
+    shares: list[float] = []
+    rounds = 0
+    while sum(kills.values()) < KILLS:
+        (tmp_path / str(rounds)).mkdir()
+        killed, at = run_round(tmp_path / str(rounds), moments, KILLS - sum(kills.values()))
+        kills.update(killed)
+        shares += at
+        rounds += 1
+        assert rounds <= 10 * KILLS
+    promise.update(
+        promise="kill -9 of any worker or of the server: same final gallery", kills=sum(kills.values()),
+        by_role=dict(sorted(kills.items())), galleries=rounds, different_galleries=0, seed=SEED,
+        shares_at_kills={"lowest": round(min(shares), 3), "highest": round(max(shares), 3)},
+    )  # fmt: skip
+    assert sum(kills.values()) >= KILLS
+    if FULL:
+        assert set(kills) == {"worker 0", "worker 1", "server"}
+
+
+def test_without_kills_the_gallery_is_the_expected_one(tmp_path):
+    kills, _ = run_round(tmp_path, random.Random(SEED), 0)
+    assert not kills
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forked_from_a_quiet_process():
+    start(time.sleep, 0).join()
