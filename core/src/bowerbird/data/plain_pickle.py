@@ -97,10 +97,15 @@ def _encode(text: Any, encoding: Any = "latin1") -> bytes:
 
 
 def _made_of(kind: type) -> _Allowed:
-    return _Allowed(lambda values=(): kind(values) if isinstance(values, list | tuple | bytes) else kind(()))
+    def make(values: Any = ()) -> Any:
+        if not isinstance(values, list | tuple):  # bytes(10**9) would be a way to fill the memory
+            raise pickle.UnpicklingError(f"makes {kind.__name__} of {type(values).__name__}")
+        return kind(values)
+
+    return _Allowed(make)
 
 
-_BUILTINS = {kind.__name__: _made_of(kind) for kind in (set, frozenset, list, tuple, bytearray)}
+_BUILTINS = {kind.__name__: _made_of(kind) for kind in (set, frozenset, bytes)}
 _NUMPY = {
     "ndarray": "ndarray",  # only ever an argument of _reconstruct
     "dtype": _Allowed(_DType),
