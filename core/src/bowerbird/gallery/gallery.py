@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from bowerbird.errors import CorruptionError, InputError, SpaceError, UnknownNameError
+from bowerbird.errors import CorruptionError, InputError, SnapshotGoneError, SpaceError, UnknownNameError
 from bowerbird.gallery.merge import merge_by_distance, merge_many
 from bowerbird.gallery.routing import Route, find_route, what_is_missing
 from bowerbird.gallery.space import Item, Relation, Space
@@ -405,7 +405,11 @@ class Gallery:
         if not isinstance(k, int | np.integer) or isinstance(k, bool) or k < 1:
             raise InputError(f"k is {k!r}; it must be a whole number of at least 1")
         k = int(k)
-        snapshot = snapshot or self.snapshot()
+        if snapshot is None:
+            try:
+                return self.search(queries, k, where=where, merger=merger, snapshot=self.snapshot())
+            except SnapshotGoneError:
+                snapshot = self.snapshot()
         given = self._queries(snapshot, queries)
         allowed = None if not where else self.storage.allowed(snapshot, where)
         count = len(next(iter(given.values())))
@@ -428,7 +432,7 @@ class Gallery:
             )
             counts = None
             if getattr(merge, "needs_counts", False):
-                counts = [part.count if allowed is None else int(allowed[part.nums].sum()) for part in parts]
+                counts = [part.count if allowed is None else part.matching(allowed) for part in parts]
             merged = merge_many(merge, hits, k, background=samples, counts=counts)
         return self._named(snapshot, merged, parts)
 
