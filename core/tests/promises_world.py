@@ -127,7 +127,7 @@ def worker(path: str, delay: float) -> None:
             time.sleep(0.005)
 
 
-INITIAL = {f"item-{n:04d}": "a" for n in range(400)}
+INITIAL = {f"item-{n:04d}": "a" for n in range(800)}
 BATCHES = 24
 
 
@@ -138,7 +138,7 @@ def plan_of_the_server() -> list[tuple[str, dict[str, str]]]:
     for batch in range(BATCHES):
         steps.append(("add", {f"late-{batch:02d}-{i}": "a" for i in range(6)}))
         steps.append(("add-old", {f"legacy-{batch:02d}-{i}": "a" for i in range(3)}))
-        steps.append(("edit", {name: f"edit {batch}" for name in names[batch * 7 : batch * 7 + 4]}))
+        steps.append(("edit", dict.fromkeys(names[batch * 7 : batch * 7 + 4], f"edit {batch}")))
         steps.append(("delete", {names[-1 - batch]: "", f"late-{batch:02d}-0": ""}))
     return steps
 
