@@ -50,6 +50,10 @@ class GalleryLockedError(GalleryError):
     """Another process writes to the gallery; the message names it."""
 
 
+class SnapshotGoneError(GalleryError):
+    """What an earlier snapshot of a gallery showed was dropped since, by `finish`, `rollback` or `compact`."""
+
+
 class StoreUnavailableError(GalleryError):
     """The store does not answer at the moment (no connection, a full or failing disk); trying again may help."""
 

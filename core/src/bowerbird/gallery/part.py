@@ -48,8 +48,9 @@ class Part:
 
     @cached_property
     def row_of(self) -> NDArray[np.int64]:
-        """Row over all segments of every item number; -1 where the item is not in this part."""
-        rows = np.full(self.num_limit, -1, np.int64)
+        """Row over all segments of every item number; -1 where the item is not in this part, and behind the last."""
+        total = sum(segment.rows for segment, _ in self.segments)
+        rows = np.full(self.num_limit + 1, -1, np.int32 if total < 2**31 else np.int64)
         offset = 0
         for segment, live in self.segments:
             alive = np.arange(segment.rows) if live is None else np.flatnonzero(live)
@@ -59,6 +60,10 @@ class Part:
 
     def contains(self, nums: NDArray[np.int64]) -> NDArray[np.bool_]:
         return self.row_of[nums] >= 0
+
+    def matching(self, allowed: NDArray[np.bool_]) -> int:
+        """How many of its items a filter lets through."""
+        return int(allowed[self.nums].sum())
 
     def vectors_of(self, nums: NDArray[np.int64]) -> NDArray[np.float32]:
         """float32 ``(N, D)`` of items that are in this part."""

@@ -45,6 +45,9 @@ class Part(Protocol):
         """``(count,)`` item numbers, in the order of ``vectors()``."""
 
     def contains(self, nums: NDArray[np.int64]) -> NDArray[np.bool_]: ...
+    def matching(self, allowed: Any) -> int:
+        """How many of its items a filter lets through."""
+
     def vectors(self) -> NDArray:
         """``(count, D)``, all in memory unless the store can map them."""
 
@@ -57,7 +60,10 @@ class Part(Protocol):
 
 
 class Snapshot(Protocol):
-    """One epoch of a gallery, immutable. ``parts`` are disjoint, oldest space first, and together the live items."""
+    """One epoch of a gallery, immutable. ``parts`` are disjoint, oldest space first, and together the live items.
+
+    After `finish`, `rollback` and `compact` an older snapshot may raise ``SnapshotGoneError``; it never changes.
+    """
 
     epoch: int
     live: int

@@ -1,0 +1,22 @@
+"""Records of this package. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from bowerbird.hookspecs import hookimpl
+from bowerbird.records import RetrieverRecord
+
+BOWERBIRD_API = "1.0"
+
+
+@hookimpl
+def bowerbird_retrievers() -> Iterable[RetrieverRecord]:
+    yield RetrieverRecord(
+        name="scale:postgres",
+        role="store",
+        target="bowerbird_scale.postgres.driver:PostgresGalleries",
+        schemes=("postgresql", "postgres"),
+        summary="A gallery in PostgreSQL with pgvector: many writers, and workers on any host.",
+        extras={"psycopg": "bowerbird-scale[postgres]"},
+    )

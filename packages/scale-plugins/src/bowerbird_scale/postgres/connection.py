@@ -1,0 +1,215 @@
+"""Connections and transactions of one gallery: its URL, the errors of the server in words, and who may write.
+
+Every write is one transaction that locks the single row of ``head`` first. That gives each commit its epoch, in the
+order of the commits, and lets no two transactions wait for each other. Nothing is retried here: a server that is away
+is a ``StoreUnavailableError``, the next call connects again, and `run` decides how long to be patient.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
+
+import psycopg
+from psycopg import sql
+
+from bowerbird.errors import GalleryError, GalleryLockedError, InputError, SnapshotGoneError, StoreUnavailableError
+
+GALLERY_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,49}")
+SECRETS = {"password", "passfile", "sslpassword", "sslkey"}
+# A worker whose machine vanished in the middle of a commit holds the lock of all commits for this long at most.
+IDLE_SECONDS = 60
+COMMIT_LOCK_SECONDS = 120  # a worker's commit waits behind a large add
+
+
+class Connection(psycopg.Connection[Any]):
+    """A connection with the two questions that are asked most."""
+
+    def row(self, query: Any, parameters: Any = None) -> Any:
+        """The one row of the answer."""
+        found = self.execute(query, parameters).fetchone()
+        assert found is not None, "a query that always has a row"
+        return found
+
+    def value(self, query: Any, parameters: Any = None) -> Any:
+        """The one value of the answer."""
+        return self.row(query, parameters)[0]
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a gallery is.
+
+    Attributes:
+        conninfo: For libpq, with the password if the URL has one.
+        schema: Of all its tables.
+        name: The URL without secrets, for messages.
+    """
+
+    conninfo: str
+    schema: str
+    name: str
+
+    @classmethod
+    def parse(cls, url: str) -> Address:
+        """``postgresql://user@host:5432/database?gallery=photos`` and libpq's other parameters; gallery: `main`."""
+        parts = urlsplit(url)
+        query = parse_qsl(parts.query, keep_blank_values=True)
+        gallery = next((value for key, value in query if key == "gallery"), "main")
+        if not GALLERY_NAME.fullmatch(gallery):
+            raise InputError(
+                f"the gallery's name is {gallery!r}; accepted: 1 to 50 of a-z, 0-9, _ and -, as in ?gallery=photos"
+            )
+        libpq = [(key, value) for key, value in query if key != "gallery"]
+        shown = [(key, value) for key, value in libpq if key not in SECRETS]
+        user, at, place = parts.netloc.rpartition("@")
+        public = user.split(":")[0] + at + place
+        rest = (parts.path, urlencode(libpq, quote_via=quote), "")
+        conninfo = urlunsplit(("postgresql", parts.netloc, *rest))
+        named = urlencode([*shown, ("gallery", gallery)], quote_via=quote, safe="/")
+        return cls(conninfo, f"bowerbird_{gallery}", urlunsplit(("postgresql", public, parts.path, named, "")))
+
+
+class Database:
+    """One read and one write connection to the database of a gallery. Thread-safe; not usable across ``fork``."""
+
+    def __init__(self, address: Address, *, readonly: bool = False, lock_timeout: float = 10.0) -> None:
+        self.address, self.readonly, self.lock_timeout = address, readonly, lock_timeout
+        self.pid = os.getpid()
+        self._connections: dict[str, Connection] = {}
+        self._locks = {"read": threading.RLock(), "write": threading.RLock()}
+
+    def close(self) -> None:
+        for connection in self._connections.values():
+            connection.close()
+        self._connections.clear()
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """One transaction in which everything seen belongs to one moment (repeatable read)."""
+        with self._locks["read"], self._errors("read"):
+            connection = self._connection("read")
+            with connection.transaction():
+                yield connection
+
+    @contextmanager
+    def writing(self, purpose: str, *, wait: float | None = None, head: bool = True) -> Iterator[Connection]:
+        """One transaction, committed at the end of the block and undone if the block raises.
+
+        Args:
+            wait: Seconds to wait for another writer; default: ``lock_timeout``.
+            head: Lock ``head`` first, which everything does that readers can see.
+
+        Raises:
+            GalleryLockedError: If another writer was busy for longer; names it.
+        """
+        if self.readonly:
+            raise GalleryError(f"gallery {self.address.name} was opened readonly; {purpose} needs readonly=False")
+        with self._locks["write"], self._errors(purpose):
+            connection = self._connection("write")
+            with connection.transaction():
+                milliseconds = int(1000 * (self.lock_timeout if wait is None else wait))
+                settings = {"lock_timeout": f"{milliseconds}ms", "application_name": _application(purpose)}
+                for name, value in settings.items():
+                    connection.execute("SELECT set_config(%s, %s, true)", (name, value))
+                if head:
+                    connection.execute("SELECT 1 FROM head FOR UPDATE")
+                yield connection
+
+    @contextmanager
+    def outside(self) -> Iterator[Connection]:
+        """The write connection outside a transaction, for what PostgreSQL does not do inside one."""
+        with self._locks["write"], self._errors("maintain"):
+            yield self._connection("write")
+
+    def _connection(self, role: str) -> Connection:
+        if os.getpid() != self.pid:
+            raise GalleryError("a gallery that was opened before fork() cannot be used in the child; open it again")
+        connection = self._connections.get(role)
+        if connection is None or connection.closed:
+            connection = connect(self.address)
+            if role == "read":
+                connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+                connection.read_only = True
+            self._connections[role] = connection
+        return connection
+
+    @contextmanager
+    def _errors(self, purpose: str) -> Iterator[None]:
+        """What the server says, as errors that say what to do."""
+        name = self.address.name
+        try:
+            yield
+        except psycopg.errors.LockNotAvailable as exc:
+            raise GalleryLockedError(
+                f"cannot {purpose}: gallery {name} is being written by {self._writer()}. Waited {self.lock_timeout:g} "
+                "s; try again when it is done, or wait longer (--lock-timeout)."
+            ) from exc
+        except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName) as exc:
+            raise SnapshotGoneError(
+                f"a table of gallery {name} was dropped meanwhile ({exc.diag.message_primary}); look again"
+            ) from exc
+        except (psycopg.errors.InsufficientPrivilege, psycopg.errors.ReadOnlySqlTransaction) as exc:
+            raise GalleryError(f"the server does not let this user {purpose} in {name}: {_text(exc)}") from exc
+        except (psycopg.errors.DataException, psycopg.errors.ProgramLimitExceeded) as exc:
+            raise InputError(f"PostgreSQL cannot {purpose}: {_text(exc)}. Nothing was changed.") from exc
+        except (psycopg.OperationalError, psycopg.InterfaceError) as exc:
+            raise StoreUnavailableError(
+                f"the server of {name} cannot {purpose} now: {_text(exc)}. What was committed is safe."
+            ) from exc
+
+    def _writer(self) -> str:
+        """The application that holds ``head``, as it named itself."""
+        with suppress(psycopg.Error), connect(self.address) as other:
+            row = other.execute(
+                "SELECT application_name FROM pg_locks JOIN pg_stat_activity USING (pid) WHERE granted AND "
+                "relation = 'head'::regclass AND mode = 'RowShareLock' AND application_name <> '' LIMIT 1"
+            ).fetchone()
+            if row is not None:
+                return str(row[0])
+        return "another connection"
+
+
+def connect(address: Address) -> Connection:
+    """A connection that finds the gallery's tables, in autocommit outside ``transaction()`` blocks.
+
+    Raises:
+        psycopg.OperationalError: If the server does not answer.
+    """
+    connection = Connection.connect(
+        address.conninfo,
+        autocommit=True,
+        connect_timeout=10,
+        keepalives_idle=30,
+        keepalives_interval=10,
+        keepalives_count=3,
+        tcp_user_timeout=30_000,
+        application_name=_application("idle"),
+    )
+    try:
+        # pgvector's types may lie in any schema.
+        row = connection.execute(
+            "SELECT nspname FROM pg_extension JOIN pg_namespace n ON n.oid = extnamespace WHERE extname = 'vector'"
+        ).fetchone()
+        path = sql.SQL(", ").join(sql.Identifier(part) for part in (address.schema, row[0] if row else "public"))
+        connection.execute(sql.SQL("SET search_path = {}").format(path))
+        connection.execute(f"SET idle_in_transaction_session_timeout = '{IDLE_SECONDS}s'")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _application(purpose: str) -> str:
+    return f"bowerbird {purpose[:20]}, {socket.gethostname()[:20]}:{os.getpid()}"  # PostgreSQL cuts at 63 bytes
+
+
+def _text(exc: psycopg.Error) -> str:
+    return " ".join(str(exc).split()).rstrip(".")

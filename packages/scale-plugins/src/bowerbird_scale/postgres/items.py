@@ -1,0 +1,182 @@
+"""Items in and out of a gallery in PostgreSQL. A call is one transaction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bowerbird.errors import InputError, SpaceError, UnknownNameError
+from bowerbird.gallery.space import Space
+from bowerbird.gallery.vectors import checked_column, checked_ids, metadata_json, unit_vectors
+from bowerbird_scale.postgres.connection import Connection
+from bowerbird_scale.postgres.schema import NEVER
+from bowerbird_scale.postgres.storage import next_epoch
+from bowerbird_scale.postgres.tasks import enqueue
+from bowerbird_scale.postgres.vectors import table_of, write_rows
+
+if TYPE_CHECKING:
+    from bowerbird_scale.postgres.snapshot import PostgresSnapshot
+    from bowerbird_scale.postgres.storage import PostgresStorage
+
+
+def add_items(
+    storage: PostgresStorage,
+    ids: Sequence[str],
+    vectors: Any,
+    *,
+    uris: Sequence[str | None] | None = None,
+    metadata: Sequence[Mapping[str, Any] | None] | None = None,
+    content_hashes: Sequence[str | None] | None = None,
+    space: str | None = None,
+    replace: bool = False,
+) -> NDArray[np.int64]:
+    """See ``Gallery.add``. Returns the new item numbers."""
+    names = checked_ids(ids)
+    columns = [
+        checked_column(uris, len(names), "uris"),
+        checked_column(content_hashes, len(names), "content_hashes"),
+        metadata_json(metadata, len(names)),
+    ]
+    for row, text in enumerate(columns[2] or ()):
+        if text is not None and "\\u0000" in text:
+            raise InputError(f"metadata: row {row} has a NUL character, which PostgreSQL cannot keep")
+    if not isinstance(vectors, np.ndarray):
+        vectors = np.asarray(vectors, np.float32)
+    if vectors.ndim != 2 or len(vectors) != len(names):
+        raise InputError(f"{len(names)} ids need vectors of shape ({len(names)}, D), got {vectors.shape}")
+    if not names:
+        return np.empty(0, np.int64)
+    target = _target(storage.snapshot(), space)
+    if vectors.shape[1] != target.dim:
+        raise SpaceError(f"vectors have width {vectors.shape[1]}; space {target} has width {target.dim}")
+    rows = unit_vectors(vectors, target.dim)
+    with storage.db.writing("add items") as db:
+        snapshot = storage._load(db)
+        _target(snapshot, target.fingerprint)  # an upgrade may have ended since
+        there = [row[0] for row in db.execute(_THERE, (names,)).fetchall()]
+        if there and not replace:
+            shown = ", ".join(map(repr, sorted(there)[:5]))
+            raise InputError(
+                f"{len(there)} ids are in the gallery already ({shown}{', ...' if len(there) > 5 else ''}); nothing "
+                "was added. Leave them out, or pass replace=True to replace their content."
+            )
+        epoch = next_epoch(db)
+        _bury(db, there, epoch)
+        nums = np.arange(snapshot.num_limit, snapshot.num_limit + len(names), dtype=np.int64)
+        number = snapshot.numbers[target.fingerprint]
+        with db.cursor().copy("COPY item(num, id, uri, content_hash, metadata, added_epoch) FROM STDIN") as copy:
+            given = [column if column is not None else [None] * len(names) for column in columns]
+            for values in zip(nums.tolist(), names, *given, strict=True):
+                copy.write_row((*values, epoch))
+        write_rows(db, number, nums, rows, snapshot.dtype)
+        db.execute(
+            "INSERT INTO member(num, space, since) SELECT num, %s, %s FROM generate_series(%s::bigint, %s) num",
+            (number, epoch, int(nums[0]), int(nums[-1])),
+        )
+        db.execute("UPDATE head SET live = live + %s, next_num = next_num + %s", (len(names) - len(there), len(names)))
+        db.execute("UPDATE space SET items = items + %s WHERE no = %s", (len(names), number))
+        if snapshot.upgrade is not None and target.fingerprint != snapshot.upgrade.new:
+            enqueue(db, snapshot.upgrade.id, nums)
+    return nums
+
+
+def _target(snapshot: PostgresSnapshot, space: str | None) -> Space:
+    if space is None:
+        return snapshot.write_space
+    if space not in snapshot.stack:
+        known = ", ".join(str(snapshot.spaces[name]) for name in snapshot.stack)
+        raise SpaceError(f"items cannot be added in space {space[:12]!r}; this gallery takes vectors of {known}")
+    return snapshot.spaces[space]
+
+
+_THERE = "SELECT id FROM item WHERE deleted_epoch = 0 AND id = ANY(%s)"
+
+
+def delete_items(storage: PostgresStorage, ids: Sequence[str]) -> int:
+    """See ``Gallery.delete``."""
+    names = checked_ids(ids)
+    if not names:
+        return 0
+    with storage.db.writing("delete items") as db:
+        there = {row[0] for row in db.execute(_THERE, (names,)).fetchall()}
+        missing = [name for name in names if name not in there]
+        if missing:
+            raise UnknownNameError(
+                f"{len(missing)} of {len(names)} ids are not in the gallery ({', '.join(map(repr, missing[:5]))}); "
+                f"nothing was deleted.{storage.close_id(missing[0])}"
+            )
+        _bury(db, names, next_epoch(db))
+        db.execute("UPDATE head SET live = live - %s", (len(names),))
+    return len(names)
+
+
+def _bury(db: Connection, names: Sequence[str], epoch: int) -> None:
+    """Mark the live items of these ids as deleted, from ``epoch`` on."""
+    if not names:
+        return
+    rows = db.execute(
+        "UPDATE item SET deleted_epoch = %s WHERE deleted_epoch = 0 AND id = ANY(%s) RETURNING num",
+        (epoch, list(names)),
+    ).fetchall()
+    nums = [row[0] for row in rows]
+    db.execute(
+        f"WITH gone AS (SELECT space, count(*) AS items FROM member WHERE num = ANY(%s) AND moved = {NEVER} "
+        "GROUP BY space) UPDATE space SET items = space.items - gone.items FROM gone WHERE space.no = gone.space",
+        (nums,),
+    )
+    db.execute("UPDATE member SET gone = %s WHERE num = ANY(%s)", (epoch, nums))
+    for table in ("pending", "failure"):
+        db.execute(f"DELETE FROM {table} WHERE num = ANY(%s)", (nums,))
+
+
+def fill(storage: PostgresStorage, nums: NDArray[np.int64], vectors: Any) -> None:
+    """Give pending items their vectors of the serving space."""
+    with storage.db.writing("fill pending items") as db:
+        snapshot = storage._load(db)
+        append_rows(db, snapshot, snapshot.serving, nums, vectors)
+
+
+def append_rows(db: Connection, snapshot: Any, fingerprint: str, nums: NDArray[np.int64], vectors: Any) -> None:
+    """Inside a transaction: vectors of existing items in a space (rollback, pending items), from a new epoch on."""
+    rows = unit_vectors(vectors, snapshot.spaces[fingerprint].dim, count=len(nums))
+    number, epoch = snapshot.numbers[fingerprint], next_epoch(db)
+    write_rows(db, number, nums, rows, snapshot.dtype)
+    # Where the item has a newer vector already, this one waits beneath it.
+    newer = [snapshot.numbers[name] for name in snapshot.stack[snapshot.stack.index(fingerprint) + 1 :]]
+    db.execute(
+        "INSERT INTO member(num, space, since, moved, moved_to) "
+        f"SELECT num, %s, %s, coalesce(m.since, {NEVER}), m.space "
+        "FROM unnest(%s::bigint[]) AS given(num) LEFT JOIN LATERAL (SELECT space, since FROM member m "
+        f"WHERE m.num = given.num AND m.space = ANY(%s) AND m.moved = {NEVER}) m ON true",
+        (number, epoch, nums.tolist(), newer),
+    )
+    db.execute(
+        f"UPDATE space SET items = items + (SELECT count(*) FROM member WHERE space = %s AND moved = {NEVER} "
+        "AND num = ANY(%s)) WHERE no = %s",
+        (number, nums.tolist(), number),
+    )
+    db.execute("DELETE FROM pending WHERE num = ANY(%s)", (nums.tolist(),))
+
+
+def compact(storage: PostgresStorage) -> int:
+    """Drop the rows of deleted items. Returns how many vectors were dropped."""
+    with storage.db.writing("compact") as db:
+        snapshot = storage._load(db)
+        if snapshot.upgrade is not None:
+            raise InputError("a gallery cannot be compacted during an upgrade; begin and finish compact it anyway")
+        dropped = 0
+        for number in snapshot.numbers.values():
+            dropped += db.execute(
+                f"DELETE FROM {table_of(number)} WHERE num IN (SELECT num FROM item WHERE deleted_epoch > 0)"
+            ).rowcount
+        db.execute("DELETE FROM member WHERE num IN (SELECT num FROM item WHERE deleted_epoch > 0)")
+        db.execute("DELETE FROM item WHERE deleted_epoch > 0")
+        next_epoch(db, dropped=True)
+    with storage.db.outside() as db:
+        for number in snapshot.numbers.values():
+            db.execute(f"VACUUM (ANALYZE) {table_of(number)}")
+        db.execute("VACUUM (ANALYZE) item, member")
+    return dropped

@@ -1,0 +1,84 @@
+"""Checking a gallery in PostgreSQL: the invariants that hold at every epoch, and the vectors themselves.
+
+Whether the server's own pages are whole is its own business (data checksums, on by default since PostgreSQL 18).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bowerbird.gallery.verify import SHOWN, Problem, Report
+from bowerbird_scale.postgres.connection import Connection
+from bowerbird_scale.postgres.schema import NEVER
+from bowerbird_scale.postgres.vectors import TYPES, table_of
+
+if TYPE_CHECKING:
+    from bowerbird_scale.postgres.storage import PostgresStorage
+
+LENGTH_TOLERANCE = {"float32": 1e-3, "float16": 1e-2}  # of 1 - |v|^2
+
+
+def verify(storage: PostgresStorage) -> Report:
+    """Look at every row of one moment. Changes nothing and never raises for damage."""
+    problems: list[Problem] = []
+    damaged: set[str] = set()
+
+    def found(kind: str, what: str, nums: list[int]) -> None:
+        if nums:
+            ids = [storage_ids[0] for storage_ids in _ids(db, nums)]
+            damaged.update(ids)
+            shown = ", ".join(map(repr, ids[:SHOWN])) + (", ..." if len(nums) > SHOWN else "")
+            problems.append(Problem(kind, f"{len(nums)} items {what}: {shown or nums[:SHOWN]}"))
+
+    with storage.db.reading() as db:
+        snapshot = storage._load(db)
+        stack = [snapshot.numbers[name] for name in snapshot.stack]
+        live = db.value("SELECT count(*) FROM item WHERE deleted_epoch = 0")
+        if live != snapshot.live:
+            problems.append(Problem("count", f"the catalogue counts {snapshot.live} items and has {live}"))
+        searched = (
+            "SELECT item.num FROM item LEFT JOIN pending USING (num) LEFT JOIN member m ON m.num = item.num AND "
+            f"m.space = ANY(%s) AND m.moved = {NEVER} AND m.gone = {NEVER} WHERE deleted_epoch = 0 "
+            "GROUP BY item.num, pending.num HAVING {} ORDER BY item.num"
+        )
+        missing = db.execute(searched.format("count(m.num) = 0 AND pending.num IS NULL"), (stack,)).fetchall()
+        found("missing", "have no vector", [row[0] for row in missing])
+        doubled = db.execute(searched.format("count(m.num) > 1"), (stack,)).fetchall()
+        found("doubled", "are searched in two spaces", [row[0] for row in doubled])
+        rows = 0
+        for part in snapshot.parts:
+            counted = db.value(f"SELECT count(*) FROM member m WHERE {part.condition}")
+            if counted != part.count:
+                message = f"the catalogue counts {part.count} items in space {part.space} and has {counted}"
+                problems.append(Problem("count", message))
+        for fingerprint, number in snapshot.numbers.items():
+            table, kind = table_of(number), TYPES[snapshot.dtype][0]
+            dim = snapshot.spaces[fingerprint].dim
+            rows += db.value(f"SELECT count(*) FROM {table}")
+            absent = db.execute(
+                f"SELECT m.num FROM member m LEFT JOIN {table} v USING (num) WHERE m.space = %s AND v.num IS NULL "
+                "ORDER BY m.num",
+                (number,),
+            ).fetchall()
+            found("missing", f"have lost their vector in space {snapshot.spaces[fingerprint]}", [r[0] for r in absent])
+            whole = "v.vec" if kind == "vector" else f"v.vec::vector({dim})"
+            bad = db.execute(
+                f"SELECT num FROM {table} v WHERE abs(({whole} <#> {whole}) + 1) > %s ORDER BY num",
+                (LENGTH_TOLERANCE[snapshot.dtype],),
+            ).fetchall()
+            found(
+                "vector", f"have a vector without length 1 in space {snapshot.spaces[fingerprint]}", [r[0] for r in bad]
+            )
+    return Report(
+        epoch=snapshot.epoch,
+        items=live,
+        rows=rows,
+        batches=0,
+        problems=problems,
+        notes=[],
+        damaged_ids=sorted(damaged),
+    )
+
+
+def _ids(db: Connection, nums: list[int]) -> list[tuple[str]]:
+    return db.execute("SELECT id FROM item WHERE num = ANY(%s) ORDER BY num", (nums,)).fetchall()
