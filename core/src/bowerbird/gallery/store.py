@@ -227,7 +227,7 @@ class Store:
                 f"verify {self.path}` names them; replace or delete those items first."
             )
         by_default = np.concatenate([np.sort(part.nums) for part in parts])
-        queue = _complete_order(order, by_default, snapshot.num_limit)
+        queue = complete_order(order, by_default, snapshot.num_limit)
         with self.catalog.reading() as db:
             pending = np.array(db.execute("SELECT num FROM pending ORDER BY num").fetchall(), np.int64).ravel()
         plan = np.concatenate([queue, pending])
@@ -729,7 +729,7 @@ def _forget_segments(db: sqlite3.Connection, fingerprints: Iterable[str]) -> Non
         db.execute("DELETE FROM segment WHERE space = ?", (fingerprint,))
 
 
-def _complete_order(order: Any, nums: NDArray[np.int64], num_limit: int) -> NDArray[np.int64]:
+def complete_order(order: Any, nums: NDArray[np.int64], num_limit: int) -> NDArray[np.int64]:
     """``order`` without the items that are gone, and with those that it lacks appended; ``nums`` for no order."""
     if order is None:
         return nums
