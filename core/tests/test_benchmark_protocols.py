@@ -117,7 +117,7 @@ def test_face_pairs_are_judged_by_the_threshold_of_the_other_folds(tmp_path):
     file = made.face_bin(tmp_path / "lfw.bin")
     found = run("core:face-pairs", file=file, folds=2)
     assert found.summary["accuracy"] == 1
-    assert found.summary["TAR@FAR=1e-03"] == 1
+    assert found.summary["TAR@FAR=0.001"] == 1
     assert found.per_query["accuracy"].tolist() == [1, 1, 1, 1]
 
 
@@ -157,20 +157,20 @@ def ijb_world(root: Path, *, identification: bool = True) -> Path:
 
 def test_ijb_verifies_pairs_and_identifies_probes(tmp_path):
     found = run("core:ijb", root=ijb_world(tmp_path))
-    assert found.summary["TAR@FAR=1e-04"] == 1
+    assert found.summary["TAR@FAR=0.0001"] == 1
     assert found.summary["rank-1"] == 1
     assert found.summary["TPIR@FPIR=0.01"] == 1
     assert found.per_query["rank-1"].tolist() == [1, 1]
     only_pairs = run("core:ijb", root=ijb_world(tmp_path / "pairs", identification=False))
-    assert set(only_pairs.summary) == {"TAR@FAR=1e-04", "TAR@FAR=1e-05", "TAR@FAR=1e-06"}
+    assert set(only_pairs.summary) == {"TAR@FAR=0.0001", "TAR@FAR=1e-05", "TAR@FAR=1e-06"}
 
 
 def test_ijb_templates_weigh_faces_by_their_detector_score(tmp_path):
     """Without it the bad detection pulls template 5 as far to blue as its good face to green."""
     root = ijb_world(tmp_path)
     (root / "meta" / "ijbc_template_pair_label.txt").write_text("3 5 1\n4 5 0\n")
-    assert run("core:ijb", root=root, fars=[0.0]).summary["TAR@FAR=0e+00"] == 1
-    assert run("core:ijb", root=root, fars=[0.0], detector_score=False).summary["TAR@FAR=0e+00"] == 0
+    assert run("core:ijb", root=root, fars=[0.0]).summary["TAR@FAR=0"] == 1
+    assert run("core:ijb", root=root, fars=[0.0], detector_score=False).summary["TAR@FAR=0"] == 0
 
 
 def test_the_ijb_evaluator_gives_the_numbers_of_the_published_script(tmp_path):
@@ -194,7 +194,7 @@ def test_the_ijb_evaluator_gives_the_numbers_of_the_published_script(tmp_path):
     record = get_registry().get("evaluator", "core:ijb")
     values = {"root": tmp_path, "fars": g["far_1to1"].tolist(), "fpirs": g["far_1toN"].tolist(), "ks": [1, 5]}
     found = get_registry().load(record).build(build_config(record, values, where="test")).run(Given()).summary
-    tar = [found[f"TAR@FAR={far:.0e}"] for far in g["far_1to1"]]
+    tar = [found[f"TAR@FAR={far:g}"] for far in g["far_1to1"]]
     assert_close(tar, g["tpr_at_most_self"], rtol=1e-6)
     assert_close([found[f"TPIR@FPIR={far:g}"] for far in g["far_1toN"]], g["tpir_self"])
     # both galleries are the golden's one, so that every hit counts twice
@@ -293,7 +293,7 @@ def test_an_old_encoder_is_compared_with_a_new_one_on_ijb(tmp_path, encoder):
                    "--json")  # fmt: skip
     assert done.exit_code == 0, done.output
     found = json.loads(done.output)
-    assert found["core:ijb/TAR@FAR=1e-04"] == found["core:ijb/new/old TAR@FAR=1e-04"]
+    assert found["core:ijb/TAR@FAR=0.0001"] == found["core:ijb/new/old TAR@FAR=0.0001"]
     assert found["core:ijb/rank-1"] == found["core:ijb/old/old rank-1"]
 
 

@@ -241,4 +241,4 @@ def _columns(name: str, ks: Any, at: PerQuery) -> dict[str, PerQuery]:
 
 def _tar(scores: NDArray[Any], same: NDArray[Any], fars: tuple[float, ...]) -> Mapping[str, float]:
     found = verification_at_fpr(scores, same, fars)
-    return {f"TAR@FAR={far:.0e}": float(rate) for far, rate in zip(fars, found.tpr, strict=True)}
+    return {f"TAR@FAR={far:g}": float(rate) for far, rate in zip(fars, found.tpr, strict=True)}
