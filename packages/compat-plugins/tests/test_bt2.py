@@ -414,7 +414,7 @@ class TestObjectiveContract(ObjectiveContract):
     config = {"old_run": "old", "teacher_run": "teacher", "measure": False}
 
     def make_encoder(self) -> Encoder:
-        config = BasisTransformConfig(base={"use": "tiny:patch"}, new_dim=6, old_dim=5, added_dim=2)
+        config = BasisTransformConfig(base={"use": "tiny:patch"}, new_dim=6, old_dim=5, added_dim=2, last_relu=False)
         return BasisTransformEncoder(PatchEncoder(8), config)
 
     def make_context(self) -> BuildContext:
@@ -444,7 +444,8 @@ def test_a_run_searches_the_old_gallery_and_its_export_says_so(tmp_path):
     made = run(
         tmp_path,
         "bt2",
-        encoder='use = "compat:basis-transform"\nnew_dim = 8\nold_dim = 8\nadded_dim = 3\nbase = {use = "tiny:patch"}',
+        encoder='use = "compat:basis-transform"\nnew_dim = 8\nold_dim = 8\nadded_dim = 3\nlast_relu = false\n'
+        'base = {use = "tiny:patch"}',
         objective=f'use = "compat:bt2"\nold_run = "{old}"\nteacher_run = "{teacher}"',
     )
     new, before = load_encoder(made, device="cpu"), load_encoder(old, device="cpu")
@@ -469,6 +470,15 @@ def test_orthogonal_matrices_get_no_weight_decay():
     names = {n for n, p in objective.named_parameters() if id(p) in decayed}
     assert "new_classifier.weight" in names
     assert not [n for n in names if "basis" in n]
+
+
+def test_a_relu_on_the_trunk_is_the_default_and_a_teacher_that_it_cannot_meet_is_named():
+    assert BasisTransformConfig(base={"use": "x:y"}, new_dim=4, old_dim=4, added_dim=1).last_relu
+    contract = TestObjectiveContract()
+    encoder = contract.make_encoder()
+    encoder.last_relu = True
+    with pytest.warns(UserWarning, match=r"teacher teacher have negative entries.*encoder\.last_relu = false"):
+        BT2Objective.build(BT2Config(**contract.config), encoder, contract.make_context())
 
 
 def test_what_cannot_be_trained_is_refused_with_the_way_out():

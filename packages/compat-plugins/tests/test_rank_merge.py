@@ -78,7 +78,7 @@ def test_the_forecast_on_one_scale_keeps_both_ends_and_loses_the_sag_of_plain_di
     )
     forecaster, order = Forecaster(paired), rng.permutation(240)
     plain = forecaster.curve("plain", paired.query_old, order)
-    scaled = forecaster.curve("scaled", paired.query_old, order, rescale=merge_by_zscore.rescale)
+    scaled = forecaster.curve("scaled", paired.query_old, order, merger=merge_by_zscore)
     for curve in (plain, scaled):
         assert curve.quality[0] == pytest.approx(forecaster.old_old.mean())
         assert curve.quality[-1] == pytest.approx(forecaster.new_new.mean())

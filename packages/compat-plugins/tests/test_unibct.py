@@ -339,6 +339,25 @@ def test_prototypes_take_part_from_the_first_refresh_on_and_are_refined_by_the_e
     assert not any("old_encoder" in name or name.startswith("_") for name in objective.state_dict())
 
 
+@pytest.mark.parametrize(("steps", "expected"), [(35, {10, 20}), (14, {4, 8}), (3, {1, 2}), (1, {0, 1})])
+def test_by_default_prototypes_are_refined_after_two_and_four_sevenths_of_all_steps(steps, expected):
+    objective = build(context(total_steps=steps))
+    refined = []
+    objective._refresh.refresh = lambda: refined.append(step)
+    for step in range(steps):
+        objective.before_step(step)
+        assert (objective(batch(0)).parts["prototype"] > 0) == (step >= min(expected))
+    assert set(refined) == {step for step in expected if step < steps}
+    assert UniBCTConfig().refresh_epochs is None
+    assert UniBCTConfig(**mixbct()).refresh_epochs == [10, 20]
+
+
+def test_a_resumed_run_goes_on_with_the_prototype_loss():
+    objective = build(context(total_steps=35))
+    objective.before_step(30)
+    assert objective(batch(0)).parts["prototype"] > 0
+
+
 def test_known_only_leaves_the_other_classes_out():
     objective = build(context(), known_only=True, refresh_epochs=[0], prototype_margin=0.3, prototype_scale=30.0)
     assert objective.prototypes.influence.old_labels(torch.arange(3)).tolist() == [0, -1, 1]

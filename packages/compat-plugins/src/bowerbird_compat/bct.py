@@ -14,14 +14,15 @@ from typing import Any, Literal, Self, get_args
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from bowerbird.batch import Batch
 from bowerbird.errors import InputError, RecipeError
-from bowerbird.protocols import BuildContext, Encoder, LossOutput, Objective
-from bowerbird_compat.heads import MarginKind, MarginSoftmax, integer_labels, match_dim
-from bowerbird_compat.old_model import OldModel, measured_compatibility
+from bowerbird.protocols import BuildContext, Encoder, LossOutput
+from bowerbird_compat.compatible_objective import CompatibleConfig, CompatibleObjective
+from bowerbird_compat.heads import MarginSoftmax, integer_labels, match_dim
+from bowerbird_compat.old_model import OldModel
 from bowerbird_compat.prototypes import Prototypes, build_prototypes
 
 __all__ = [
@@ -110,13 +111,13 @@ class InfluenceLoss(nn.Module):
             # Connected to the graph, and 0 whatever the embeddings are: training is then exactly plain training.
             zero = embeddings[:0].sum()
             return zero if self.reduction != "none" else zero.expand(len(embeddings))
-        features = match_dim(embeddings[valid], self.old_classifier.shape[1])
-        each = F.cross_entropy(
-            self._logits(features, rows[valid]), rows[valid], reduction="none", label_smoothing=self.label_smoothing
-        )
+        if self.last_num_valid < len(embeddings):
+            embeddings, rows = embeddings[valid], rows[valid]
+        logits = self._logits(match_dim(embeddings, self.old_classifier.shape[1]), rows)
+        loss = F.cross_entropy(logits, rows, reduction=self.reduction, label_smoothing=self.label_smoothing)
         if self.reduction == "none":
-            return self.weight * each.new_zeros(len(embeddings)).masked_scatter(valid, each)
-        return self.weight * (each.mean() if self.reduction == "mean" else each.sum())
+            loss = loss.new_zeros(len(valid)).masked_scatter(valid, loss)
+        return self.weight * loss
 
     def _logits(self, features: Tensor, rows: Tensor) -> Tensor:
         if self.margin is not None:
@@ -155,17 +156,9 @@ def _row_of_class(class_map: Mapping[int, int] | None, num_rows: int) -> Tensor:
     return table
 
 
-class BCTConfig(BaseModel):
+class BCTConfig(CompatibleConfig):
     """Settings of ``compat:bct``."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    old_run: str | None = Field(
-        None, description="folder of the run that trained the old encoder, or of the exported encoder"
-    )
-    old_encoder: str | None = Field(
-        None, description="instead of old_run: an encoder by name, such as core:timm?model=resnet18"
-    )
     influence_weight: float = Field(1.0, ge=0, description="factor of the influence loss (lambda)")
     old_classifier: Literal["auto", "real", "prototypes"] = Field(
         "auto",
@@ -181,19 +174,7 @@ class BCTConfig(BaseModel):
         None, gt=0, description="factor of the old logits; default: 16 with unit embeddings, else 1"
     )
     normalize_prototypes: bool = Field(False, description="give prototypes norm 1")
-    classifier: Literal["softmax", "cosine", "cosface", "arcface", "arcface_monotone"] = Field(
-        "softmax", description="the new classifier: linear with bias, or cosine with a margin"
-    )
-    scale: float = Field(30.0, gt=0, description="factor of the new logits; not used by softmax")
-    margin: float = Field(0.3, ge=0, description="margin of cosface and arcface, for arcface in radians")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="of both losses")
-    measure: bool = Field(True, description="measure the compatibility on training items when the encoder is exported")
-
-    @model_validator(mode="after")
-    def _one_old_model(self) -> Self:
-        if self.old_run is not None and self.old_encoder is not None:
-            raise ValueError("give old_run or old_encoder, not both")
-        return self
 
 
 def openbct() -> dict[str, Any]:
@@ -217,23 +198,19 @@ def prototypes() -> dict[str, Any]:
     }
 
 
-class BCTObjective(Objective):
+class BCTObjective(CompatibleObjective):
     """``CE(new classifier) + lambda * influence loss`` on one embedding; see ``BCTConfig``.
 
     Needs ``image`` (or ``frozen_features``) and ``label``. The old encoder runs only while this is built (for
     prototypes) and when the export is measured, never in training.
     """
 
+    method = "compat:bct"
+    config: BCTConfig
+
     def __init__(self, encoder: Encoder, num_classes: int, influence: InfluenceLoss, config: BCTConfig) -> None:
-        super().__init__()
-        self.encoder, self.influence, self.config = encoder, influence, config
-        self.classifier = nn.Linear(encoder.embed_dim, num_classes, bias=config.classifier == "softmax")
-        self.head: MarginSoftmax | None = None
-        if config.classifier != "softmax":
-            kind: MarginKind = "none" if config.classifier == "cosine" else config.classifier
-            self.head = MarginSoftmax(kind, config.scale, config.margin)
-        self._old: OldModel | None = None
-        self._context: BuildContext | None = None
+        super().__init__(encoder, num_classes, config)
+        self.influence = influence
 
     @classmethod
     def build(cls, config: BCTConfig, encoder: Encoder, context: BuildContext) -> Self:
@@ -242,15 +219,10 @@ class BCTObjective(Objective):
         Raises ``RecipeError`` where no old model is named, the training split has no classes, or the old model has no
         such classifier.
         """
-        if config.old_run is None and config.old_encoder is None:
-            raise RecipeError("compat:bct needs the old model: set objective.old_run to the folder of its run.")
-        if not context.classes:
-            raise RecipeError("compat:bct needs a data set with labels; the training split has no classes.")
-        old = OldModel.load(config.old_run, config.old_encoder, context)
-        old.encoder.to(next(encoder.parameters()).device)
+        old = cls.old_model(config, encoder, context)
         influence = cls._influence(config, old, context)
         self = cls(encoder, len(context.classes), influence, config)
-        self._old, self._context = old, context  # no modules: neither trained nor saved with this objective
+        self.old, self.context = old, context
         return self
 
     @staticmethod
@@ -287,25 +259,14 @@ class BCTObjective(Objective):
 
     def forward(self, batch: Batch) -> LossOutput:
         """Parts ``new`` and ``influence`` (weighted); stats ``accuracy`` (with the margin), ``influence_samples``."""
-        embeddings = self.encoder(batch).pooled
-        labels = batch["label"]
-        logits = (
-            self.classifier(embeddings) if self.head is None else self.head(embeddings, self.classifier.weight, labels)
-        )
-        new = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
+        embeddings, labels = self.encoder(batch).pooled, batch["label"]
+        new, accuracy = self.classify(embeddings, labels)
         influence = self.influence(embeddings, labels)
-        accuracy = (logits.detach().argmax(dim=1) == labels).float().mean().item()
         stats = {"accuracy": accuracy, "influence_samples": float(self.influence.last_num_valid)}
         return LossOutput(new + influence, {"new": new.detach(), "influence": influence.detach()}, stats)
 
-    def relations(self) -> list[dict[str, Any]]:
-        """The relation that the export records: ``compatible`` with the old space, with its measured evidence."""
-        if self._old is None or self._context is None:
-            return []
-        evidence: dict[str, Any] = {"method": "compat:bct", "influence_weight": self.config.influence_weight}
-        if self.config.measure:
-            evidence |= measured_compatibility(self.exported_encoder(), self._old.encoder, self._context)
-        return [{"kind": "compatible", "to": self._old.fingerprint(), "evidence": evidence}]
+    def evidence(self) -> dict[str, Any]:
+        return {"influence_weight": self.config.influence_weight}
 
 
 def _some(names: Sequence[str]) -> str:

@@ -26,12 +26,13 @@ from torch import Tensor, nn
 from bowerbird.errors import DataError, InputError
 from bowerbird.files import write_atomically
 from bowerbird.protocols import Transform
+from bowerbird_compat.compatible_losses import CompatibleContrastiveLoss
 from bowerbird_compat.gallery_rewrite import TransformChain, UpgradeReport, VersionedVectors, upgrade_gallery
 from bowerbird_compat.heads import integer_labels
 
 __all__ = [
     "ForwardCompatibleLoss", "ForwardTransform", "TransformChain", "UpgradeReport", "VersionedVectors",
-    "fit_forward_transform", "instance_contrast", "upgrade_gallery",
+    "fit_forward_transform", "upgrade_gallery",
 ]  # fmt: skip
 
 MAX_STEPS = 1000  # of the default schedule: a million pairs in one or two minutes on two cores
@@ -124,34 +125,15 @@ class ForwardTransform(Transform):
         return made.eval().requires_grad_(False)
 
 
-def instance_contrast(anchor: Tensor, target: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    """``mean_i -log( e^{a_i.t_i/tau} / (e^{a_i.t_i/tau} + sum_k e^{a_i.t_k/tau}) )`` over ``k`` of other classes.
-
-    The one positive is the target of the same item; others of its class are neither positive nor negative. Both sides
-    are normalised; the targets get no gradient. Zhang et al., ICLR 2022 (arXiv 2201.09724), ``contra`` of their code.
-
-    Args:
-        anchor, target: ``(B, D)``.
-        labels: ``(B,)`` integers.
-        temperature: tau, above 0.
-    """
-    if anchor.shape != target.shape or anchor.ndim != 2:
-        raise InputError(f"{tuple(anchor.shape)} and {tuple(target.shape)} must be equal shapes (B, D).")
-    labels = integer_labels(labels, len(anchor)).to(anchor.device)
-    logits = F.normalize(anchor) @ F.normalize(target.detach().to(anchor.dtype)).T / temperature
-    positive = logits.diagonal()
-    negatives = logits.masked_fill(labels[:, None] == labels, -torch.inf)
-    return (torch.cat([positive[:, None], negatives], dim=1).logsumexp(dim=1) - positive).mean()
-
-
 class ForwardCompatibleLoss(nn.Module):
     """Alignment of lifted with new vectors, and a discriminative term.
 
     Args:
         align: ``cosine``: mean of ``1 - cos``; ``mse``: mean squared error of the entries of unit vectors;
             ``mse_raw``: of the vectors as they are (ml-fct).
-        disc: ``contrastive``: ``instance_contrast`` with the lifted vector as anchor; ``classifier``: cross-entropy of
-            the frozen new classifier on the lifted vector; ``both``; ``None``: alignment only.
+        disc: ``contrastive``: ``CompatibleContrastiveLoss`` of RACT, without new-to-new negatives and with swapped
+            roles (the lifted vector is held against new ones); ``classifier``: cross-entropy of the frozen new
+            classifier on the lifted vector; ``both``; ``None``: alignment only.
         temperature: Of the contrastive term, above 0.
         weight: Factor of the discriminative term (lambda_f), at least 0; with ``both``, of the contrastive one.
         classifier_weight: With ``both``: factor of the classifier term, at least 0.
@@ -177,6 +159,7 @@ class ForwardCompatibleLoss(nn.Module):
             raise InputError(f"weights are {weight} and {classifier_weight}; finite numbers of at least 0 are needed.")
         self.align, self.disc, self.temperature = align, disc, float(temperature)
         self.weight, self.classifier_weight = float(weight), float(classifier_weight)
+        self.contrast = CompatibleContrastiveLoss(temperature, topk=None, new_to_new=False)
 
     def forward(
         self, upgraded: Tensor, new: Tensor, labels: Tensor | None = None, classifier: Tensor | None = None
@@ -203,7 +186,7 @@ class ForwardCompatibleLoss(nn.Module):
             raise InputError(f"disc = {self.disc!r} needs labels; without labels use disc=None.")
         labels = integer_labels(labels, len(new)).to(new.device)
         if self.disc != "classifier":
-            total = total + self.weight * instance_contrast(upgraded, new, labels, self.temperature)
+            total = total + self.weight * self.contrast(upgraded, new, labels)
         if self.disc != "contrastive":
             if classifier is None:
                 raise InputError(f"disc = {self.disc!r} needs the weight of the new classifier.")

@@ -8,22 +8,20 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from bowerbird.batch import Batch
-from bowerbird.errors import InputError, RecipeError
+from bowerbird.errors import InputError
 from bowerbird.protocols import BuildContext, Encoder, LossOutput
 from bowerbird_compat.bct import BCTConfig, BCTObjective, InfluenceLoss
-from bowerbird_compat.bict import instance_contrast
+from bowerbird_compat.compatible_losses import CompatibleContrastiveLoss
 from bowerbird_compat.feature_cache import FeatureCache
 from bowerbird_compat.heads import match_dim
-from bowerbird_compat.old_model import OldModel
 
 
 class BackwardContrast(nn.Module):
-    """``weight * instance_contrast`` of new embeddings with the old vectors of the same items.
+    """The contrastive loss of RACT without its new-to-new negatives, for vectors of any two sizes.
 
     Args:
         weight: lambda_b, at least 0.
@@ -35,12 +33,14 @@ class BackwardContrast(nn.Module):
         if not (0 <= weight < float("inf") and 0 < temperature < float("inf")):
             raise InputError(f"weight={weight}, temperature={temperature}; at least 0 and above 0 are needed.")
         self.weight, self.temperature = float(weight), float(temperature)
+        self.loss = CompatibleContrastiveLoss(temperature, topk=None, new_to_new=False, weight=weight)
 
     def forward(self, embeddings: Tensor, old: Tensor, labels: Tensor) -> Tensor:
         """``embeddings`` ``(B, d_new)`` are cut or padded to the size of ``old`` ``(B, d_old)``."""
         if self.weight == 0:
             return embeddings[:0].sum()
-        return self.weight * instance_contrast(match_dim(embeddings, old.shape[1]), old, labels, self.temperature)
+        value: Tensor = self.loss(match_dim(embeddings, old.shape[1]), old, labels)
+        return value
 
 
 class BiCTConfig(BCTConfig):
@@ -59,6 +59,7 @@ class BiCTObjective(BCTObjective):
     ``contrastive`` the old vectors of the training items are made once, without augmentation.
     """
 
+    method = "compat:bict"
     config: BiCTConfig
 
     def __init__(self, encoder: Encoder, num_classes: int, influence: InfluenceLoss | None, config: BiCTConfig) -> None:
@@ -69,38 +70,25 @@ class BiCTObjective(BCTObjective):
     @classmethod
     def build(cls, config: BiCTConfig, encoder: Encoder, context: BuildContext) -> Self:  # type: ignore[override]
         """As ``compat:bct``. Raises ``RecipeError`` without an old model, or for a training split without classes."""
-        if config.old_run is None and config.old_encoder is None:
-            raise RecipeError("compat:bict needs the old model: set objective.old_run to the folder of its run.")
-        if not context.classes:
-            raise RecipeError("compat:bict needs a data set with labels; the training split has no classes.")
         if config.backward == "influence":
             return super().build(config, encoder, context)
-        old = OldModel.load(config.old_run, config.old_encoder, context)
-        old.encoder.to(next(encoder.parameters()).device)
+        old = cls.old_model(config, encoder, context)
         self = cls(encoder, len(context.classes), None, config)
         self.contrast = BackwardContrast(config.influence_weight, config.temperature)
         batches = context.eval_batches(old.encoder, keys=("image", "label", "index"))
         self.old_vectors = FeatureCache.build(old.encoder, batches, key="index")
-        self._old, self._context = old, context
+        self.old, self.context = old, context
         return self
 
     def forward(self, batch: Batch) -> LossOutput:
         """Parts ``new`` and ``influence`` or ``contrast`` (weighted); stat ``accuracy`` (with the margin)."""
         if self.contrast is None or self.old_vectors is None:
             return super().forward(batch)
-        embeddings = self.encoder(batch).pooled
-        labels = batch["label"]
-        logits = (
-            self.classifier(embeddings) if self.head is None else self.head(embeddings, self.classifier.weight, labels)
-        )
-        new = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
+        embeddings, labels = self.encoder(batch).pooled, batch["label"]
+        new, accuracy = self.classify(embeddings, labels)
         old = self.old_vectors.get(batch["index"]).to(embeddings.device)
         contrast = self.contrast(embeddings, old, labels)
-        accuracy = (logits.detach().argmax(dim=1) == labels).float().mean()
         return LossOutput(new + contrast, {"new": new.detach(), "contrast": contrast.detach()}, {"accuracy": accuracy})
 
-    def relations(self) -> list[dict[str, Any]]:
-        relations = super().relations()
-        for relation in relations:
-            relation["evidence"] |= {"method": "compat:bict", "backward": self.config.backward}
-        return relations
+    def evidence(self) -> dict[str, Any]:
+        return {**super().evidence(), "backward": self.config.backward}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal, Self
@@ -32,7 +33,9 @@ class BasisTransformConfig(BaseModel):
     scale: float = Field(2.0, gt=0, description="weight of the teacher part: 2 in the paper's settings, 3 in its code")
     rectify: bool = Field(True, description="relu before the layer of the free part")
     last_relu: bool = Field(
-        False, description="relu on the trunk's output, as in the authors' ResNet; the teacher needs it, too"
+        True,
+        description="relu on the trunk's output, as in the authors' ResNet; false where the teacher's vectors have "
+        "negative entries",
     )
     orthogonal_map: Literal["matrix_exp", "cayley", "householder"] = Field(
         "matrix_exp", description="what keeps the matrices orthogonal"
@@ -153,6 +156,12 @@ class BT2Objective(Objective):
             model.encoder.to(device)
             batches = context.eval_batches(model.encoder, keys=("image", "label", "index"))
             caches.append(FeatureCache.build(model.encoder, batches, key="index"))
+        if encoder.last_relu and bool((caches[1].vectors < 0).any()):
+            warnings.warn(
+                f"Vectors of the teacher {teacher.path} have negative entries, which a trunk with a relu on its output "
+                "cannot meet. Set encoder.last_relu = false.",
+                stacklevel=2,
+            )
         made = build_prototypes(
             old.encoder, context.eval_batches(old.encoder), len(context.classes),
             normalize=config.normalize_prototypes, on_missing="skip",

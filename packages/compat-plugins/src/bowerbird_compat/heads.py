@@ -111,11 +111,15 @@ class MarginSoftmax(nn.Module):
             raise InputError(f"margin is {margin}; an angle in radians of at most pi is needed for {kind}.")
         self.kind, self.scale, self.margin = kind, float(scale), float(margin)
 
-    def forward(self, embeddings: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, embeddings: Tensor, weight: Tensor, labels: Tensor | None = None) -> Tensor:
         """``(B, C)`` logits of ``embeddings`` ``(B, D)`` against ``weight`` ``(C, D)``; both are normalised here.
+
+        Called with two arguments, ``(cosine, labels)``, it takes ready cosines, as ``apply_margin`` does.
 
         Raises ``TypeError`` for labels that are not integers, ``InputError`` for sizes that differ.
         """
+        if labels is None:
+            return self.apply_margin(embeddings, weight)
         if embeddings.shape[-1] != weight.shape[-1]:
             raise InputError(
                 f"Embeddings have size {embeddings.shape[-1]} and the classifier {weight.shape[-1]}; use match_dim."

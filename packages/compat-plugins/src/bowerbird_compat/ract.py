@@ -17,25 +17,27 @@ from typing import Any, Literal, Self
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from bowerbird.batch import Batch
 from bowerbird.errors import InputError, RecipeError
-from bowerbird.protocols import BuildContext, Encoder, LossOutput, Objective
+from bowerbird.protocols import BuildContext, Encoder, LossOutput
 from bowerbird.upgrade import orders
 from bowerbird_compat.compatible_losses import (
     ClassLevelCompatibleLoss,
     CompatibleContrastiveLoss,
     CompatibleTripletLoss,
 )
-from bowerbird_compat.heads import MarginKind, MarginSoftmax, integer_labels
-from bowerbird_compat.old_model import OldModel, measured_compatibility
+from bowerbird_compat.compatible_objective import CompatibleConfig, CompatibleObjective
+from bowerbird_compat.distillation import DistillationLoss, FocalDistillationLoss
+from bowerbird_compat.heads import integer_labels
+from bowerbird_compat.old_model import OldModel
 from bowerbird_compat.prototypes import evaluating
 
 __all__ = [
-    "BackfillState", "ClassLevelCompatibleLoss", "CompatibleContrastiveLoss", "CompatibleTripletLoss", "RACTConfig",
-    "RACTObjective", "backfill_order",
+    "BackfillState", "ClassLevelCompatibleLoss", "CompatibleContrastiveLoss", "CompatibleTripletLoss",
+    "DistillationLoss", "FocalDistillationLoss", "RACTConfig", "RACTObjective", "backfill_order",
 ]  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------------- backfilling
@@ -112,27 +114,23 @@ class BackfillState:
 # ---------------------------------------------------------------------------------------------------------- training
 
 
-class RACTConfig(BaseModel):
+class RACTConfig(CompatibleConfig):
     """Settings of ``compat:ract``."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    old_run: str | None = Field(
-        None, description="folder of the run that trained the old encoder, or of the exported encoder"
-    )
-    old_encoder: str | None = Field(
-        None, description="instead of old_run: an encoder by name, such as core:timm?model=resnet18"
-    )
-    compatibility: Literal["contrastive", "triplet", "class", "l2"] = Field(
+    compatibility: Literal["contrastive", "triplet", "class", "l2", "lwf", "focal"] = Field(
         "contrastive",
         description="form of the compatibility loss; class: needs the old classifier, with every new class; "
-        "l2: mean squared difference of unit vectors, a baseline",
+        "baselines: l2: mean squared difference of unit vectors; lwf: what the old classifier says (needs it); "
+        "focal: squared difference, counted more where the prediction is right",
     )
     new_to_new: bool = Field(
         True, description="new vectors of other classes as negatives, too; false: the baseline without RACT's term"
     )
     weight: float = Field(1.0, ge=0, description="factor of the compatibility loss")
-    temperature: float = Field(0.01, gt=0, description="of the contrastive form")
+    temperature: float = Field(0.01, gt=0, description="of the contrastive form, and of the new side of lwf")
+    old_temperature: float = Field(0.01, gt=0, description="of the old side of lwf")
+    focal_alpha: float = Field(1.0, ge=0, description="of focal: factor of every item")
+    focal_beta: float = Field(5.0, ge=0, description="of focal: what a right prediction adds to it")
     topk: int = Field(10, description="hardest negatives per kind, contrastive and triplet; 0: all")
     triplet_margin: float = Field(0.8, ge=0, description="of the triplet form, on distances of unit vectors (0 to 2)")
     gather: bool = Field(True, description="negatives from all processes")
@@ -144,18 +142,9 @@ class RACTConfig(BaseModel):
         description="step: the old encoder sees the same augmented picture; cached: it runs once over the training "
         "split, without augmentation (always so with train.cache_trunk)",
     )
-    classifier: Literal["softmax", "cosine", "cosface", "arcface", "arcface_monotone"] = Field(
-        "softmax", description="the new classifier: linear without bias, or cosine with a margin"
-    )
-    scale: float = Field(30.0, gt=0, description="factor of the new logits; not used by softmax")
-    margin: float = Field(0.3, ge=0, description="margin of cosface and arcface, for arcface in radians")
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="of the classification loss")
-    measure: bool = Field(True, description="measure the compatibility on training items when the encoder is exported")
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.old_run is not None and self.old_encoder is not None:
-            raise ValueError("give old_run or old_encoder, not both")
+    def _linear_logits(self) -> Self:
         if self.compatibility == "class" and self.classifier != "softmax":
             raise ValueError("compatibility = 'class' compares linear logits; it needs classifier = 'softmax'")
         return self
@@ -171,21 +160,19 @@ def contra() -> dict[str, Any]:
     return opencompatible() | {"new_to_new": False}
 
 
-class RACTObjective(Objective):
+class RACTObjective(CompatibleObjective):
     """``CE(new classifier) + weight * compatibility loss``; see ``RACTConfig``.
 
     Needs ``image`` (or ``frozen_features``) and ``label``; ``index`` with cached old features. ``old_features`` in the
     batch are used where they are given.
     """
 
+    method = "compat:ract"
+    config: RACTConfig
+
     def __init__(self, encoder: Encoder, num_classes: int, compatibility: nn.Module | None, config: RACTConfig) -> None:
-        super().__init__()
-        self.encoder, self.compatibility, self.config = encoder, compatibility, config
-        self.classifier = nn.Linear(encoder.embed_dim, num_classes, bias=False)
-        kind: MarginKind = "none" if config.classifier in ("softmax", "cosine") else config.classifier  # type: ignore[assignment]
-        self.head = None if config.classifier == "softmax" else MarginSoftmax(kind, config.scale, config.margin)
-        self._old: OldModel | None = None
-        self._context: BuildContext | None = None
+        super().__init__(encoder, num_classes, config, bias=False)
+        self.compatibility = compatibility
         self._cached: Tensor | None = None
 
     @classmethod
@@ -193,13 +180,9 @@ class RACTObjective(Objective):
         """Loads the old model and freezes it.
 
         Raises ``RecipeError`` where no old model is named, the training split has no classes, the sizes of the
-        embeddings or the preparation of pictures differ, or the class-level form lacks an old classifier.
+        embeddings or the preparation of pictures differ, or a form that needs the old classifier lacks it.
         """
-        if config.old_run is None and config.old_encoder is None:
-            raise RecipeError("compat:ract needs the old model: set objective.old_run to the folder of its run.")
-        if not context.classes:
-            raise RecipeError("compat:ract needs a data set with labels; the training split has no classes.")
-        old = OldModel.load(config.old_run, config.old_encoder, context)
+        old = cls.old_model(config, encoder, context)
         if old.encoder.embed_dim != encoder.embed_dim:
             raise RecipeError(
                 f"compat:ract compares new with old embeddings: the new encoder has size {encoder.embed_dim}, "
@@ -210,56 +193,47 @@ class RACTObjective(Objective):
                 f"old_features = 'step' gives both encoders the same picture, but {old.path} prepares pictures "
                 "differently from the new encoder. Use the same preparation, or old_features = 'cached'."
             )
-        old.encoder.to(next(encoder.parameters()).device)
         self = cls(encoder, len(context.classes), _compatibility(config, old, context), config)
-        self._old, self._context = old, context  # no modules: neither trained nor saved with this objective
+        self.old, self.context = old, context
         return self
 
     def forward(self, batch: Batch) -> LossOutput:
         """Parts ``new`` and ``compatibility`` (weighted); stats ``accuracy`` (with the margin), ``old_cosine``."""
         embeddings, labels = self.encoder(batch).pooled, batch["label"]
-        weight = self.classifier.weight
-        logits = F.linear(embeddings, weight) if self.head is None else self.head(embeddings, weight, labels)
-        new = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
+        new, accuracy = self.classify(embeddings, labels)
         old = self._old_embeddings(batch).to(embeddings)
-        if self.compatibility is None:
+        loss, weight = self.compatibility, self.classifier.weight
+        if loss is None:
             compatibility = self.config.weight * F.mse_loss(F.normalize(embeddings), F.normalize(old))
-        elif isinstance(self.compatibility, ClassLevelCompatibleLoss):
-            compatibility = self.compatibility(embeddings, labels, weight)
+        elif isinstance(loss, ClassLevelCompatibleLoss):
+            compatibility = loss(embeddings, labels, weight)
+        elif isinstance(loss, DistillationLoss):
+            compatibility = loss(embeddings, old)
+        elif isinstance(loss, FocalDistillationLoss):
+            compatibility = loss(embeddings, old, labels, F.linear(embeddings, weight))
         else:
-            compatibility = self.compatibility(embeddings, old, labels)
-        stats = {
-            "accuracy": (logits.detach().argmax(dim=1) == labels).float().mean(),
-            "old_cosine": F.cosine_similarity(embeddings.detach(), old).mean(),
-        }
+            compatibility = loss(embeddings, old, labels)
+        stats = {"accuracy": accuracy, "old_cosine": F.cosine_similarity(embeddings.detach(), old).mean()}
         return LossOutput(new + compatibility, {"new": new.detach(), "compatibility": compatibility.detach()}, stats)
 
     def _old_embeddings(self, batch: Batch) -> Tensor:
         if "old_features" in batch:
             return batch["old_features"].detach()
-        if self._old is None or self._context is None:
+        if self.old is None or self.context is None:
             raise InputError("The batch has no old_features, and this objective was not built with an old model.")
         if self.config.old_features == "step" and "image" in batch:
             with torch.no_grad():
-                return self._old.encoder(batch).pooled
+                return self.old.encoder(batch).pooled
         # Cached features of a trunk are features of pictures without augmentation: nothing is lost by one pass.
         if self._cached is None:
-            with evaluating(self._old.encoder):
-                passes = self._context.eval_batches(self._old.encoder)
-                self._cached = torch.cat([self._old.encoder(part).pooled.float().cpu() for part in passes])
+            with evaluating(self.old.encoder):
+                passes = self.context.eval_batches(self.old.encoder)
+                self._cached = torch.cat([self.old.encoder(part).pooled.float().cpu() for part in passes])
         return self._cached[batch["index"].cpu()]
 
-    def relations(self) -> list[dict[str, Any]]:
-        """The relation that the export records: ``compatible`` with the old space, with its measured evidence."""
-        if self._old is None or self._context is None:
-            return []
-        evidence: dict[str, Any] = {
-            "method": "compat:ract", "compatibility": self.config.compatibility,
-            "new_to_new": self.config.new_to_new, "weight": self.config.weight,
-        }  # fmt: skip
-        if self.config.measure:
-            evidence |= measured_compatibility(self.exported_encoder(), self._old.encoder, self._context)
-        return [{"kind": "compatible", "to": self._old.fingerprint(), "evidence": evidence}]
+    def evidence(self) -> dict[str, Any]:
+        config = self.config
+        return {"compatibility": config.compatibility, "new_to_new": config.new_to_new, "weight": config.weight}
 
 
 def _compatibility(config: RACTConfig, old: OldModel, context: BuildContext) -> nn.Module | None:
@@ -270,8 +244,14 @@ def _compatibility(config: RACTConfig, old: OldModel, context: BuildContext) -> 
         return CompatibleTripletLoss(config.triplet_margin, config.topk, config.new_to_new, **shared)
     if config.compatibility == "l2":
         return None
+    if config.compatibility == "focal":
+        return FocalDistillationLoss(config.focal_alpha, config.focal_beta, weight=config.weight)
     if old.classifier is None:
-        raise RecipeError(f"compatibility = 'class' needs the old classifier, but {old.path} holds none.")
+        raise RecipeError(
+            f"compatibility = {config.compatibility!r} needs the old classifier, but {old.path} holds none."
+        )
+    if config.compatibility == "lwf":
+        return DistillationLoss(old.classifier, config.temperature, config.old_temperature, weight=config.weight)
     row_of = {name: row for row, name in enumerate(old.classes)}
     unknown = [name for name in context.classes if name not in row_of]
     if unknown:

@@ -292,9 +292,13 @@ class PrototypeRefresh:
         """Refreshes if ``epoch`` is one of ``epochs``; says whether it did."""
         if epoch not in self.epochs:
             return False
+        self.refresh()
+        return True
+
+    def refresh(self) -> None:
+        """Refreshes now."""
         new, labels = embedded(self.encoder, self.loader())
         self.loss.set_prototypes(refine_prototypes(self.old_cache, new, labels, **self.settings))
-        return True
 
 
 def embedded(encoder: Callable[[Any], Any], loader: Iterable[Any]) -> tuple[Tensor, Tensor]:
