@@ -37,7 +37,7 @@ class Profile:
         objective: Settings of ``core:softmax``, with which models without regard to an old one are trained.
         trunks: Features for the old model, and for the new one in ``new-architecture``.
         sizes: Of the world: ``queries`` and ``gallery``.
-        pairs: Training items on which strategies fit a transform, at most; ``None``: all.
+        pairs: Training items on which strategies fit a transform, at most, as an operator would on a sample; ``None``: all.
     """
 
     old_width: int = 48
@@ -52,7 +52,7 @@ class Profile:
     objective: dict[str, Any] = field(default_factory=dict)
     trunks: tuple[str, str] = ("pixels", "pixels")
     sizes: dict[str, int] = field(default_factory=lambda: {"queries": 300, "gallery": 500})
-    pairs: int | None = None
+    pairs: int | None = 600
 
     def quick(self) -> Profile:
         """A tenth of the work: to see that a method runs, not how good it is."""
