@@ -20,3 +20,10 @@ def bowerbird_retrievers() -> Iterable[RetrieverRecord]:
         summary="A gallery in PostgreSQL with pgvector: many writers, and workers on any host.",
         extras={"psycopg": "bowerbird-scale[postgres]"},
     )
+    yield RetrieverRecord(
+        name="scale:ray",
+        role="executor",
+        target="bowerbird_scale.ray_executor:RayExecutor",
+        summary="Workers of an upgrade on a Ray cluster; each leases from the gallery as any other does.",
+        extras={"ray": "bowerbird-scale[ray]"},
+    )
