@@ -13,6 +13,7 @@ import click
 
 from bowerbird.cli import examples
 from bowerbird.cli.gallery import parse_where
+from bowerbird.cli.lift import lift
 
 if TYPE_CHECKING:
     from bowerbird.gallery import Gallery, Space
@@ -165,6 +166,7 @@ def serve(gallery: str, images: tuple[str, ...], k: int, where: tuple[str, ...],
 @click.option("--to", "to", metavar="ENCODER", help="The new encoder; may be left out once the upgrade is under way.")
 @old_option
 @click.option("--strategy", help="How the old part is searched. [default: rank-merge]")
+@click.option("--on-top", is_flag=True, help="Begin on top of another upgrade that is under way.")
 @click.option("--compatible", is_flag=True, help="The new encoder was trained for the old one: register that relation.")
 @click.option("--order", help="What is moved first. [default: core:random]")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A setting of the order (TOML).")
@@ -186,7 +188,7 @@ def serve(gallery: str, images: tuple[str, ...], k: int, where: tuple[str, ...],
 @batch_option
 @device_option
 @json_option
-def run(gallery: str, to: str | None, old: str | None, compatible: bool, overrides: tuple[str, ...],
+def run(gallery: str, to: str | None, old: str | None, on_top: bool, compatible: bool, overrides: tuple[str, ...],
         queries: str | None, split: str | None, retry_failed: bool, batch_size: int, device: str, as_json: bool,
         rate: float | None, stop_after: int | None, stop_at_share: float | None, watch_every: float | None,
         max_nfr: float | None, workers: int | None, engine: str, **begin_settings: Any) -> None:  # fmt: skip
@@ -209,18 +211,23 @@ def run(gallery: str, to: str | None, old: str | None, compatible: bool, overrid
         if state is None and to is None:
             raise InputError(f"no upgrade is under way in {gallery}: name the new encoder, --to ENCODER")
         space = None if state is None or to is not None else opened.snapshot().spaces[state.new]
+        if space is not None and space.lifted:
+            raise InputError(
+                f"the upgrade under way in {gallery} is a lift; `bowerbird upgrade lift {gallery}` goes on"
+            )
         new_encoder = _encoder(to or (space.encoder if space else ""), batch_size, device, space)
+        begins = state is None or (on_top and state.new != new_encoder.space.fingerprint)
         settings: dict[str, Any] = {}
         old_encoder = None
-        if state is None:
+        if begins:
             old_encoder = _old_encoder(opened, old, batch_size, device, required=queries is not None)
-            settings = {**begin_settings, "order_settings": _settings(overrides)}
+            settings = {**begin_settings, "order_settings": _settings(overrides), "on_top": on_top}
             if queries is not None:
                 settings["queries"] = _queries(queries, split)
             if compatible:
-                serving = opened.snapshot().serving
+                stored = opened.snapshot().write_space.fingerprint
                 opened.register_space(new_encoder.space)
-                opened.relate(new_encoder.space.fingerprint, serving, evidence={"declared": "upgrade run --compatible"})
+                opened.relate(new_encoder.space.fingerprint, stored, evidence={"declared": "upgrade run --compatible"})
         elif begin_settings.get("strategy"):
             settings = {"strategy": begin_settings["strategy"]}
         upgrade = Upgrade(opened, new_encoder, old=old_encoder)
@@ -330,11 +337,15 @@ def finish(gallery: str, accept_failed: bool, skip_canary: bool, to: str | None,
     """
     from bowerbird.upgrade import finish as finish_it
     from bowerbird.upgrade import status as status_of
+    from bowerbird.upgrade.lift import lifter
 
     with _open(gallery) as opened:
         now = status_of(opened)
         space = opened.snapshot().spaces[now.new["fingerprint"]]
-        encoder = None if skip_canary else _encoder(to or space.encoder, batch_size, device, space)
+        if skip_canary or space.lifted:
+            encoder = None if skip_canary else lifter(opened)
+        else:
+            encoder = _encoder(to or space.encoder, batch_size, device, space)
         ended = finish_it(opened, encoder=encoder, accept_failed=accept_failed)
     if as_json:
         click.echo(json.dumps(ended))
@@ -402,6 +413,9 @@ def resume(gallery: str, as_json: bool) -> None:
 
     with _open(gallery) as opened:
         _print_status(resume_it(opened), as_json)
+
+
+command.add_command(lift)
 
 
 # ------------------------------------------------------------------------------------------------------- helpers
@@ -481,11 +495,13 @@ def _encoder(ref: str, batch_size: int, device: str, space: Space | None = None)
 def _old_encoder(
     gallery: Gallery, ref: str | None, batch_size: int, device: str, *, required: bool
 ) -> ItemEncoder | None:
-    """The encoder of the serving space. Where it is not named and not needed, its absence is only said."""
+    """The encoder of the space that is written now. Where it is not named and not needed, its absence is only said."""
     from bowerbird.errors import BowerbirdError, SpaceError
 
     snapshot = gallery.snapshot()
-    space = snapshot.spaces[snapshot.serving]
+    space = snapshot.write_space
+    if space.lifted and ref is None:
+        return None  # its vectors come from a transform; no encoder makes them
     try:
         return _encoder(ref or space.encoder, batch_size, device, space)
     except BowerbirdError as exc:

@@ -116,9 +116,9 @@ def watch_set(
     label_key: str | None = None,
 ) -> WatchSet:
     """The vectors of ``queries`` in both spaces, to be frozen when the upgrade begins (``begin(watch_set=...)``)."""
-    snapshot = gallery.snapshot()
-    encoded = queries.encode(gallery, snapshot.spaces[snapshot.serving], new, old_encoder)
-    old = unit_vectors(encoded.old, snapshot.spaces[snapshot.serving].dim)
+    space = gallery.snapshot().write_space
+    encoded = queries.encode(gallery, space, new, old_encoder)
+    old = unit_vectors(encoded.old, space.dim)
     return WatchSet(old, encoded.new, encoded.labels, label_key, encoded.ids)
 
 

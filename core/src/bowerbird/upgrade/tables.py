@@ -98,6 +98,10 @@ def status_text(status: UpgradeStatus) -> RenderableType:
         facts.add_row(name, f"{space['encoder']} ({space['dim']}-d, {space['fingerprint'][:12]})")
     facts.add_row("strategy", f"{status.strategy}, order {status.order}")
     facts.add_row("moved", f"{status.new_items} of {status.items} items ({status.share:.1%})")
+    if status.covered:
+        facts.add_row("on top of", f"{status.covered} other upgrade{'s' * (status.covered > 1)}; items by space:")
+        for part in status.parts:
+            facts.add_row("", f"{part['items']:>10} {part['encoder']} ({part['dim']}-d, {part['fingerprint'][:12]})")
     for item, attempts, error in status.failures[:10]:
         facts.add_row("failed", f"{item} ({attempts} of 3 attempts): {error}")
     if len(status.failures) > 10:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from bowerbird.errors import InputError
 from bowerbird.gallery.gallery import Gallery
 from bowerbird.gallery.open import open_gallery
+from bowerbird.upgrade import lift as _lift
 from bowerbird.upgrade import plan as _plan
 from bowerbird.upgrade import run as _run
 from bowerbird.upgrade import serve as _serve
@@ -19,6 +21,7 @@ from bowerbird.upgrade.queries import QuerySet, watch_set
 if TYPE_CHECKING:
     from bowerbird.gallery.snapshot import UpgradeState
     from bowerbird.gallery.space import Space
+    from bowerbird.gallery.transform import VectorTransform
 
 
 class Upgrade:
@@ -80,7 +83,7 @@ class Upgrade:
         """
         encoder = self._needs_new("run")
         wants_watch = any(settings.get(name) is not None for name in ("label_key", "watch_every", "max_nfr"))
-        if self.gallery.store.upgrade_state() is None:
+        if self._begins(encoder, settings):
             settings = self._begin_settings(settings, watch=wants_watch)
         else:
             settings.pop("queries", None)
@@ -93,7 +96,7 @@ class Upgrade:
             watch: Freeze queries where this call begins it.
         """
         encoder = self._needs_new("run")
-        if self.gallery.store.upgrade_state() is None:
+        if self._begins(encoder, begin_settings):
             begin_settings = self._begin_settings(begin_settings, watch=watch)
         else:
             begin_settings.pop("queries", None)
@@ -112,7 +115,9 @@ class Upgrade:
 
     def finish(self, *, accept_failed: bool = False) -> dict[str, Any]:
         """Drop the old side, after verification; see ``bowerbird.upgrade.state.finish``."""
-        return _state.finish(self.gallery, encoder=self.new, accept_failed=accept_failed)
+        lifting = self.gallery.store.upgrade_state() is not None and self.gallery.snapshot().write_space.lifted
+        encoder = _lift.lifter(self.gallery) if lifting else self.new
+        return _state.finish(self.gallery, encoder=encoder, accept_failed=accept_failed)
 
     def rollback(self, *, leave_pending: bool = False) -> int:
         """Back to the exact old state; see ``bowerbird.upgrade.state.rollback``."""
@@ -126,6 +131,22 @@ class Upgrade:
 
     def resume(self) -> _state.UpgradeStatus:
         return _state.resume(self.gallery)
+
+    def lift(self, transform: VectorTransform | None = None, *, stop_after: int | None = None,
+             stop_at_share: float | None = None, **begin_settings: Any) -> _run.RunReport:  # fmt: skip
+        """Map the stored vectors towards the new space without an image; see ``bowerbird.upgrade.lift``.
+
+        Args:
+            transform: Begins the lift, with ``begin_settings`` (those of ``begin_lift``). ``None``: goes on with it.
+        """
+        if transform is not None:
+            _lift.begin_lift(self.gallery, transform, self.new, **begin_settings)
+        encoder = _lift.lifter(self.gallery)
+        return _run.run(self.gallery, encoder, stop_after=stop_after, stop_at_share=stop_at_share)
+
+    def _begins(self, encoder: ItemEncoder, settings: Mapping[str, Any]) -> bool:
+        state = self.gallery.store.upgrade_state()
+        return state is None or bool(settings.get("on_top") and state.new != encoder.space.fingerprint)
 
     def _needs_new(self, verb: str) -> ItemEncoder:
         if self.new is None:

@@ -1,0 +1,110 @@
+"""``bowerbird upgrade lift``: an upgrade that maps stored vectors and reads no image."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from bowerbird.cli import examples
+
+if TYPE_CHECKING:
+    from bowerbird.gallery import Gallery
+
+
+@click.command(
+    epilog=examples(
+        "bowerbird upgrade lift photos --transform forward.safetensors",
+        "bowerbird upgrade lift photos --transform forward.safetensors --to runs/new",
+        "bowerbird upgrade lift photos --transform forward.safetensors --old-pairs old.npy --new-pairs new.npy",
+        "bowerbird upgrade lift photos      (goes on with the lift under way)",
+    )
+)
+@click.argument("gallery", type=click.Path(file_okay=False))
+@click.option("--transform", "transform_file", type=click.Path(exists=True, dir_okay=False), metavar="FILE",
+              help="From the stored vectors' space to the new one; not needed once the lift is under way.")  # fmt: skip
+@click.option("--to", metavar="ENCODER", help="The new encoder; encodes a few items to check the direction. "
+              "Default: the space that the file names.")  # fmt: skip
+@click.option("--old-pairs", type=click.Path(exists=True, dir_okay=False), metavar="FILE",
+              help="Check the direction on these: .npy (N, D) of the old space.")  # fmt: skip
+@click.option("--new-pairs", type=click.Path(exists=True, dir_okay=False), metavar="FILE",
+              help="The same items in the new space: .npy (N, D).")  # fmt: skip
+@click.option(
+    "--strategy", default="rank-merge", show_default=True, help="How the part that is not lifted is searched."
+)
+@click.option("--on-top", is_flag=True, help="Begin on top of an upgrade that is under way.")
+@click.option("--task-items", type=click.IntRange(min=1), help="Items per commit. [default: 65536]")
+@click.option("--stop-after", type=int, help="End once so many items are lifted.")
+@click.option("--stop-at-share", type=float, help="End once this share of the gallery is lifted, 0 to 1.")
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Images per call of --to."
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:0.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")
+def lift(gallery: str, transform_file: str | None, to: str | None, old_pairs: str | None, new_pairs: str | None,
+         strategy: str, on_top: bool, task_items: int | None, stop_after: int | None, stop_at_share: float | None,
+         batch_size: int, device: str, as_json: bool) -> None:  # fmt: skip
+    """Map the stored vectors of GALLERY towards a new encoder, without an image. Begins the lift if none is under way.
+
+    New queries search what is lifted; what is not is served by the strategy. Resumable and exactly reversible like any
+    upgrade: `bowerbird upgrade status`, `rollback` and `finish` work on it. Afterwards, where there are images,
+    `bowerbird upgrade run --to ENCODER` replaces lifted vectors by real ones.
+    """
+    from bowerbird.cli.upgrade import _bar, _encoder, _open
+    from bowerbird.upgrade.lift import TASK_ITEMS, begin_lift, lifter
+    from bowerbird.upgrade.run import run as work
+
+    with _open(gallery) as opened:
+        pairs = _pairs(old_pairs, new_pairs)
+        if _begins(opened, transform_file, on_top):
+            from bowerbird.gallery.transform import VectorTransform
+
+            new = None if to is None else _encoder(to, batch_size, device)
+            begin_lift(
+                opened, VectorTransform.load(str(transform_file)), new,
+                strategy=strategy, pairs=pairs, task_items=task_items or TASK_ITEMS, on_top=on_top,
+            )  # fmt: skip
+        with _bar(show_it=sys.stderr.isatty() and not as_json) as progress:
+            report = work(opened, lifter(opened), stop_after=stop_after, stop_at_share=stop_at_share, progress=progress)
+    if as_json:
+        click.echo(json.dumps(report.to_dict()))
+        return
+    click.echo(
+        f"{report.reason}: lifted {report.encoded} items in {report.seconds:.1f} s ({report.rate:.0f} items/s); "
+        f"{report.share:.1%} of the gallery is lifted"
+    )
+    if report.reason == "complete":
+        click.echo(
+            f"next: bowerbird upgrade finish {gallery}, or bowerbird upgrade run {gallery} --to ENCODER --on-top"
+        )
+
+
+def _begins(gallery: Gallery, transform_file: str | None, on_top: bool) -> bool:
+    """Whether this call begins a lift; ``False``: it goes on with the one under way."""
+    from bowerbird.errors import InputError
+
+    under_way = gallery.store.upgrade_state() is not None
+    lifting = under_way and gallery.snapshot().write_space.lifted
+    if transform_file is None and not lifting:
+        raise InputError(f"no lift is under way in {gallery.path}: give the map to begin one, --transform FILE")
+    return transform_file is not None and (not lifting or on_top)
+
+
+def _pairs(old: str | None, new: str | None) -> tuple[Any, Any] | None:
+    import numpy as np
+
+    from bowerbird.errors import DataError, InputError
+
+    if (old is None) != (new is None):
+        raise InputError("--old-pairs and --new-pairs go together: the same items in both spaces")
+    if old is None or new is None:
+        return None
+    rows = []
+    for file in (old, new):
+        try:
+            rows.append(np.load(file, allow_pickle=False))
+        except (OSError, ValueError) as exc:
+            raise DataError(f"{file} cannot be read as an .npy array: {exc}") from exc
+    return rows[0], rows[1]
