@@ -19,16 +19,14 @@ nox.options.sessions = DEFAULT.split()
 
 ROOT = Path(__file__).parent
 CORE = "./core"
-# package -> (folder, what its tests need beside the package itself)
+# package -> (folder, extras of it that its tests need, what they need of core)
 PACKAGES = {
-    "core": (CORE, f"{CORE}[torch,transformers,lite,faiss-cpu,digits,report,tables,testing]"),
-    "compat": ("./packages/compat-plugins", f"{CORE}[torch,faiss-cpu,digits,testing]"),
-    "emoji": ("./packages/emoji-plugins", f"{CORE}[testing]"),
+    "core": (CORE, "", f"{CORE}[torch,transformers,lite,faiss-cpu,digits,report,tables,testing]"),
+    "compat": ("./packages/compat-plugins", "", f"{CORE}[torch,faiss-cpu,digits,testing]"),
+    "emoji": ("./packages/emoji-plugins", "", f"{CORE}[testing]"),
+    "scale": ("./packages/scale-plugins", "[ray,testing]", f"{CORE}[faiss-cpu,testing]"),
 }
-EVERYTHING = [
-    f"{CORE}[torch,transformers,lite,faiss-cpu,digits,report,tables,testing]",
-    *(folder for name, (folder, _) in PACKAGES.items() if name != "core"),
-]
+EVERYTHING = [PACKAGES["core"][2], *(folder for name, (folder, _, _) in PACKAGES.items() if name != "core")]
 # One thread per test process: the tests run in parallel, and results do not depend on the number of cores.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 # No model hub, and compiled modules are kept: without them every process would compile torch again.
@@ -60,7 +58,7 @@ def types(session: nox.Session) -> None:
     """Static types of every package (mypy)."""
     install(session, *EVERYTHING)
     session.install("mypy>=1.11")
-    session.run("mypy", *(str(Path(folder) / "src") for folder, _ in PACKAGES.values()))
+    session.run("mypy", *(str(Path(folder) / "src") for folder, _, _ in PACKAGES.values()))
 
 
 @nox.session
@@ -75,8 +73,8 @@ def core_bare(session: nox.Session) -> None:
 @nox.parametrize("package", list(PACKAGES), ids=list(PACKAGES))
 def tests(session: nox.Session, package: str) -> None:
     """Tests of one package with only that package and core installed: ``nox -s "tests(core)"``."""
-    folder, needs = PACKAGES[package]
-    install(session, needs, *([] if package == "core" else [folder]))
+    folder, extras, needs = PACKAGES[package]
+    install(session, needs, *([] if package == "core" else [folder + extras]))
     if package == "core":  # where torch is missing its tests are left out: never here
         session.run("python", "-c", "import importlib.util as u; assert u.find_spec('torch') and u.find_spec('faiss')")
     pytest(session, f"{folder}/tests")
@@ -87,9 +85,9 @@ def wheels(session: nox.Session) -> None:
     """Build every wheel and install each alone (with core) in a fresh environment; it lists its methods."""
     session.install("uv>=0.5")
     out = Path(session.create_tmp()).resolve() / "wheels"
-    for folder, _ in PACKAGES.values():
+    for folder, _, _ in PACKAGES.values():
         session.run("uv", "build", "--quiet", "--wheel", "--out-dir", str(out), folder)
-    for name, (folder, _) in PACKAGES.items():
+    for name, (folder, _, _) in PACKAGES.items():
         venv = Path(session.create_tmp()).resolve() / f"alone-{name}"
         python = venv / ("Scripts" if os.name == "nt" else "bin") / "python"
         distribution = "bowerbird-core" if name == "core" else f"bowerbird-{name}"
@@ -152,7 +150,7 @@ def demo(session: nox.Session) -> None:
 @nox.session
 def lowest(session: nox.Session) -> None:
     """Tests of core with the lowest versions that the packages allow (needs uv)."""
-    folder, needs = PACKAGES["core"]
+    folder, _, needs = PACKAGES["core"]
     session.install("--resolution", "lowest-direct", "-e", needs, "pytest-xdist")
     pytest(session, f"{folder}/tests")
 
