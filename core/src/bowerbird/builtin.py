@@ -165,6 +165,13 @@ def bowerbird_datasets() -> Iterable[DatasetRecord]:
 @hookimpl
 def bowerbird_retrievers() -> Iterable[RetrieverRecord]:
     yield RetrieverRecord(
+        name="core:embedded",
+        role="store",
+        target="bowerbird.gallery.open:EmbeddedGalleries",
+        schemes=("file",),
+        summary="A gallery in a folder of one machine: SQLite and files of vectors.",
+    )
+    yield RetrieverRecord(
         name="core:exact",
         role="index",
         target="bowerbird.retrieval.index:ExactIndex",

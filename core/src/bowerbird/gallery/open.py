@@ -13,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 from bowerbird.errors import InputError, did_you_mean
 from bowerbird.gallery.gallery import Gallery
+from bowerbird.gallery.storage import Storage
 
 if TYPE_CHECKING:
     from bowerbird.gallery.space import Space
@@ -31,18 +32,26 @@ def open_gallery(url: str | Path, *, readonly: bool = False, lock_timeout: float
         InputError: If no installed store has the scheme; names those that are installed.
         GalleryError: If there is no gallery, or it cannot be opened.
     """
-    driver, folder = _driver(url), folder_of(url)
-    if folder is not None:
-        return Gallery.open(folder, readonly=readonly, lock_timeout=lock_timeout)
-    return driver.open(str(url), readonly=readonly, lock_timeout=lock_timeout)
+    return _driver(url).open(str(url), readonly=readonly, lock_timeout=lock_timeout)
 
 
 def create_gallery(url: str | Path, space: Space, *, dtype: str = "float32", lock_timeout: float = 10.0) -> Gallery:
     """A new gallery at a path or URL, for vectors of ``space`` stored as ``dtype``."""
-    driver, folder = _driver(url), folder_of(url)
-    if folder is not None:
-        return Gallery.create(folder, space, dtype=dtype, lock_timeout=lock_timeout)
-    return driver.create(str(url), space, dtype=dtype, lock_timeout=lock_timeout)
+    return _driver(url).create(str(url), space, dtype=dtype, lock_timeout=lock_timeout)
+
+
+class EmbeddedGalleries:
+    """The store ``core:embedded``: a gallery in a folder."""
+
+    features = Storage.features
+
+    @classmethod
+    def open(cls, url: str, *, readonly: bool = False, lock_timeout: float = 10.0) -> Gallery:
+        return Gallery.open(_folder(url), readonly=readonly, lock_timeout=lock_timeout)
+
+    @classmethod
+    def create(cls, url: str, space: Space, *, dtype: str = "float32", lock_timeout: float = 10.0) -> Gallery:
+        return Gallery.create(_folder(url), space, dtype=dtype, lock_timeout=lock_timeout)
 
 
 def scheme_of(url: str | Path) -> str | None:
@@ -62,16 +71,23 @@ def folder_of(url: str | Path) -> Path | None:
     return Path(unquote(urlsplit(text).path)) if text.startswith("file://") else Path(text.removeprefix("file:"))
 
 
+def _folder(url: str) -> Path:
+    folder = folder_of(url)
+    if folder is None:
+        raise InputError(f"{safe_url(url)!r} is not a folder")
+    return folder
+
+
 def safe_url(url: str | Path) -> str:
     """The URL without its password, for messages."""
     return re.sub(r"(?<=://)([^:/@]*):[^@/]*@", r"\1:***@", str(url))
 
 
 def _driver(url: str | Path) -> Any:
-    """The class that a store record points to; ``None`` for folders."""
+    """The class that opens this URL."""
     scheme = scheme_of(url)
     if scheme is None or scheme == "file":
-        return None
+        return EmbeddedGalleries  # without a look at the plugins
     from bowerbird.records import RetrieverRecord
     from bowerbird.registry import get_registry
 
@@ -84,7 +100,7 @@ def _driver(url: str | Path) -> Any:
     }
     if scheme in by_scheme:
         return registry.load(by_scheme[scheme])
-    known = ["file", *sorted(by_scheme)]
+    known = sorted(by_scheme)
     hint = " PostgreSQL and Qdrant come with: pip install bowerbird-scale." if known == ["file"] else ""
     raise InputError(
         f"no installed store opens {safe_url(url)!r}: its scheme is {scheme!r}, known are {', '.join(known)}."

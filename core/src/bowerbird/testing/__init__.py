@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from bowerbird.testing.golden import assert_close, load_golden
     from bowerbird.testing.plugin_tester import PluginTester
     from bowerbird.testing.retrievers import IndexContract, MergerContract, OrderContract, UpgradeContract
+    from bowerbird.testing.store_contract import StoreContract
     from bowerbird.testing.training import EncoderContract, ObjectiveContract, SimpleBuildContext, TinyEncoder
 
 # The golden loader needs no torch, so that the names are looked up on first use.
@@ -43,6 +44,7 @@ _MODULES = {
     "MergerContract": "retrievers",
     "OrderContract": "retrievers",
     "UpgradeContract": "retrievers",
+    "StoreContract": "store_contract",
     "EncoderContract": "training",
     "ObjectiveContract": "training",
     "SimpleBuildContext": "training",
@@ -61,6 +63,7 @@ __all__ = [
     "PluginTester",
     "SimpleBuildContext",
     "SimpleEvalContext",
+    "StoreContract",
     "SyntheticDataset",
     "TinyEncoder",
     "UpgradeContract",
