@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bowerbird.cli import examples
+from bowerbird.cli.matrix import matrix
 
 if TYPE_CHECKING:
     from bowerbird.gallery import Gallery
@@ -58,7 +59,7 @@ def create(
 
     from bowerbird.errors import InputError
     from bowerbird.gallery import Space, create_gallery
-    from bowerbird.gallery.open import folder_of
+    from bowerbird.gallery.open import folder_of, safe_url
     from bowerbird.gallery.storage import refuse_occupied
 
     if (encoder is None) == (dim is None) or (name is not None and dim is None):
@@ -80,10 +81,12 @@ def create(
         pass
     if as_json:
         click.echo(
-            json.dumps({"path": path, "fingerprint": space.fingerprint, "encoder": space.encoder, "dim": space.dim})
+            json.dumps(
+                {"path": safe_url(path), "fingerprint": space.fingerprint, "encoder": space.encoder, "dim": space.dim}
+            )
         )
     else:
-        click.echo(f"created {path} for vectors of {space}")
+        click.echo(f"created {safe_url(path)} for vectors of {space}")
 
 
 @command.command(
@@ -161,7 +164,7 @@ def add(
         click.echo(json.dumps({**vars(result), "items": total}))
         return
     click.echo(
-        f"added {result.added}, replaced {result.replaced}, unchanged {result.unchanged}; {total} items in {path}"
+        f"added {result.added}, replaced {result.replaced}, unchanged {result.unchanged}; {total} items in {gallery.path}"
     )
     for name, reason in result.skipped.items():
         click.echo(f"skipped {name}: {reason}", err=True)
@@ -187,7 +190,9 @@ def delete(path: str, names: tuple[str, ...], ids_file: str | None, as_json: boo
     with open_gallery(path) as gallery:
         deleted, total = gallery.delete(wanted), len(gallery)
     click.echo(
-        json.dumps({"deleted": deleted, "items": total}) if as_json else f"deleted {deleted}; {total} items in {path}"
+        json.dumps({"deleted": deleted, "items": total})
+        if as_json
+        else f"deleted {deleted}; {total} items in {gallery.path}"
     )
 
 
@@ -295,7 +300,45 @@ def index(path: str, kind: str | None, target_recall: float | None, as_json: boo
         click.echo(f"{file['kind']} of {file['items']} items in {file['space'][:12]}: recall@10 {recall}")
         click.echo(f"  {file['path']}")
     if not found["files"]:
-        click.echo(f"searches of {path} are exact" + ("" if found["kind"] == "exact" else ": it has no items yet"))
+        click.echo(
+            f"searches of {gallery.path} are exact" + ("" if found["kind"] == "exact" else ": it has no items yet")
+        )
+
+
+@command.command(
+    epilog=examples(
+        "bowerbird gallery copy photos --to postgresql://localhost/images?gallery=photos",
+        "bowerbird gallery copy postgresql://localhost/images?gallery=photos --to photos-copy",
+    )
+)
+@gallery_argument
+@click.option("--to", "url", required=True, metavar="URL", help="Path or URL of the copy.")
+@click.option("--lock-timeout", type=float, default=10.0, show_default=True, help="Seconds to wait for another writer.")
+@json_option
+def copy(path: str, url: str, lock_timeout: float, as_json: bool) -> None:
+    """Copy the gallery PATH to another place or store, and verify the copy item by item.
+
+    Repeat an interrupted call: it goes on where it was. Repeat a finished one to bring the copy up to date.
+    """
+    from dataclasses import asdict
+
+    from bowerbird.gallery import open_gallery
+    from bowerbird.gallery.copy import copy_gallery
+    from bowerbird.gallery.open import safe_url
+
+    with open_gallery(path, readonly=True) as gallery:
+        total = 2 * len(gallery)  # written once, then read once more in both
+        with _progress("copying and verifying", total, "items", as_json) as advance:
+            weight = {"copying": 1.0, "verifying": 0.5}
+            tell = None if advance is None else lambda what, count: advance(weight[what] * count)
+            copied = copy_gallery(gallery, url, progress=tell, lock_timeout=lock_timeout)
+    if as_json:
+        click.echo(json.dumps({"to": safe_url(url), **asdict(copied)}))
+        return
+    click.echo(
+        f"added {copied.added}, replaced {copied.replaced}, deleted {copied.deleted}, unchanged {copied.unchanged}; "
+        f"{copied.items} items in {safe_url(url)}, verified (digest {copied.digest})"
+    )
 
 
 @command.command(epilog=examples("bowerbird gallery verify photos", "bowerbird gallery verify photos --json"))
@@ -399,6 +442,9 @@ def relate(path: str, new: str, evidence: str | None, device: str) -> None:
     click.echo(f"registered: {space} is compatible with {serving[:12]}")
 
 
+command.add_command(matrix)
+
+
 # ------------------------------------------------------------------------------------------------------- helpers
 
 
@@ -407,6 +453,12 @@ def _encoder_of(gallery: Gallery, device: str) -> Any:
     from bowerbird.errors import SpaceError
 
     space = gallery.snapshot().write_space
+    if space.lifted:
+        raise SpaceError(
+            f"the vectors of gallery {gallery.path} were lifted by a transform: no encoder makes them from images. "
+            f"Search with images through `bowerbird upgrade serve {gallery.path}`; to add images, begin an upgrade to "
+            f"the new encoder, `bowerbird upgrade run {gallery.path} --to ENCODER`"
+        )
     if space.encoder.startswith("black-box:"):
         raise SpaceError(
             f"gallery {gallery.path} holds vectors of {space.encoder}, which cannot be loaded here; use vectors"
@@ -594,7 +646,7 @@ def parse_where(pairs: tuple[str, ...]) -> dict[str, Any] | None:
 
 
 @contextmanager
-def _progress(what: str, total: int, unit: str, quiet: bool) -> Iterator[Callable[[int], None] | None]:
+def _progress(what: str, total: int, unit: str, quiet: bool) -> Iterator[Callable[[float], None] | None]:
     """A bar with rate and time left on standard error, where that is a terminal."""
     if quiet or not sys.stderr.isatty():
         yield None

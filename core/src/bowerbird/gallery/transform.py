@@ -265,7 +265,8 @@ def check_direction(transform: VectorTransform, source_vectors: Any, target_vect
     target = _unit(target)
     mapped = transform(source)
     fit = (mapped * target).sum(axis=1, dtype=np.float64)
-    strangers = (mapped * np.roll(target, len(target) // 2, axis=0)).sum(axis=1, dtype=np.float64)
+    others = (target.sum(axis=0, dtype=np.float64) - target) / (len(target) - 1)
+    strangers = (mapped * others).sum(axis=1, dtype=np.float64)
     reverse = None
     if transform.dim_in == transform.dim_out:
         reverse = float((transform(target) * _unit(source)).sum(axis=1, dtype=np.float64).mean())

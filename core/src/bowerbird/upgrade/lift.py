@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from bowerbird.gallery.space import Item
 
 TASK_ITEMS = 65_536  # a transform is cheap: what costs is the commit
-PAIRS = 64  # items that are encoded by the new encoder to check the direction, where it is at hand
+PAIRS = 256  # items that are encoded by the new encoder to check the direction, where it is at hand
 
 
 def lifted_space(transform: VectorTransform, new: Space) -> Space:

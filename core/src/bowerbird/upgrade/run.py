@@ -508,7 +508,8 @@ def _check_same_upgrade(
         target = gallery.snapshot().spaces[state.new]
         raise UpgradeError(
             f"an upgrade of {gallery.path} to {target} is {state.state}, and this encoder makes vectors of "
-            f"{encoder.space}. Run it with its own encoder, or finish it or roll it back first"
+            f"{encoder.space}. Run it with its own encoder, or finish it or roll it back first, or begin this one "
+            "on top of it (--on-top)"
         )
     asked = begin_settings.get("strategy")
     if asked is not None and load_strategy(asked)[0] != state.strategy:
