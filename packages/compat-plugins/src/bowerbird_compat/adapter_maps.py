@@ -190,7 +190,7 @@ def residual_mlp(
     start: LinearMap,
     *,
     hidden: int | None = None,
-    steps: int = 1500,
+    steps: int = 1000,
     batch_size: int = 1024,
     lr: float = 1e-3,
     patience: int = 4,
@@ -204,7 +204,7 @@ def residual_mlp(
         source, target: ``(N, Di)`` and ``(N, Do)``.
         rows, held_out: Pairs to train on, and pairs to stop by.
         start: A linear map.
-        hidden: Width of the branch; default: twice the larger width.
+        hidden: Width of the branch; default: the larger of the two.
         steps: Of Adam at most; the learning rate falls to 0 by a cosine.
         batch_size, lr: Of Adam.
         patience: Stops after that many looks (one every 50 steps) without a gain of 1e-4.
@@ -221,7 +221,7 @@ def residual_mlp(
     from bowerbird_compat.online_backfilling import ReverseQueryTransform
     from bowerbird_compat.vector_transforms import transform_steps
 
-    hidden = 2 * max(source.shape[1], target.shape[1]) if hidden is None else hidden
+    hidden = max(source.shape[1], target.shape[1]) if hidden is None else hidden
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = ReverseQueryTransform(source.shape[1], target.shape[1], hidden)

@@ -202,7 +202,7 @@ def check_direction(transform: VectorTransform, source: ArrayLike, target: Array
 def _margin(transform: VectorTransform, x: NDArray, y: NDArray) -> tuple[float, float]:
     """Mean of cosine with the own minus that with another's vector, and its standard error."""
     mapped, y = transform(x), unit(y)
-    values = np.sum(mapped * (y - np.roll(y, len(y) // 2, axis=0)), axis=1, dtype=np.float64)
+    values: NDArray[np.float64] = np.sum(mapped * (y - np.roll(y, len(y) // 2, axis=0)), axis=1).astype(np.float64)
     return float(values.mean()), float(values.std() / math.sqrt(len(values))) + 1e-6
 
 

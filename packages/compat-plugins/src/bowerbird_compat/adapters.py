@@ -50,7 +50,7 @@ def fit_adapter(
     ridge: float | None = None,
     rank: int | None = None,
     hidden: int | None = None,
-    steps: int = 1500,
+    steps: int = 1000,
     k: int = 10,
     seed: int = 0,
 ) -> VectorTransform:
@@ -71,7 +71,7 @@ def fit_adapter(
         ridge: Strength of ``ridge`` and ``low-rank``, above 0, in units of the mean variance of an entry of the
             source; default: chosen by cross-validation.
         rank: Of ``low-rank``; default: chosen by cross-validation.
-        hidden, steps: Of ``mlp``: its width (default: twice the larger of the two) and steps at most.
+        hidden, steps: Of ``mlp``: its width (default: the larger of the two) and steps at most.
         k: Length of the lists that are compared.
         seed: Of every draw: equal inputs and settings give an equal result, bit for bit, on one machine.
 

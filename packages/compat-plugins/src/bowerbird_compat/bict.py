@@ -35,7 +35,7 @@ __all__ = [
     "fit_forward_transform", "upgrade_gallery",
 ]  # fmt: skip
 
-MAX_STEPS = 1000  # of the default schedule: a million pairs in one or two minutes on two cores
+MAX_STEPS = 600  # of the default schedule: a million pairs in about a minute on two cores
 
 Norm = Literal["batch", "layer"]
 Align = Literal["cosine", "mse", "mse_raw"]
@@ -238,7 +238,7 @@ def fit_forward_transform(
         hidden, depth, norm, residual, source, target: Of ``ForwardTransform``.
         loss: Default: cosine, with the contrastive term where there are labels.
         classifier: ``(C, D_new)``, for a loss with the classifier term.
-        epochs: Passes over the items; default: 80, but at most 1,000 steps.
+        epochs: Passes over the items; default: 80, but at most 600 steps.
         steps: Number of optimiser steps instead.
         batch_size: Vectors per step.
         lr: Highest learning rate; cosine to 0 after the warm-up.
