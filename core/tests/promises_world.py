@@ -57,13 +57,13 @@ def add(gallery: Gallery, contents: dict[str, str], space: Space, *, replace: bo
 
 
 def encoder_of(space: Space, delay: float = 0.0) -> ItemEncoder:
-    """Encodes by id and content; ``delay`` seconds per item stand for a model."""
+    """Encodes by id and content; ``delay`` seconds per batch stand for a model."""
 
     def encode(items: Sequence[Item]) -> np.ndarray:
-        time.sleep(delay * len(items))
+        time.sleep(delay)
         return np.array([vector(item.id, space, item.content_hash or "") for item in items], np.float32)
 
-    return ItemEncoder(encode, space=space, batch_size=8)
+    return ItemEncoder(encode, space=space, batch_size=64)
 
 
 def everything(gallery: Gallery, queries: dict[str, np.ndarray]) -> list[str]:
@@ -128,7 +128,7 @@ def worker(path: str, delay: float) -> None:
 
 
 INITIAL = {f"item-{n:04d}": "a" for n in range(800)}
-BATCHES = 24
+BATCHES = 8
 
 
 def plan_of_the_server() -> list[tuple[str, dict[str, str]]]:

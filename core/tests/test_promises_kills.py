@@ -33,7 +33,7 @@ from bowerbird.gallery import Gallery
 
 KILLS = 200 if FULL else 12
 SEED = 0
-DELAY = 0.0005  # of a worker per item
+DELAY = 0.02  # of a worker per batch
 PAUSE = 0.01  # of the server per step
 
 
@@ -47,7 +47,7 @@ def run_round(folder, moments: random.Random, kills_left: int) -> tuple[Counter,
     queries = gallery_world.queries(2, seed=2)
     with Gallery.create(path, OLD) as gallery:
         add(gallery, INITIAL, OLD)
-        gallery.store.begin_upgrade(NEW, strategy="test", order_name="core:random", task_items=16)
+        gallery.store.begin_upgrade(NEW, strategy="test", order_name="core:random", task_items=8)
         made = {
             "worker 0": lambda: start(worker, str(path), DELAY),
             "worker 1": lambda: start(worker, str(path), DELAY),

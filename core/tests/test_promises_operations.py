@@ -96,7 +96,7 @@ class Operations:
         return self.draw.choice([self.serving, target, target]) if target else self.serving
 
     def upload(self, absent: list[str]) -> None:
-        given = {name: "a" for name in self.draw.sample(absent, min(len(absent), self.draw.randint(1, 12)))}
+        given = dict.fromkeys(self.draw.sample(absent, min(len(absent), self.draw.randint(1, 12))), "a")
         space = self._space()
         self.model.change({**self.model.now, **given}, lambda: add(self.gallery, given, space))
 
@@ -161,7 +161,7 @@ def test_what_is_in_the_gallery_is_found_once_at_every_moment(tmp_path, promise,
     over, found, problems = threading.Event(), Counter(), []
     with Gallery.create(path, OLD) as gallery:
         gallery.register_space(NEW)
-        workers = [start(worker, str(path), 0.0005) for _ in range(WORKERS)]
+        workers = [start(worker, str(path), 0.005) for _ in range(WORKERS)]
         readers = [
             threading.Thread(target=read, args=(path, model, over, found, problems, number), daemon=True)
             for number in range(READERS)

@@ -1,4 +1,4 @@
-"""Promises: any number of workers, killed or not, end at the gallery of one process; a rollback gives every bit back."""
+"""Promises: any number of workers, killed or not, end at the gallery of one; a rollback gives every bit back."""
 
 from __future__ import annotations
 

@@ -260,8 +260,11 @@ class TorchrunExecutor:
         if self.speaks:
             try:
                 box[0] = asdict(begin())
-            finally:
                 distributed.broadcast_object_list(box)
+            except BaseException:
+                distributed.broadcast_object_list(box)
+                distributed.destroy_process_group()
+                raise
         else:
             distributed.broadcast_object_list(box)
             if box[0] is None:

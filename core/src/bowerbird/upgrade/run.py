@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bowerbird.errors import InputError, PluginError, StoreUnavailableError, UpgradeError
+from bowerbird.errors import InputError, PluginError, SpaceError, StoreUnavailableError, UpgradeError
 from bowerbird.gallery.store import LeaseLostError
 from bowerbird.registry import get_registry
 from bowerbird.upgrade.canary import check_canary
@@ -333,8 +333,11 @@ class Watching:
         return self.stopped
 
 
-def join(gallery: Gallery, encoder: ItemEncoder, **begin_settings: Any) -> UpgradeState:
+def join(gallery: Gallery, encoder: ItemEncoder, *, upgrade: int | None = None, **begin_settings: Any) -> UpgradeState:
     """Begin the upgrade to the encoder's space, or check that it is the one under way and that workers may work on it.
+
+    Args:
+        upgrade: Begin none; the upgrade under way must be the one of this number.
 
     Raises:
         UpgradeError: If another upgrade is under way (without ``on_top``), or this one is paused, or the encoder reads
@@ -342,6 +345,8 @@ def join(gallery: Gallery, encoder: ItemEncoder, **begin_settings: Any) -> Upgra
         SpaceError: If the encoder does not reproduce the vectors that are new already.
     """
     state = gallery.store.upgrade_state()
+    if upgrade is not None and (state is None or state.id != upgrade):
+        raise UpgradeError(f"upgrade {upgrade} of {gallery.path} is over")
     another = state is not None and state.new != encoder.space.fingerprint
     if state is None or (another and begin_settings.get("on_top")):
         refuse_without_images(gallery, encoder)
@@ -395,16 +400,19 @@ def run(
     limits = Limits(stop_after, stop_at_items, stop_at_share, rate)
     patient = Patience(str(gallery.path), store_patience)
     watching = Watching(gallery, every=watch_every, max_nfr=max_nfr, share=0.0)
-    state = gallery.store.upgrade_state()
-    if upgrade is not None and (state is None or state.id != upgrade):
-        return RunReport(reason="ended", encoded=0, failed=0, seconds=0.0, share=0.0)
-    state = join(gallery, encoder, **begin_settings)
+    try:
+        state = join(gallery, encoder, upgrade=upgrade, **begin_settings)
+        now = status(gallery)
+    except (UpgradeError, SpaceError):
+        under_way = gallery.store.upgrade_state()
+        if upgrade is None or (under_way is not None and under_way.id == upgrade):
+            raise
+        return RunReport(reason="ended", encoded=0, failed=0, seconds=0.0, share=0.0)  # before, or in this moment
     owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(2)}"
     task_items = int(state.settings.get("task_items", 0))
     tell = tolerant(progress)
     dead = _TheDead()
     encoded = failed = 0
-    now = patient(status, gallery)
     watching.first, watching.next = now.share, now.share + (watching.every or 0)
 
     while True:
