@@ -116,7 +116,8 @@ class Snapshot:
     @property
     def parts(self) -> tuple[Part, ...]:
         """The live items by the space in which they are searched, the oldest space first; one part outside upgrades."""
-        return self._parts
+        with self._lock:  # computed once, so that a part is one object whichever thread asks
+            return self._parts
 
     @cached_property
     def _parts(self) -> tuple[Part, ...]:
