@@ -1,57 +1,104 @@
-"""Search of a half-migrated gallery against one search of a whole gallery of the same size.
+"""Search of a half-migrated gallery against one search of a whole gallery of the same size: exact, IVF and HNSW.
 
-OMP_NUM_THREADS=1 taskset -c 0 python benchmarks/serve_share.py --output benchmarks/results/serve_share.json
+OMP_NUM_THREADS=1 taskset -c 0 python benchmarks/serve_share.py --kind ivf
+
+The upgrade goes on as a worker would move it: tasks of 1,000 items, the index files tended beside them, and a search
+now and then, so that the index in memory follows. At each share both galleries are searched in turns. Nothing is
+rebuilt or waited for before a measurement. Vectors are clustered (``gallery_common.clustered``).
 """
 
 from __future__ import annotations
 
+import shutil
+import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
 
 from bowerbird.gallery import Gallery
 from common import write_result
-from gallery_common import paired, parser, space, unit
+from gallery_common import clustered, paired, parser, space
+
+LIMITS = {"exact": 1.15, "ivf": 1.25, "hnsw": 2.0}
+SETTINGS = {"exact": {}, "ivf": {}, "hnsw": {"m": 16, "ef_construction": 40}}
+SAMPLE = 100
+BLOCK = 50_000
 
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--items", type=int, default=100_000)
-    arguments.add_argument("--shares", type=float, nargs="+", default=[0, 0.25, 0.5, 0.75, 1])
+    arguments.add_argument("--kind", choices=LIMITS, default="exact")
+    arguments.add_argument("--items", type=int, default=1_000_000)
+    arguments.add_argument("--shares", type=float, nargs="+", default=[0, 0.05, 0.25, 0.5, 0.75, 1])
     arguments.add_argument("--batches", type=int, nargs="+", default=[1, 64])
     arguments.add_argument("-k", type=int, default=10)
-    arguments.add_argument("--repeats", type=int, default=31)
+    arguments.add_argument("--repeats", type=int, default=15)
     args = arguments.parse_args()
     old, new = space("a", args.dim), space("b", args.dim)
-    old_vectors, new_vectors = unit(args.items, args.dim, 0), unit(args.items, args.dim, 1)
-    ids = [f"item-{i}" for i in range(args.items)]
-    results = {}
+    centres = 1000
+    rotation = np.linalg.qr(np.random.default_rng(5).standard_normal((args.dim, args.dim)))[0].astype(np.float32)
+    sample = clustered(SAMPLE, args.dim, 2, centres)
+    results: dict[str, dict[str, float]] = {}
+
+    def say(text: str) -> None:
+        print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        whole = Gallery.create(Path(folder) / "whole", old)
-        moving = Gallery.create(Path(folder) / "moving", old)
-        with whole, moving:
-            whole.add(ids, old_vectors)
-            moving.add(ids, old_vectors)
+        path = Path(folder) / "whole"
+        with Gallery.create(path, old) as gallery:
+            for start in range(0, args.items, BLOCK):
+                block = clustered(min(BLOCK, args.items - start), args.dim, [1, start], centres)
+                gallery.add([f"item-{start + i}" for i in range(len(block))], block)
+            truth = gallery.search(sample, args.k).nums
+            say(f"{args.kind} of {args.items}")
+            gallery.set_index(args.kind, **SETTINGS[args.kind])
+        shutil.copytree(path, Path(folder) / "moving")
+        with Gallery.open(path) as whole, Gallery.open(Path(folder) / "moving") as moving:
             order = np.random.default_rng(2).permutation(args.items)
             moving.store.begin_upgrade(
                 new, strategy="benchmark", order_name="core:random", order=order, task_items=1000
             )
-            done = 0
+            first = moving.snapshot().old
+            done = tasks = 0
             for share in sorted(args.shares):
                 while done < share * args.items:
                     task = moving.store.lease_task("benchmark")
                     assert task is not None
-                    moving.store.commit_task(task, task.nums, new_vectors[task.nums])
-                    done += len(task.items)
+                    moving.store.commit_task(task, task.nums, first.vectors_of(task.nums) @ rotation)
+                    done, tasks = done + len(task.items), tasks + 1
+                    if tasks % 10 == 0:
+                        moving.tend_index(share=1)
+                        one = clustered(1, args.dim, [9, tasks], centres)
+                        moving.search({old.fingerprint: one, new.fingerprint: one @ rotation}, args.k)
+                both = {old.fingerprint: sample, new.fingerprint: sample @ rotation}
+                found = moving.search(both, args.k).nums  # a rotation keeps all distances: the truth is that of before
+                recall = float((found[:, :, None] == truth[:, None, :]).any(axis=1).mean())
+                say(f"share {share}, recall {recall:.4f}")
                 for batch in args.batches:
-                    queries = unit(batch, args.dim, 3)
-                    both = {old.fingerprint: queries, new.fingerprint: unit(batch, args.dim, 4)}
-                    repeats = args.repeats if batch > 1 else 5 * args.repeats
-                    results[f"share {share:g}, batch {batch}"] = paired(
-                        lambda b=both: moving.search(b, args.k), lambda q=queries: whole.search(q, args.k), repeats
-                    )
-    write_result("serve_share", {"limit_ratio": 1.3, **results}, out=args.output)
+                    queries = clustered(64, args.dim, 3, centres)
+                    turn = iter(range(10**9))
+
+                    def pick(queries: np.ndarray = queries, batch: int = batch, turn: object = turn) -> np.ndarray:
+                        start = next(turn) // 2 % 64 if batch == 1 else 0  # type: ignore[call-overload]
+                        return queries[start : start + batch]
+
+                    def merged(pick: object = pick) -> None:
+                        chosen = pick()  # type: ignore[operator]
+                        moving.search({old.fingerprint: chosen, new.fingerprint: chosen @ rotation}, args.k)
+
+                    def single(pick: object = pick) -> None:
+                        whole.search(pick(), args.k)  # type: ignore[operator]
+
+                    repeats = args.repeats if batch > 1 else 10 * args.repeats
+                    measured = paired(merged, single, repeats)
+                    results[f"share {share:g}, batch {batch}"] = {**measured, "recall": recall}
+                    say(f"  batch {batch}: {measured['ratio']:.3f} of {measured['reference_ms']:.3f} ms")
+            searched = whole.search(sample, args.k).nums
+            reference = float((searched[:, :, None] == truth[:, None, :]).any(axis=1).mean())
+    whole_run = {"limit_ratio": LIMITS[args.kind], "items": args.items, "recall_of_whole": reference, **results}
+    write_result(f"serve_share_{args.kind}", whole_run, out=args.output)
 
 
 if __name__ == "__main__":

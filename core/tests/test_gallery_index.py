@@ -101,9 +101,9 @@ def _names(gallery: Gallery) -> list[str]:
 def used(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one at every search of a FAISS index."""
     calls: list[int] = []
-    search = FaissIndex.search
+    search = FaissIndex.candidates
     monkeypatch.setattr(
-        FaissIndex, "search", lambda self, queries, k=10: (calls.append(k), search(self, queries, k))[1]
+        FaissIndex, "candidates", lambda self, q, count: (calls.append(count), search(self, q, count))[1]
     )
     return calls
 

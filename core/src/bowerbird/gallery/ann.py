@@ -45,6 +45,7 @@ from bowerbird.retrieval.index import FaissIndex, saved_effort
 
 if TYPE_CHECKING:
     from bowerbird.gallery.part import Part
+    from bowerbird.gallery.snapshot import Snapshot
     from bowerbird.gallery.storage import Storage
 
 KINDS = ("exact", "ivf", "hnsw")
@@ -222,10 +223,8 @@ def build(
     with _building(storage.path / FOLDER):
         if settings is not None:
             snapshot = storage.snapshot()
-            parts, moving = [part for part in snapshot.parts if part.count], snapshot.upgrade is not None
-            entries = [
-                _build_part(storage.path, part, snapshot.epoch, settings, progress, capped=moving) for part in parts
-            ]
+            parts = [part for part in snapshot.parts if part.count]
+            entries = [_build_part(storage.path, part, snapshot, settings, progress) for part in parts]
         with storage.catalog.writing() as db:
             for statement in TABLES:
                 db.execute(statement)
@@ -274,17 +273,17 @@ class Tender:
         stale = [part for part in snapshot.parts if _stale(part, entries.get(part.space.fingerprint))]
         if not stale:
             return []
-        settings = _checked(kind, config)
+        try:
+            settings = _checked(kind, config)
+        except MissingExtraError:
+            return []  # searches say so; the work that this is done beside goes on
         written = []
         with contextlib.suppress(GalleryLockedError), _building(self.storage.path / FOLDER):  # another process does it
             for part in stale:
                 entry = entries.get(part.space.fingerprint)
-                fresh = (
-                    None if entry is None else _update_part(self.storage.path, part, snapshot.epoch, entry, progress)
-                )
-                if fresh is None:
-                    fresh = _build_part(self.storage.path, part, snapshot.epoch, settings, progress, capped=True)
-                written.append(fresh)
+                to = self.storage.path
+                updated = None if entry is None else _update_part(to, part, snapshot.epoch, entry, progress)
+                written.append(updated or _build_part(to, part, snapshot, settings, progress))
             with self.storage.catalog.writing() as db:
                 # Who chose another kind meanwhile has the last word: what was written is an orphan then.
                 written = _enter(db, written) if read_setting(db) == (kind, config) else []
@@ -318,22 +317,24 @@ def _checked(kind: str, config: Mapping[str, Any]) -> Any:
 
 
 def _build_part(
-    path: Path, part: Part, epoch: int, settings: Any, progress: Callable[[str], None] | None, *, capped: bool
+    path: Path, part: Part, snapshot: Snapshot, settings: Any, progress: Callable[[str], None] | None
 ) -> IndexEntry:
     """Build the index of a part and write its file.
 
-    Args:
-        capped: The part is growing: it gets fewer lists than were asked for until there are items for them.
+    The part that an upgrade fills has the lists of a whole gallery as soon as there are items for them.
     """
     _say(progress, f"building {settings.kind}", part)
     nums = part.nums
-    if settings.nlist is not None and capped:
+    moving = snapshot.upgrade is not None
+    if moving and settings.nlist is not None:
         settings = settings.model_copy(update={"nlist": min(settings.nlist, max(1, len(nums) // 39))})
     index = FaissIndex.build(settings)
-    chosen = np.random.default_rng(settings.seed).choice(len(nums), index.sample_size(len(nums)), replace=False)
-    index.train(part.vectors_of(nums[np.sort(chosen)]), len(nums))
+    expected = snapshot.live if moving else len(nums)
+    size = index.sample_size(len(nums), expected)
+    chosen = np.random.default_rng(settings.seed).choice(len(nums), size, replace=False)
+    index.train(part.vectors_of(nums[np.sort(chosen)]), len(nums), expected=expected)
     _fill(index, part, nums)
-    return _write(path, part, epoch, index, secrets.token_hex(4), progress)
+    return _write(path, part, snapshot.epoch, index, secrets.token_hex(4), progress)
 
 
 def _update_part(

@@ -140,6 +140,13 @@ class Catalog:
             finally:
                 self.read.execute("COMMIT")
 
+    def ask(self, statement: str, *parameters: object) -> list[tuple]:
+        """The rows of one statement, which is a transaction of its own: cheaper than ``reading`` for what a search
+        needs."""
+        with self._read_lock, _sqlite_errors(self.path):
+            self._same_process()
+            return self.read.execute(statement, parameters).fetchall()
+
     def data_version(self) -> int:
         """Changes whenever any other connection committed; costs microseconds."""
         with self._read_lock, _sqlite_errors(self.path):

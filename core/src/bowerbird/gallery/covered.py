@@ -185,11 +185,11 @@ class CoveredPart:
                 return self.part.search(queries, k)
             # Items that are gone still stand in the index: fetch so many more that k and a margin remain.
             width = math.ceil((k + MARGIN) * len(self.live) / coverage.alive)
-            found = self.live.index.search(queries, width).ids
-        known = (found >= 0) & (found < self.part.num_limit)
-        rows = np.where(known, self.part.row_of[np.where(known, found, 0)], -1)
+            found = self.live.index.candidates(np.ascontiguousarray(queries), width)
+        # An item that came after this snapshot, and -1, read the last entry, which is no row.
+        rows = self.part.row_of[np.minimum(found, self.part.num_limit)]
         ids, distances = self.part.exact(queries, rows, k)
-        few = np.flatnonzero(np.count_nonzero(ids >= 0, axis=1) < min(k, coverage.alive))
+        few = np.flatnonzero(ids[:, min(k, coverage.alive) - 1] < 0)
         if len(few):
             exact = self.part.search(queries[few], k)
             ids[few], distances[few] = exact.ids, exact.distances

@@ -213,12 +213,8 @@ class Storage:
 
     def names(self, nums: Iterable[int]) -> dict[int, str]:
         """Ids by number, deleted items included."""
-        with self.catalog.reading() as db:
-            return dict(
-                db.execute(
-                    "SELECT num, id FROM item WHERE num IN (SELECT value FROM json_each(?))", (json.dumps(list(nums)),)
-                ).fetchall()
-            )
+        statement = "SELECT num, id FROM item WHERE num IN (SELECT value FROM json_each(?))"
+        return dict(self.catalog.ask(statement, json.dumps(list(nums))))
 
     def close_id(self, name: str) -> str:
         """`` Did you mean 'x'?`` among the neighbours of ``name`` in the order of ids, or an empty string."""

@@ -482,10 +482,13 @@ class FaissIndex:
         """For how many items the index was created; 0 before that."""
         return self._trained_for
 
-    def train(self, sample: ArrayLike, count: int) -> None:
+    def train(self, sample: ArrayLike, count: int, *, expected: int | None = None) -> None:
         """Create the index for ``count`` vectors that will be added in pieces, of which ``sample`` (S, D) is typical.
 
         Not needed where the first ``add`` brings enough vectors to be typical of the rest.
+
+        Args:
+            expected: How many it will have grown to one day; it gets the lists for that, as far as ``count`` allows.
 
         Raises:
             InputError: Bad vectors, an index that has been created already, or fewer sample vectors than lists.
@@ -494,11 +497,11 @@ class FaissIndex:
             raise InputError("this index has been trained already")
         rows = np.ascontiguousarray(unit_rows(sample, what="sample"))
         with _tuned(rows.shape[1], self.threads):
-            self._index = self._create(rows, count)
+            self._index = self._create(rows, count, expected or count)
 
-    def sample_size(self, count: int) -> int:
+    def sample_size(self, count: int, expected: int | None = None) -> int:
         """How many vectors ``train`` makes use of, for ``count`` to be added."""
-        return min(count, max(64 * self._lists_for(count), 4096))
+        return min(count, max(64 * self._lists_for(count, expected or count), 4096))
 
     def add(self, ids: ArrayLike, vectors: ArrayLike, *, distinct: bool = False) -> None:
         """Append ``vectors`` (N, D) under int64 ``ids`` (N,). The first call creates and trains the index.
@@ -517,7 +520,7 @@ class FaissIndex:
             return
         with _tuned(rows.shape[1], self.threads):
             if self._index is None:
-                self._index = self._create(rows, len(rows))
+                self._index = self._create(rows, len(rows), len(rows))
             self._keep_sample(rows)
             if self.kind == "ivf":  # rows keep their numbers when others are removed
                 self._index.add_with_ids(rows, np.arange(len(self._ids), len(self._ids) + len(rows)))
@@ -590,6 +593,20 @@ class FaissIndex:
         ids, distances = ids[:, :k], distances[:, :k]
         return Hits(ids[0], distances[0]) if single else Hits(ids, distances)
 
+    def candidates(self, queries: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+        """int64 ``(Q, count)`` ids of likely neighbours, -1 where there are fewer: a search for who ranks by himself.
+
+        Args:
+            queries: float32 ``(Q, D)`` unit rows, contiguous; trusted.
+            count: At least 1.
+        """
+        if not self._effort_held and self._measured_at * 2 <= len(self):
+            self._choose_effort()
+        rows = self._raw_search(queries, count)[1]
+        ids = self._ids[rows]  # -1 reads the last id
+        ids[rows < 0] = PAD_ID
+        return ids
+
     def save(self, path: str | Path) -> None:
         """Write the index to the file ``path``, atomically."""
         settings = {
@@ -642,12 +659,12 @@ class FaissIndex:
 
     # -------------------------------------------------------------------------------------------- inside
 
-    def _lists_for(self, count: int) -> int:
+    def _lists_for(self, count: int, expected: int) -> int:
         if self.kind != "ivf" or not count:
             return 1
-        return self.nlist or min(2 ** round(np.log2(np.sqrt(count))), max(1, count // 39))
+        return self.nlist or min(2 ** round(np.log2(np.sqrt(max(count, expected)))), max(1, count // 39))
 
-    def _create(self, rows: NDArray[np.float32], count: int) -> Any:
+    def _create(self, rows: NDArray[np.float32], count: int, expected: int) -> Any:
         """An empty index for ``count`` vectors, trained on (some of) ``rows``."""
         faiss, (n, dim) = load_faiss(), rows.shape
         self._trained_for = count
@@ -657,7 +674,7 @@ class FaissIndex:
             graph = faiss.IndexHNSWFlat(dim, self.m, faiss.METRIC_INNER_PRODUCT)
             graph.hnsw.efConstruction = self.ef_construction
             return graph
-        nlist = self._lists_for(count)
+        nlist = self._lists_for(count, expected)
         if nlist > n:
             raise InputError(f"nlist {nlist} needs at least as many vectors in the first add; got {n}.")
         lists = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, nlist, faiss.METRIC_INNER_PRODUCT)
@@ -665,7 +682,7 @@ class FaissIndex:
             1  # the default nlist keeps to FAISS' 39; a chosen one is the user's business
         )
         lists.cp.seed = self.seed + 1
-        sample = np.random.default_rng(self.seed).permutation(n)[: self.sample_size(count)]
+        sample = np.random.default_rng(self.seed).permutation(n)[: self.sample_size(count, expected)]
         lists.train(rows[np.sort(sample)])
         return lists
 
