@@ -164,7 +164,8 @@ def add(
         click.echo(json.dumps({**vars(result), "items": total}))
         return
     click.echo(
-        f"added {result.added}, replaced {result.replaced}, unchanged {result.unchanged}; {total} items in {gallery.path}"
+        f"added {result.added}, replaced {result.replaced}, unchanged {result.unchanged}; "
+        f"{total} items in {gallery.path}"
     )
     for name, reason in result.skipped.items():
         click.echo(f"skipped {name}: {reason}", err=True)

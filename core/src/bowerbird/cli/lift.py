@@ -77,7 +77,8 @@ def lift(gallery: str, transform_file: str | None, to: str | None, old_pairs: st
     )
     if report.reason == "complete":
         click.echo(
-            f"next: bowerbird upgrade finish {gallery}, or bowerbird upgrade run {gallery} --to ENCODER --on-top"
+            f"next: bowerbird upgrade finish {opened.path}, or "
+            f"bowerbird upgrade run {opened.path} --to ENCODER --on-top"
         )
 
 

@@ -209,11 +209,11 @@ def run(gallery: str, to: str | None, old: str | None, on_top: bool, compatible:
             _work_silently(opened, executor)
         state = opened.store.upgrade_state()
         if state is None and to is None:
-            raise InputError(f"no upgrade is under way in {gallery}: name the new encoder, --to ENCODER")
+            raise InputError(f"no upgrade is under way in {opened.path}: name the new encoder, --to ENCODER")
         space = None if state is None or to is not None else opened.snapshot().spaces[state.new]
         if space is not None and space.lifted:
             raise InputError(
-                f"the upgrade under way in {gallery} is a lift; `bowerbird upgrade lift {gallery}` goes on"
+                f"the upgrade under way in {opened.path} is a lift; `bowerbird upgrade lift {opened.path}` goes on"
             )
         new_encoder = _encoder(to or (space.encoder if space else ""), batch_size, device, space)
         begins = state is None or (on_top and state.new != new_encoder.space.fingerprint)
@@ -272,8 +272,8 @@ def run(gallery: str, to: str | None, old: str | None, on_top: bool, compatible:
         click.echo(f"failed ({attempts} of 3 attempts): {item}: {error}", err=True)
     _exit_if_failed(report)
     follow = {
-        "complete": f"bowerbird upgrade finish {gallery}",
-        "stop-rule": f"bowerbird upgrade rollback {gallery}, or resume",
+        "complete": f"bowerbird upgrade finish {opened.path}",
+        "stop-rule": f"bowerbird upgrade rollback {opened.path}, or resume",
     }.get(report.reason)
     if follow:
         click.echo(f"next: {follow}")

@@ -313,9 +313,9 @@ class Gallery:
     def _unknown(self, item_id: str) -> UnknownNameError:
         return UnknownNameError(f"gallery {self.path} has no item {item_id!r}.{self.storage.close_id(item_id)}")
 
-    def items(self, batch: int = 1000) -> Iterator[Item]:
-        """Every live item of one epoch, by number."""
-        epoch, last = self.snapshot().epoch, -1
+    def items(self, batch: int = 1000, *, snapshot: Snapshot | None = None) -> Iterator[Item]:
+        """Every live item of one epoch (default: the newest), by number."""
+        epoch, last = (snapshot or self.snapshot()).epoch, -1
         while items := self.storage.scan(epoch, last, batch):
             yield from items
             last = items[-1].num

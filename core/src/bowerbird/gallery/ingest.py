@@ -159,7 +159,7 @@ def _append(
     step = max(1, CHUNK_BYTES // writer.info.row_bytes)
     flushed: Future | None = None
     for start in range(0, len(nums), step):
-        rows = unit_vectors(vectors[start : start + step], target.dim, first_row=start)
+        rows = unit_vectors(vectors[start : start + step], target.dim, first_row=start, stored_as=writer.info.dtype)
         writer.append(rows, nums[start : start + step])
         if inserted is not None and inserted.done():
             inserted.result()  # a duplicate id ends the call now, not after the last chunk

@@ -13,10 +13,17 @@ from bowerbird.errors import DataError, InputError, SpaceError
 
 MAX_ID_CHARACTERS = 1024
 UNIT_TOLERANCE = 1e-5  # rows this near to length 1 are stored bit for bit
+HALF_TOLERANCE = 5e-4  # the same for rows that come in half precision and are stored in it, as rounding leaves them
 
 
 def unit_vectors(
-    vectors: Any, dim: int, *, count: int | None = None, what: str = "vectors", first_row: int = 0
+    vectors: Any,
+    dim: int,
+    *,
+    count: int | None = None,
+    what: str = "vectors",
+    first_row: int = 0,
+    stored_as: str = "float32",
 ) -> NDArray[np.float32]:
     """float32 ``(N, dim)`` rows of length 1.
 
@@ -24,6 +31,7 @@ def unit_vectors(
         vectors: ``(N, dim)`` numbers.
         count: N, where it is known.
         first_row: Added to row numbers in messages.
+        stored_as: ``float16``: rows of that type are kept as they are where only its rounding is missing to length 1.
 
     Raises:
         SpaceError: If the width is not ``dim``.
@@ -32,6 +40,7 @@ def unit_vectors(
     """
     try:
         rows = np.asarray(vectors)
+        tolerance = HALF_TOLERANCE if rows.dtype == np.float16 and stored_as == "float16" else UNIT_TOLERANCE
         if rows.dtype != np.float32:
             rows = rows.astype(np.float32)
     except (TypeError, ValueError) as exc:
@@ -44,7 +53,7 @@ def unit_vectors(
         raise InputError(f"{len(rows)} {what} were given for {count} items; it must be one each")
     with np.errstate(over="ignore", invalid="ignore"):
         square = np.einsum("nd,nd->n", rows, rows)
-    off = ~(np.abs(square - 1.0) <= 2 * UNIT_TOLERANCE)  # true for NaN too
+    off = ~(np.abs(square - 1.0) <= 2 * tolerance)  # true for NaN too
     if not off.any():
         return rows
     chosen = np.flatnonzero(off)

@@ -19,7 +19,7 @@ import pytest
 from bowerbird.errors import BowerbirdError, GalleryError, InputError, SnapshotGoneError, UnknownNameError, UpgradeError
 from bowerbird.gallery import Gallery
 from bowerbird.gallery.protocol import FEATURES
-from bowerbird.gallery.store import MAX_FAILURES, LeaseLostError
+from bowerbird.gallery.store import MAX_FAILURES, LeaseLostError, Task
 from bowerbird.gallery.transform import VectorTransform
 from bowerbird.testing.contract import Contract
 from bowerbird.testing.store_world import (
@@ -154,7 +154,7 @@ class StoreContract(Contract):
     def test_unusual_ids_and_metadata_are_kept(self, gallery: Gallery) -> None:
         """Fix: an id is any text of 1 to 1024 characters; metadata is any JSON object."""
         names = ["ü" * 1024, "a\tb'c\"d%s{}", "日本", "-1"]
-        rows = [
+        rows: list[dict[str, Any]] = [
             {"nested": {"list": [1, 2.5, None]}},
             {"quote'": "\\ \" '"},
             {"emoji": "🦜"},
@@ -232,7 +232,7 @@ class StoreContract(Contract):
         begin(gallery, SECOND, seed=3)
         moved = []
         for _ in range(2):
-            task = gallery.store.lease_task("worker")
+            task = leased(gallery, "worker")
             gallery.store.commit_task(task, task.nums, encode(task.items, SECOND))
             moved += [item.id for item in task.items]
         assert gallery.counts() == {FIRST.fingerprint: 24, SECOND.fingerprint: 16}
@@ -301,9 +301,9 @@ class StoreContract(Contract):
     def test_a_pause_gives_out_no_tasks_and_takes_those_that_are_out(self, gallery: Gallery) -> None:
         """Fix: pause and resume are states of the upgrade, seen by every worker."""
         begin(gallery, SECOND)
-        task = gallery.store.lease_task("worker")
+        task = leased(gallery, "worker")
         gallery.store.pause()
-        assert gallery.store.upgrade_state().state == "paused"
+        assert state_of(gallery) == "paused"
         assert gallery.store.lease_task("other") is None
         gallery.store.commit_task(task, task.nums, encode(task.items, SECOND))
         gallery.store.resume()
@@ -352,7 +352,7 @@ class StoreContract(Contract):
         begin(gallery, SECOND, task_items=40)
         bad = gallery.get("id-011").num
         for attempt in range(MAX_FAILURES):
-            task = gallery.store.lease_task("worker")
+            task = leased(gallery, "worker")
             good = task.nums[task.nums != bad]
             rows = encode([item for item in task.items if item.num != bad], SECOND)
             gallery.store.commit_task(task, good, rows, failures={bad: f"unreadable {attempt}"})
@@ -384,7 +384,7 @@ class StoreContract(Contract):
         assert gallery.counts()[THIRD.fingerprint] == 16
         if "rollback" in self.target.features:
             gallery.store.rollback()
-            assert gallery.store.upgrade_state().state == "paused"
+            assert state_of(gallery) == "paused"
             back = gallery.search(asked(gallery), 20)
             assert back.ids == two.ids
             assert np.array_equal(back.distances, two.distances)
@@ -410,9 +410,9 @@ class StoreContract(Contract):
     def test_an_expired_lease_goes_to_another_and_the_late_commit_is_refused(self, gallery: Gallery) -> None:
         """Fix: a later lease has a higher fencing token, and a commit with a lower one changes nothing."""
         begin(gallery, SECOND, task_items=40)
-        late = gallery.store.lease_task("slow", 0.05)
+        late = leased(gallery, "slow", 0.05)
         time.sleep(0.2)
-        taken = gallery.store.lease_task("fast")
+        taken = leased(gallery, "fast")
         assert taken.token > late.token
         for refused in (
             lambda: gallery.store.commit_task(late, late.nums, encode(late.items, SECOND)),
@@ -429,13 +429,12 @@ class StoreContract(Contract):
     def test_a_renewed_lease_stays_and_a_task_given_back_is_free(self, gallery: Gallery) -> None:
         """Fix: `renew` counts from now; `release_task` and `free_lease` give the task to the next one who asks."""
         begin(gallery, SECOND, task_items=40)
-        task = gallery.store.lease_task("slow", 0.2)
+        task = leased(gallery, "slow", 0.2)
         gallery.store.renew(task, 60)
         time.sleep(0.3)
         assert gallery.store.lease_task("other") is None
         gallery.store.release_task(task)
-        again = gallery.store.lease_task("other")
-        assert again is not None
+        again = leased(gallery, "other")
         (lease,) = gallery.store.leases()
         assert (lease.owner, lease.token) == ("other", again.token)
         gallery.store.renew(again, 30)
@@ -448,7 +447,7 @@ class StoreContract(Contract):
     def test_a_commit_must_answer_for_every_item_of_its_task(self, gallery: Gallery) -> None:
         """Fix: vectors or errors for all items, once, and nothing for others."""
         begin(gallery, SECOND)
-        task = gallery.store.lease_task("worker")
+        task = leased(gallery, "worker")
         rows = encode(task.items, SECOND)
         with pytest.raises(InputError):
             gallery.store.commit_task(task, task.nums[1:], rows[1:])
@@ -461,7 +460,7 @@ class StoreContract(Contract):
     def test_items_that_are_deleted_while_they_are_encoded_stay_deleted(self, gallery: Gallery) -> None:
         """Fix: a commit does not bring an item back, and counts only live ones."""
         begin(gallery, SECOND)
-        task = gallery.store.lease_task("worker")
+        task = leased(gallery, "worker")
         gallery.delete([task.items[0].id])
         gallery.store.commit_task(task, task.nums, encode(task.items, SECOND))
         assert task.items[0].id not in gallery
@@ -527,6 +526,18 @@ def fill(gallery: Gallery, space: Any = FIRST) -> None:
     """Forty items of ``space``."""
     metadata = [{"year": number % 4, "kind": "even" if number % 2 == 0 else None} for number in range(40)]
     gallery.add(NAMES, vectors(NAMES, space), uris=[f"{name}.jpg" for name in NAMES], metadata=metadata)
+
+
+def leased(gallery: Gallery, owner: str, lease_s: float = 300.0) -> Task:
+    """The next task; there is one."""
+    task = gallery.store.lease_task(owner, lease_s)
+    assert task is not None, "no task was given out"
+    return task
+
+
+def state_of(gallery: Gallery) -> str | None:
+    upgrade = gallery.store.upgrade_state()
+    return None if upgrade is None else upgrade.state
 
 
 def asked(gallery: Gallery) -> dict[str, np.ndarray]:

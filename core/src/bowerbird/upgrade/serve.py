@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bowerbird.errors import InputError, SpaceError
+from bowerbird.errors import InputError, SnapshotGoneError, SpaceError
 from bowerbird.gallery.routing import find_route
 from bowerbird.gallery.vectors import unit_vectors
 from bowerbird.upgrade.encoding import ItemEncoder
@@ -27,7 +27,8 @@ from bowerbird.upgrade.strategies import Strategy, load_strategy
 
 if TYPE_CHECKING:
     from bowerbird.gallery.gallery import Gallery, SearchResult
-    from bowerbird.gallery.protocol import Snapshot, UpgradeState
+    from bowerbird.gallery.protocol import Snapshot
+    from bowerbird.gallery.snapshot import UpgradeState
     from bowerbird.gallery.space import Space
 
 EncoderLoader = Callable[["Space"], ItemEncoder]
@@ -99,6 +100,14 @@ class SearchService:
         """
         if images is None and not vectors:
             raise InputError("search needs images, or vectors by the fingerprint of their space")
+        try:
+            return self._search(images, vectors, k, where)
+        except SnapshotGoneError:  # an upgrade was finished or rolled back between two steps of this search
+            return self._search(images, vectors, k, where)
+
+    def _search(
+        self, images: Sequence[Any] | None, vectors: Mapping[str, Any] | None, k: int, where: Mapping[str, Any] | None
+    ) -> SearchResult:
         snapshot = self.gallery.snapshot()
         # Vectors of a space that is not needed now are left out: a client may send both, before and after the upgrade.
         known = {name: rows for name, rows in (vectors or {}).items() if name in snapshot.spaces}

@@ -52,7 +52,7 @@ def add_items(
     target = _target(storage.snapshot(), space)
     if vectors.shape[1] != target.dim:
         raise SpaceError(f"vectors have width {vectors.shape[1]}; space {target} has width {target.dim}")
-    rows = unit_vectors(vectors, target.dim)
+    rows = unit_vectors(vectors, target.dim, stored_as=storage.dtype)
     with storage.db.writing("add items") as db:
         snapshot = storage._load(db)
         _target(snapshot, target.fingerprint)  # an upgrade may have ended since

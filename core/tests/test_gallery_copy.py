@@ -1,0 +1,113 @@
+"""`gallery copy`: the copy gives the same lists, goes on after an interruption, and is verified."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from gallery_world import NEW, OLD, queries, vectors
+
+from bowerbird.cli import main
+from bowerbird.errors import GalleryError
+from bowerbird.gallery import Gallery, open_gallery
+from bowerbird.gallery.copy import copy_gallery
+from bowerbird.gallery.transform import VectorTransform
+
+NAMES = [f"item-{number}" for number in range(60)]
+
+
+@pytest.fixture
+def source(tmp_path: Path):
+    with Gallery.create(tmp_path / "source", OLD, dtype="float16") as gallery:
+        gallery.add(
+            NAMES, vectors(NAMES, OLD), uris=[f"{n}.jpg" for n in NAMES], metadata=[{"n": i} for i in range(60)]
+        )
+        gallery.delete(["item-7"])
+        gallery.add(["item-3"], vectors(["other"], OLD), content_hashes=["edited"], replace=True)
+        gallery.register_space(NEW)
+        gallery.register_transform(VectorTransform.linear(NEW.fingerprint, OLD.fingerprint, np.eye(12, 20)))
+        yield gallery
+
+
+def same(one: Gallery, other: Gallery) -> None:
+    for given in (queries()[OLD.fingerprint], {NEW.fingerprint: queries()[NEW.fingerprint]}):
+        first, second = one.search(given, 20), other.search(given, 20)
+        assert first.ids == second.ids
+        assert np.array_equal(first.distances, second.distances)
+
+
+def test_a_copy_has_everything_and_finds_the_same(source: Gallery, tmp_path: Path) -> None:
+    told: list[tuple[str, int]] = []
+    copied = copy_gallery(source, f"file:{tmp_path / 'copy'}", progress=lambda what, count: told.append((what, count)))
+    assert (copied.items, copied.added, copied.unchanged) == (59, 59, 0)
+    assert sum(count for what, count in told if what == "copying") == 59
+    assert sum(count for what, count in told if what == "verifying") == 2 * 59
+    with open_gallery(tmp_path / "copy") as copy:
+        same(source, copy)
+        plain = [(item.id, item.uri, item.content_hash, dict(item.metadata)) for item in source.items()]
+        assert [(item.id, item.uri, item.content_hash, dict(item.metadata)) for item in copy.items()] == plain
+        assert copy.storage.dtype == "float16"
+        assert copy.verify().ok
+
+
+def test_a_copy_that_was_interrupted_goes_on_and_a_finished_one_is_brought_up_to_date(
+    source: Gallery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bowerbird.gallery.copy.BATCH_ITEMS", 10)
+
+    def interrupted(what: str, count: int) -> None:
+        told.append(what)
+        if len(told) == 3:
+            raise KeyboardInterrupt
+
+    told: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        copy_gallery(source, str(tmp_path / "copy"), progress=interrupted)
+    copied = copy_gallery(source, str(tmp_path / "copy"))
+    assert (copied.added, copied.unchanged) == (29, 30)
+    source.delete(["item-0"])
+    source.add(["item-1", "fresh"], vectors(["changed", "fresh"], OLD), replace=True)
+    again = copy_gallery(source, str(tmp_path / "copy"))
+    assert (again.added, again.replaced, again.deleted, again.unchanged) == (1, 1, 1, 57)
+    with open_gallery(tmp_path / "copy") as copy:
+        same(source, copy)
+
+
+def test_a_copy_that_was_changed_by_others_is_found_out_and_repaired(source: Gallery, tmp_path: Path) -> None:
+    copied = copy_gallery(source, str(tmp_path / "copy"))
+    with open_gallery(tmp_path / "copy") as copy:
+        copy.add(["item-5"], vectors(["foreign"], OLD), replace=True)
+        copy.add(["stranger"], vectors(["stranger"], OLD))
+    again = copy_gallery(source, str(tmp_path / "copy"))
+    assert (again.replaced, again.deleted, again.digest) == (1, 1, copied.digest)
+
+
+def test_what_cannot_be_copied_is_refused_with_what_to_do(source: Gallery, tmp_path: Path) -> None:
+    with Gallery.create(tmp_path / "other", OLD) as other:
+        other.add(["x"], vectors(["x"], OLD))
+    with pytest.raises(GalleryError, match="no copy: choose another place"):
+        copy_gallery(source, str(tmp_path / "other"))
+    source.store.begin_upgrade(NEW, strategy="test", order_name="core:random")
+    with pytest.raises(GalleryError, match="finish it or roll it back first"):
+        copy_gallery(source, str(tmp_path / "copy"))
+    assert not (tmp_path / "copy").exists()
+    source.add(["late"], vectors(["late"], NEW))
+    source.store.rollback(leave_pending=True)
+    with pytest.raises(GalleryError, match=r"1 items of .* have no readable vector"):
+        copy_gallery(source, str(tmp_path / "copy"))
+
+
+def test_the_command_copies_and_says_so(source: Gallery, tmp_path: Path) -> None:
+    arguments = ["gallery", "copy", str(source.path), "--to", str(tmp_path / "copy")]
+    result = CliRunner().invoke(main, [*arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.output)["items"] == 59
+    result = CliRunner().invoke(main, arguments)
+    assert "unchanged 59" in result.output
+    result = CliRunner().invoke(main, ["gallery", "copy", str(source.path), "--to", "postgrsql://me:secret@host/db"])
+    assert result.exit_code == 2
+    assert "its scheme is 'postgrsql'" in result.output
+    assert "secret" not in result.output
