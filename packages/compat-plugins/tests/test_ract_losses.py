@@ -387,3 +387,28 @@ def test_orders_and_states_that_make_no_sense_are_refused():
 
 def test_the_module_names_what_it_offers():
     assert all(hasattr(ract, name) for name in ract.__all__)
+
+
+def test_a_miner_of_pytorch_metric_learning_chooses_the_negatives():
+    miners = pytest.importorskip("pytorch_metric_learning.miners")
+    new, old, labels = random(8, 5, seed=1), random(8, 5, seed=2), torch.arange(8) % 3
+    whole = CompatibleContrastiveLoss(0.1, topk=None)(new, old, labels)
+    mined = CompatibleContrastiveLoss(0.1, topk=None, miner=miners.BatchEasyHardMiner("all", "all"))
+    assert_close(mined(new, old, labels), whole)
+    hardest = CompatibleContrastiveLoss(0.1, topk=None, miner=miners.BatchHardMiner())(new, old, labels)
+    assert_close(hardest, CompatibleContrastiveLoss(0.1, topk=1)(new, old, labels))
+    nearest = CompatibleTripletLoss(topk=1, miner=miners.BatchHardMiner())(new, old, labels)
+    assert_close(nearest, CompatibleTripletLoss(topk=1)(new, old, labels))
+
+
+def test_the_contrastive_loss_is_ntxent_of_pytorch_metric_learning_on_explicit_pairs():
+    losses = pytest.importorskip("pytorch_metric_learning.losses")
+    new, old, labels = random(7, 5, seed=1), random(7, 5, seed=2), torch.arange(7) % 3
+    own = torch.arange(7)
+    a, n = (labels[:, None] != labels).nonzero(as_tuple=True)
+    theirs = losses.NTXentLoss(temperature=0.1)
+    contra = theirs(new, labels, (own, own, a, n), old, labels)
+    assert_close(CompatibleContrastiveLoss(0.1, topk=None, new_to_new=False)(new, old, labels), contra)
+    both, twice = torch.cat([old, new]), torch.cat([labels, labels])
+    ract = theirs(new, labels, (own, own, torch.cat([a, a]), torch.cat([n, n + 7])), both, twice)
+    assert_close(CompatibleContrastiveLoss(0.1, topk=None)(new, old, labels), ract)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -20,14 +21,16 @@ from bowerbird.errors import InputError
 from bowerbird_compat.heads import integer_labels
 
 Reduction = Literal["mean", "none"]
+Miner = Callable[[Tensor, Tensor, Tensor, Tensor], Sequence[Tensor]]
 
 
 class _PairwiseLoss(nn.Module):
     """What the contrastive and the triplet loss share: settings, keys, and which of them are negatives."""
 
     def __init__(
-        self, topk: int | None, new_to_new: bool, gather: bool, detach_keys: bool | None, weight: float, reduction: str
-    ) -> None:
+        self, topk: int | None, new_to_new: bool, gather: bool, detach_keys: bool | None, weight: float, reduction: str,
+        miner: Miner | None,
+    ) -> None:  # fmt: skip
         super().__init__()
         if not 0 <= weight < math.inf:
             raise InputError(f"weight is {weight}; it must be a finite number of at least 0.")
@@ -36,6 +39,7 @@ class _PairwiseLoss(nn.Module):
         self.topk = topk if topk is not None and topk > 0 else None
         self.new_to_new, self.gather, self.weight, self.reduction = new_to_new, gather, float(weight), reduction
         self.detach_keys = gather if detach_keys is None else detach_keys
+        self.miner = miner
         self._warned = False
 
     def forward(self, new: Tensor, old: Tensor, labels: Tensor) -> Tensor:
@@ -67,11 +71,22 @@ class _PairwiseLoss(nn.Module):
             excluded = labels.unsqueeze(1) == key_labels
             if excluded.all():
                 self._warn_once(len(key_labels))
-            each = self.weight * self._terms(u, o, blocks, excluded)
+            left_out = [excluded if self.miner is None else self._mined(u, labels, k, key_labels) for k in blocks]
+            each = self.weight * self._terms(u, o, blocks, left_out)
         return each if self.reduction == "none" else each.sum() / max(len(each), 1)
 
-    def _terms(self, u: Tensor, o: Tensor, blocks: list[Tensor], excluded: Tensor) -> Tensor:
+    def _terms(self, u: Tensor, o: Tensor, blocks: list[Tensor], excluded: list[Tensor]) -> Tensor:
         raise NotImplementedError
+
+    def _mined(self, u: Tensor, labels: Tensor, keys: Tensor, key_labels: Tensor) -> Tensor:
+        """``(B, K)``: true where the miner did not choose a pair of different labels."""
+        assert self.miner is not None
+        with torch.no_grad():
+            chosen = self.miner(u, labels, keys, key_labels)
+        anchors, negatives = chosen[-2 if len(chosen) == 4 else 0], chosen[-1]  # pairs a, p, a, n; or triplets a, p, n
+        left_out = torch.ones(len(u), len(keys), dtype=torch.bool, device=u.device)
+        left_out[anchors, negatives] = False
+        return left_out | (labels.unsqueeze(1) == key_labels)
 
     def _warn_once(self, size: int) -> None:
         if not self._warned:
@@ -101,6 +116,8 @@ class CompatibleContrastiveLoss(_PairwiseLoss):
             the published code. The value of the loss does not depend on it.
         weight: Factor, at least 0.
         reduction: ``none`` gives ``(B,)``.
+        miner: Chooses negatives before ``topk``, per block: any miner of pytorch-metric-learning, called with
+            embeddings, labels, keys, labels of the keys. The positives that it returns are not used.
     """
 
     def __init__(
@@ -113,16 +130,17 @@ class CompatibleContrastiveLoss(_PairwiseLoss):
         weight: float = 1.0,
         *,
         reduction: Reduction = "mean",
+        miner: Miner | None = None,
     ) -> None:
-        super().__init__(topk, new_to_new, gather, detach_keys, weight, reduction)
+        super().__init__(topk, new_to_new, gather, detach_keys, weight, reduction, miner)
         if not 0 < temperature < math.inf:
             raise InputError(f"temperature is {temperature}; it must be a finite number above 0.")
         self.temperature = float(temperature)
 
-    def _terms(self, u: Tensor, o: Tensor, blocks: list[Tensor], excluded: Tensor) -> Tensor:
+    def _terms(self, u: Tensor, o: Tensor, blocks: list[Tensor], excluded: list[Tensor]) -> Tensor:
         logits = [(u * o).sum(dim=1, keepdim=True)]
-        for keys in blocks:
-            similarity = (u @ keys.T).masked_fill(excluded, -math.inf)  # masked before the largest are taken
+        for keys, left_out in zip(blocks, excluded, strict=True):
+            similarity = (u @ keys.T).masked_fill(left_out, -math.inf)  # masked before the largest are taken
             if self.topk is not None:
                 similarity = similarity.topk(min(self.topk, similarity.shape[1]), dim=1).values
             logits.append(similarity)
@@ -141,7 +159,7 @@ class CompatibleTripletLoss(_PairwiseLoss):
         margin: At least 0.
         topk: ``None`` or less than 1: all K.
         new_to_new: The average over new negatives, which RACT adds.
-        gather, detach_keys, weight, reduction: As in ``CompatibleContrastiveLoss``.
+        gather, detach_keys, weight, reduction, miner: As in ``CompatibleContrastiveLoss``.
     """
 
     def __init__(
@@ -154,19 +172,20 @@ class CompatibleTripletLoss(_PairwiseLoss):
         detach_keys: bool | None = None,
         weight: float = 1.0,
         reduction: Reduction = "mean",
+        miner: Miner | None = None,
     ) -> None:
-        super().__init__(topk, new_to_new, gather, detach_keys, weight, reduction)
+        super().__init__(topk, new_to_new, gather, detach_keys, weight, reduction, miner)
         if not 0 <= margin < math.inf:
             raise InputError(f"margin is {margin}; it must be a finite number of at least 0.")
         self.margin = float(margin)
 
-    def _terms(self, u: Tensor, o: Tensor, blocks: list[Tensor], excluded: Tensor) -> Tensor:
+    def _terms(self, u: Tensor, o: Tensor, blocks: list[Tensor], excluded: list[Tensor]) -> Tensor:
         positive = torch.linalg.vector_norm(u - o, dim=1, keepdim=True)
         total = positive.new_zeros(len(u)) + 0.0 * positive.squeeze(1)  # connected where there is no hinge at all
-        for keys in blocks:
+        for keys, left_out in zip(blocks, excluded, strict=True):
             # Through a matrix product short distances would lose half of their digits.
             distance = torch.cdist(u, keys, compute_mode="donot_use_mm_for_euclid_dist")
-            distance = distance.masked_fill(excluded, math.inf)
+            distance = distance.masked_fill(left_out, math.inf)
             count = distance.shape[1] if self.topk is None else min(self.topk, distance.shape[1])
             nearest = distance.topk(count, dim=1, largest=False).values
             total = total + (self.margin - (nearest - positive)).clamp(min=0).mean(dim=1)
