@@ -1,0 +1,248 @@
+"""What is particular to galleries in PostgreSQL, against a real server."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psycopg
+import pytest
+from click.testing import CliRunner
+
+from bowerbird.cli import main
+from bowerbird.errors import (
+    GalleryError,
+    GalleryLockedError,
+    InputError,
+    SnapshotGoneError,
+    SpaceError,
+    StoreUnavailableError,
+)
+from bowerbird.gallery import Gallery, Space, create_gallery, open_gallery
+from bowerbird.gallery.copy import copy_gallery
+from bowerbird.testing.store_contract import NAMES, QUERIES, fill, same
+from bowerbird.testing.store_world import FIRST, SECOND, begin, encode, vectors, work
+from bowerbird.upgrade import Upgrade
+from bowerbird_scale.postgres.connection import Address
+
+Url = Callable[[], str]
+
+
+@pytest.fixture
+def url(postgres_url: Url) -> str:
+    return postgres_url()
+
+
+@pytest.fixture
+def gallery(url: str):
+    with create_gallery(url, FIRST) as gallery:
+        fill(gallery)
+        yield gallery
+
+
+# -------------------------------------------------------------------------------------------------------- addresses
+
+
+def test_a_password_is_given_to_the_server_and_to_nobody_else() -> None:
+    for url in (
+        "postgresql://me:se%40cret@db.example:5433/images?gallery=photos&sslmode=require",
+        "postgres://me@db.example:5433/images?password=se%40cret&gallery=photos&sslmode=require",
+    ):
+        address = Address.parse(url)
+        assert psycopg.conninfo.conninfo_to_dict(address.conninfo)["password"] == "se@cret"
+        assert address.name == "postgresql://me@db.example:5433/images?sslmode=require&gallery=photos"
+        assert address.schema == "bowerbird_photos"
+    assert Address.parse("postgresql:///images").schema == "bowerbird_main"
+    with pytest.raises(InputError, match="gallery's name"):
+        Address.parse("postgresql:///images?gallery=Fo%22o")
+
+
+def test_a_server_that_does_not_answer_is_said_to_be_away_without_the_password() -> None:
+    with pytest.raises(StoreUnavailableError) as caught:
+        open_gallery("postgresql://me:secret@127.0.0.1:1/images?connect_timeout=1")
+    assert "secret" not in str(caught.value)
+    assert "127.0.0.1:1/images" in str(caught.value)
+
+
+def test_galleries_in_one_database_do_not_see_each_other(gallery: Gallery, postgres_url: Url) -> None:
+    with create_gallery(postgres_url(), SECOND) as other:
+        fill(other, SECOND)
+        gallery.delete(NAMES[:5])
+        assert (len(gallery), len(other)) == (35, 40)
+
+
+# ------------------------------------------------------------------------------------------------ equal to a folder
+
+
+def test_lists_and_distances_are_those_of_the_embedded_gallery_at_every_moment(
+    gallery: Gallery, tmp_path: Path
+) -> None:
+    with Gallery.create(tmp_path / "folder", FIRST) as folder:
+        fill(folder)
+        for one in (gallery, folder):
+            begin(one, SECOND, seed=5)
+        for _ in range(5):
+            for one in (gallery, folder):
+                work(one, tasks=1)
+            for where in (None, {"year": [1, 2]}, {"kind": "even", "year": 0}):
+                first, second = (one.search(QUERIES_OF_TWO, 12, where=where) for one in (gallery, folder))
+                assert first.ids == second.ids
+                assert np.array_equal(first.distances, second.distances)
+                assert np.array_equal(first.sides, second.sides)
+        assert gallery.counts() == folder.counts()
+
+
+QUERIES_OF_TWO = {space.fingerprint: QUERIES[space.fingerprint] for space in (FIRST, SECOND)}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_gallery_moves_to_postgres_and_back_bit_for_bit(tmp_path: Path, url: str, dtype: str) -> None:
+    with Gallery.create(tmp_path / "folder", FIRST, dtype=dtype) as folder:
+        fill(folder)
+        copied = copy_gallery(folder, url)
+        with open_gallery(url) as there:
+            assert there.storage.dtype == dtype
+            same(there, folder, FIRST)
+            back = copy_gallery(there, str(tmp_path / "back"))
+            assert (back.digest, back.items) == (copied.digest, 40)
+
+
+def test_vectors_of_many_widths_are_kept_exactly_and_too_wide_ones_are_refused_before_anything_is_made(
+    postgres_url: Url, gallery: Gallery
+) -> None:
+    rng = np.random.default_rng(0)
+    for dim in (1, 1999, 2500):
+        space = Space(f"wide-{dim}", "test", dim)
+        rows = rng.standard_normal((5, dim)).astype(np.float32)
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+        with create_gallery(postgres_url(), space) as one:
+            one.add(list("abcde"), rows)
+            assert np.array_equal(one.vectors_of(list("abcde")), rows)
+    wide = Space("wide", "test", 16_001)
+    with pytest.raises(SpaceError, match="at most 16000"):
+        create_gallery(postgres_url(), wide)
+    with pytest.raises(SpaceError, match="at most 16000"):
+        begin(gallery, wide)
+    assert gallery.store.upgrade_state() is None
+
+
+# ----------------------------------------------------------------------------------------------------- the server
+
+
+def cut_off(gallery: Gallery, server: str) -> None:
+    """End every connection of the gallery, as a server that restarts does."""
+    pids = [connection.info.backend_pid for connection in gallery.storage.db._connections.values()]
+    with psycopg.connect(server, autocommit=True) as db:
+        db.execute("SELECT pg_terminate_backend(pid) FROM unnest(%s::int[]) AS pid", (pids,))
+
+
+def test_after_the_server_was_away_the_next_call_connects_again(gallery: Gallery, postgres_server: str) -> None:
+    begin(gallery, SECOND)
+    task = gallery.store.lease_task("worker")
+    cut_off(gallery, postgres_server)
+    with pytest.raises(StoreUnavailableError):
+        gallery.store.commit_task(task, task.nums, encode(task.items, SECOND))
+    with pytest.raises(StoreUnavailableError):
+        gallery.snapshot()
+    gallery.store.commit_task(task, task.nums, encode(task.items, SECOND))
+    assert gallery.counts()[SECOND.fingerprint] == 8
+
+
+def test_run_is_patient_with_a_server_that_goes_away_in_the_middle(gallery: Gallery, postgres_server: str) -> None:
+    gallery.register_space(SECOND)
+    gallery.relate(SECOND.fingerprint, FIRST.fingerprint)
+    encoded: list[int] = []
+
+    def encode_and_lose_the_server(items):
+        encoded.append(len(items))
+        if len(encoded) in (2, 4):
+            cut_off(gallery, postgres_server)
+        return encode(items, SECOND)
+
+    upgrade = Upgrade(gallery, encode_and_lose_the_server, space=SECOND)
+    with pytest.warns(RuntimeWarning, match="does not answer"):
+        report = upgrade.run(strategy="core:compatible", task_items=8)
+    assert report.reason == "complete"
+    assert sum(encoded) == 40  # nothing was encoded twice: only the operation that failed is repeated
+    assert upgrade.finish()["items"] == 40
+
+
+def test_a_second_writer_waits_and_is_told_who_writes(gallery: Gallery, url: str) -> None:
+    with open_gallery(url, lock_timeout=0.3) as impatient, open_gallery(url, lock_timeout=20) as patient:
+        entered, leave = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            with gallery.storage.db.writing("hold the gallery"):
+                entered.set()
+                leave.wait(20)
+
+        holder = threading.Thread(target=hold)
+        holder.start()
+        entered.wait(10)
+        with pytest.raises(GalleryLockedError, match="bowerbird hold the gallery"):
+            impatient.delete(["id-000"])
+        threading.Timer(0.3, leave.set).start()
+        patient.delete(["id-000"])
+        holder.join()
+    assert len(gallery) == 39
+
+
+def test_the_lease_of_a_worker_is_measured_by_the_clock_of_the_server(
+    gallery: Gallery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin(gallery, SECOND, task_items=40)
+    monkeypatch.setattr(time, "time", lambda: 0.0)  # the worker's own clock jumps back by half a century
+    task = gallery.store.lease_task("worker", 60)
+    monkeypatch.setattr(time, "time", lambda: 1e12)
+    assert gallery.store.lease_task("other", 60) is None
+    gallery.store.commit_task(task, task.nums, encode(task.items, SECOND))
+
+
+def test_a_snapshot_from_before_a_finish_is_refused_and_a_new_search_goes_on(gallery: Gallery) -> None:
+    begin(gallery, SECOND)
+    work(gallery)
+    before = gallery.snapshot()
+    gallery.store.finish_upgrade(verified=True)
+    with pytest.raises(SnapshotGoneError, match="Take a new snapshot"):
+        gallery.search(QUERIES_OF_TWO, 3, snapshot=before)
+    assert len(gallery.search(QUERIES[SECOND.fingerprint], 3).ids[0]) == 3
+
+
+def test_lost_and_damaged_rows_are_found_by_verify(gallery: Gallery, url: str) -> None:
+    address = Address.parse(url)
+    with psycopg.connect(address.conninfo, autocommit=True) as db:
+        db.execute(f'SET search_path = "{address.schema}", public')
+        nums = [gallery.get(name).num for name in ("id-003", "id-004")]
+        db.execute("DELETE FROM vec_1 WHERE num = %s", (nums[0],))
+        db.execute("UPDATE vec_1 SET vec = vec + vec WHERE num = %s", (nums[1],))
+    report = gallery.verify()
+    assert not report.ok
+    assert report.damaged_ids == ["id-003", "id-004"]
+
+
+# ----------------------------------------------------------------------------------------------------- the command
+
+
+def test_the_commands_of_a_gallery_take_a_url(url: str, tmp_path: Path) -> None:
+    def bowerbird(*arguments: str) -> str:
+        result = CliRunner().invoke(main, list(arguments))
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    np.save(tmp_path / "v.npy", vectors(NAMES, FIRST))
+    (tmp_path / "ids.txt").write_text("\n".join(NAMES))
+    bowerbird("gallery", "create", url, "--dim", "12", "--name", "contract")
+    added = bowerbird("gallery", "add", url, "--vectors", str(tmp_path / "v.npy"), "--ids", str(tmp_path / "ids.txt"))
+    assert "added 40" in added
+    assert json.loads(bowerbird("gallery", "info", url, "--json"))["items"] == 40
+    assert "id-007" in bowerbird("gallery", "search", url, "--id", "id-007", "-k", "1")
+    assert "ok" in bowerbird("gallery", "verify", url)
+    assert "40 items" in bowerbird("gallery", "stats", url)
+    assert "deleted 1" in bowerbird("gallery", "delete", url, "id-007")
+    assert "39 items" in bowerbird("gallery", "copy", url, "--to", str(tmp_path / "copy"))
+    with pytest.raises(GalleryError, match="there is no gallery"):
+        open_gallery(f"{url}-not")
