@@ -42,6 +42,7 @@ def colour(image) -> tuple[int, int, int]:
 
 class TestLandmarksContract(DatasetContract):
     name = "core:gldv2"
+    splits = ("train", "train-clean", "index")  # queries have no label
     disjoint = (("public", "private"), ("index", "test"))
 
     @pytest.fixture(autouse=True)

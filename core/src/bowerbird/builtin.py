@@ -112,7 +112,7 @@ def bowerbird_datasets() -> Iterable[DatasetRecord]:
         target="bowerbird.data.landmarks:Landmarks",
         config="bowerbird.data.benchmark_configs:LandmarksConfig",
         summary="Google Landmarks v2: training, index and queries, from a local copy.",
-        provides=("image", "item_id"),
+        provides=("image", "label", "item_id"),
         splits=("train", "train-clean", "index", "test", "public", "private"),
         paper="Google Landmarks Dataset v2, arXiv:2004.01804",
     )
