@@ -343,3 +343,15 @@ def test_a_subset_and_the_default_keep_the_class_as_metadata(tmp_path):
 
     train = Market1501.build(MarketConfig(root=made.market(tmp_path)), "train")
     assert subset(train, [1]).metadata() == [{"camera": 2, "label": "0005"}]
+
+
+@pytest.mark.parametrize(("use", "make"), [("core:ms1m", made.ms1m), ("core:gldv2", made.landmarks)])
+def test_the_training_splits_can_be_trained_on(tmp_path, encoder, use, make):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        f'name = "x"\n[encoder]\nuse = "tiny:net"\n[objective]\nuse = "core:softmax"\n'
+        f'[dataset]\nuse = "{use}"\nroot = "{make(tmp_path / "data")}"\n[train]\nepochs = 1\nbatch_size = 2\n'
+    )
+    done = command("train", recipe, "--out", tmp_path / "run")
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "run" / "encoder" / "weights.safetensors").is_file()
