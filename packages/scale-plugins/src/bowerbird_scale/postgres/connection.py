@@ -78,10 +78,15 @@ class Address:
 
 
 class Database:
-    """One read and one write connection to the database of a gallery. Thread-safe; not usable across ``fork``."""
+    """One read and one write connection to the database of a gallery. Thread-safe; not usable across ``fork``.
 
-    def __init__(self, address: Address, *, readonly: bool = False, lock_timeout: float = 10.0) -> None:
+    Attributes:
+        vectors: Where the vectors of the gallery are, see ``bowerbird_scale.postgres.vectors.Tables``.
+    """
+
+    def __init__(self, address: Address, vectors: Any, *, readonly: bool = False, lock_timeout: float = 10.0) -> None:
         self.address, self.readonly, self.lock_timeout = address, readonly, lock_timeout
+        self.vectors = vectors  # a `Tables`, or what has its methods
         self.pid = os.getpid()
         self._connections: dict[str, Connection] = {}
         self._locks = {"read": threading.RLock(), "write": threading.RLock()}

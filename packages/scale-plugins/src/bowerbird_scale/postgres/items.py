@@ -15,7 +15,6 @@ from bowerbird_scale.postgres.connection import Connection
 from bowerbird_scale.postgres.schema import NEVER
 from bowerbird_scale.postgres.storage import next_epoch
 from bowerbird_scale.postgres.tasks import enqueue
-from bowerbird_scale.postgres.vectors import table_of, write_rows
 
 if TYPE_CHECKING:
     from bowerbird_scale.postgres.snapshot import PostgresSnapshot
@@ -71,7 +70,7 @@ def add_items(
             given = [column if column is not None else [None] * len(names) for column in columns]
             for values in zip(nums.tolist(), names, *given, strict=True):
                 copy.write_row((*values, epoch))
-        write_rows(db, number, nums, rows, snapshot.dtype)
+        storage.db.vectors.write(db, number, nums, rows, snapshot.dtype)
         db.execute(
             "INSERT INTO member(num, space, since) SELECT num, %s, %s FROM generate_series(%s::bigint, %s) num",
             (number, epoch, int(nums[0]), int(nums[-1])),
@@ -143,7 +142,7 @@ def append_rows(db: Connection, snapshot: Any, fingerprint: str, nums: NDArray[n
     """Inside a transaction: vectors of existing items in a space (rollback, pending items), from a new epoch on."""
     rows = unit_vectors(vectors, snapshot.spaces[fingerprint].dim, count=len(nums))
     number, epoch = snapshot.numbers[fingerprint], next_epoch(db)
-    write_rows(db, number, nums, rows, snapshot.dtype)
+    snapshot.db.vectors.write(db, number, nums, rows, snapshot.dtype)
     # Where the item has a newer vector already, this one waits beneath it.
     newer = [snapshot.numbers[name] for name in snapshot.stack[snapshot.stack.index(fingerprint) + 1 :]]
     db.execute(
@@ -167,16 +166,17 @@ def compact(storage: PostgresStorage) -> int:
         snapshot = storage._load(db)
         if snapshot.upgrade is not None:
             raise InputError("a gallery cannot be compacted during an upgrade; begin and finish compact it anyway")
+        deleted = "SELECT num FROM item WHERE deleted_epoch > 0"
         dropped = 0
         for number in snapshot.numbers.values():
-            dropped += db.execute(
-                f"DELETE FROM {table_of(number)} WHERE num IN (SELECT num FROM item WHERE deleted_epoch > 0)"
-            ).rowcount
-        db.execute("DELETE FROM member WHERE num IN (SELECT num FROM item WHERE deleted_epoch > 0)")
+            rows = db.execute(f"SELECT num FROM member WHERE space = %s AND num IN ({deleted})", (number,)).fetchall()
+            storage.db.vectors.delete(db, number, [row[0] for row in rows])
+            dropped += len(rows)
+        db.execute(f"DELETE FROM member WHERE num IN ({deleted})")
         db.execute("DELETE FROM item WHERE deleted_epoch > 0")
         next_epoch(db, dropped=True)
     with storage.db.outside() as db:
         for number in snapshot.numbers.values():
-            db.execute(f"VACUUM (ANALYZE) {table_of(number)}")
+            storage.db.vectors.tidy(db, number)
         db.execute("VACUUM (ANALYZE) item, member")
     return dropped

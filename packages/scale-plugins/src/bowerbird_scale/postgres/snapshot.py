@@ -8,7 +8,7 @@ N items, Q queries, D width, k results.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +23,6 @@ from bowerbird.gallery.snapshot import UpgradeState
 from bowerbird.gallery.space import Relation, Space
 from bowerbird.retrieval.index import Hits
 from bowerbird_scale.postgres.connection import Connection, Database
-from bowerbird_scale.postgres.vectors import TYPES, literal, read_rows, table_of
 
 
 @dataclass(frozen=True)
@@ -94,14 +93,14 @@ class PostgresPart:
     def vectors_of(self, nums: NDArray[np.int64]) -> NDArray[np.float32]:
         """float32 ``(N, D)`` of items that are in this part."""
         wanted = np.asarray(nums, np.int64)
-        found, vectors = self._blocks("AND v.num = ANY(%s)", (np.unique(wanted).tolist(),))
+        found, vectors = self._read(np.unique(wanted).tolist())
         rows = np.minimum(np.searchsorted(found, wanted), max(len(found) - 1, 0))
         assert len(wanted) == 0 or (len(found) and (found[rows] == wanted).all()), "items that are not in this part"
         return vectors[rows] if len(wanted) else np.empty((0, self.space.dim), np.float32)
 
     def vectors(self) -> NDArray[np.float32]:
         """``(count, D)`` in the order of ``nums``; all of it in memory."""
-        return self._blocks("", ())[1]
+        return self._read()[1]
 
     def background(self, queries: NDArray[np.float32], count: int) -> NDArray[np.float32]:
         """``(Q, B)`` distances of the queries to at most ``count`` items, evenly spaced over the part."""
@@ -124,58 +123,25 @@ class PostgresPart:
         distances = np.full((len(queries), k), np.inf, np.float32)
         if not self.count:
             return Hits(ids, distances)
-        index = self.index if allowed is None else None
+        exact = self.index is None or allowed is not None
         # Bound of the error of a float32 product of unit vectors: what is further behind than this cannot be nearer.
         slack = 2 * (self.space.dim / 8 + 16) * 2.0**-24
         with self._reading() as db:
             for row, query in enumerate(queries):
                 wide = k + MARGIN
                 while True:
-                    nums, rough, vectors = self._candidates(db, query, wide, allowed, index)
+                    nums, rough, vectors = self.db.vectors.nearest(db, self, query, wide, allowed)
                     full = len(nums) == wide
-                    if not full or index is not None or rough[-1] > rough[k - 1] + slack:
+                    if not full or not exact or rough[-1] > rough[k - 1] + slack:
                         break
                     wide *= 4  # many items at one distance: the right one may be further behind
                 nearest = rank_exactly(query[None], nums[None], vectors[None], k)
                 ids[row, : len(nearest[0][0])], distances[row, : len(nearest[1][0])] = nearest[0][0], nearest[1][0]
         return Hits(ids, distances)
 
-    def _candidates(
-        self, db: Connection, query: NDArray[np.float32], count: int, allowed: Filter | None, index: Index | None
-    ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float32]]:
-        """Numbers ``(W,)``, rough distances and vectors ``(W, D)`` of the nearest, ascending; W at most ``count``."""
-        kind, wire = TYPES[self.dtype]
-        if self.index is not None:
-            scans = "off" if index is None else "on"
-            settings = {"enable_indexscan": scans, **({} if index is None else index.effort)}
-            calls = ", ".join(["set_config(%s, %s, true)"] * len(settings))
-            db.execute(f"SELECT {calls}", [text for pair in settings.items() for text in pair])
-        # Half precision is compared in full precision where it must be exact.
-        stored = "v.vec" if kind == "vector" or index is not None else f"v.vec::vector({self.space.dim})"
-        asked = kind if index is not None else "vector"
-        keep, parameters = "", ()
-        if allowed is not None:
-            keep, parameters = f"AND v.num IN (SELECT num FROM item WHERE {allowed.clause})", allowed.parameters
-        rows = db.execute(
-            f"SELECT v.num, {stored} <#> %s::{asked}({self.space.dim}) AS product, {kind}_send(v.vec) "
-            f"FROM {table_of(self.number)} v JOIN member m ON m.num = v.num "
-            f"WHERE {self.condition} {keep} ORDER BY product LIMIT %s",
-            (literal(query), *parameters, count),
-            binary=True,
-        ).fetchall()
-        nums = np.array([row[0] for row in rows], np.int64)
-        rough = np.array([1 + row[1] for row in rows], np.float64)
-        vectors = np.array([np.frombuffer(row[2], wire, offset=4) for row in rows], np.float32)
-        return nums, rough, vectors.reshape(len(rows), self.space.dim)
-
-    def _blocks(self, condition: str, parameters: Iterable[Any]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        query = (
-            f"SELECT v.num, v.vec FROM {table_of(self.number)} v JOIN member m ON m.num = v.num "
-            f"WHERE {self.condition} {condition} ORDER BY v.num"
-        )
+    def _read(self, nums: list[int] | None = None) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         with self._reading() as db:
-            blocks = list(read_rows(db, query, tuple(parameters), self.space.dim, self.dtype))
-        return np.concatenate([block[0] for block in blocks]), np.concatenate([block[1] for block in blocks])
+            return self.db.vectors.read(db, self, nums)
 
     def _reading(self) -> Any:
         return reading_at(self.db, self.epoch)

@@ -20,19 +20,16 @@ from bowerbird_scale.postgres import indexes, verify
 from bowerbird_scale.postgres.connection import Address, Connection, Database, connect
 from bowerbird_scale.postgres.schema import FORMAT, TABLES
 from bowerbird_scale.postgres.snapshot import Filter, PostgresSnapshot
-from bowerbird_scale.postgres.vectors import check_dim, create_table
 
 ITEM = "id, num, uri, content_hash, metadata"
-FEATURES = frozenset({"index", "many-hosts", "rollback", "sequences", "where"})
 
 
 class PostgresStorage:
     """An open gallery. Thread-safe; not usable across ``fork``."""
 
-    features = FEATURES
-
-    def __init__(self, address: Address, *, readonly: bool = False, lock_timeout: float = 10.0) -> None:
-        self.db = Database(address, readonly=readonly, lock_timeout=lock_timeout)
+    def __init__(self, address: Address, vectors: Any, *, readonly: bool = False, lock_timeout: float = 10.0) -> None:
+        self.db = Database(address, vectors, readonly=readonly, lock_timeout=lock_timeout)
+        self.features = vectors.features
         self._snapshot: PostgresSnapshot | None = None
         self._seen_version = -1
         self._lock = threading.Lock()
@@ -43,7 +40,7 @@ class PostgresStorage:
             raise
 
     @classmethod
-    def create(cls, address: Address, space: Space, *, dtype: str = "float32") -> None:
+    def create(cls, address: Address, vectors: Any, space: Space, *, dtype: str = "float32") -> None:
         """A new, empty gallery; it appears as a whole or not at all.
 
         Raises:
@@ -51,8 +48,8 @@ class PostgresStorage:
         """
         if dtype not in DTYPES:
             raise InputError(f"dtype is {dtype!r}; accepted: {', '.join(DTYPES)}")
-        check_dim(space)
-        database = Database(address)
+        vectors.check(space)
+        database = Database(address, vectors)
         schema = sql.Identifier(address.schema)
         try:
             with database._errors("create a gallery"), connect(address) as db, db.transaction():
@@ -67,7 +64,7 @@ class PostgresStorage:
                 db.execute(sql.SQL("CREATE SCHEMA {}").format(schema))
                 db.execute(TABLES)
                 db.execute("INSERT INTO head VALUES (1, %s, 0, 0, 0, 0, 0, %s, %s)", (FORMAT, space.fingerprint, dtype))
-                insert_space(db, space, parent=None, dtype=dtype)
+                insert_space(db, vectors, space, parent=None, dtype=dtype)
         finally:
             database.close()
 
@@ -211,10 +208,10 @@ class PostgresStorage:
         if known is not None:
             check_same_space(known, space)
             return
-        check_dim(space)
+        self.db.vectors.check(space)
         with self.db.writing("register a space") as db:
             if db.execute("SELECT 1 FROM space WHERE fingerprint = %s", (space.fingerprint,)).fetchone() is None:
-                insert_space(db, space, parent=parent)
+                insert_space(db, self.db.vectors, space, parent=parent)
                 changed(db)
 
     def relate(self, relation: Relation) -> None:
@@ -313,14 +310,14 @@ def item_of_row(row: tuple[str, int, str | None, str | None, dict[str, Any] | No
     return Item(item_id, num, uri, content_hash, metadata or {})
 
 
-def insert_space(db: Connection, space: Space, *, parent: str | None, dtype: str | None = None) -> int:
+def insert_space(db: Connection, vectors: Any, space: Space, *, parent: str | None, dtype: str | None = None) -> int:
     """Its row and the table of its vectors; returns its number."""
     number: int = db.value(
         "INSERT INTO space(fingerprint, encoder, dim, metric, parent) VALUES (%s, %s, %s, %s, %s) RETURNING no",
         (space.fingerprint, space.encoder, space.dim, space.metric, parent),
     )
     dtype = dtype or db.value("SELECT dtype FROM head")
-    create_table(db, number, space.dim, dtype)
+    vectors.create(db, number, space.dim, dtype)
     return number
 
 

@@ -24,7 +24,6 @@ from bowerbird_scale.postgres.connection import COMMIT_LOCK_SECONDS, Connection
 from bowerbird_scale.postgres.schema import NEVER
 from bowerbird_scale.postgres.snapshot import PostgresSnapshot
 from bowerbird_scale.postgres.storage import PostgresStorage, active_upgrades, insert_space, next_epoch
-from bowerbird_scale.postgres.vectors import check_dim, create_table, table_of, write_rows
 
 # Live items that have no vector in any of these spaces.
 _WITHOUT = (
@@ -86,7 +85,7 @@ class PostgresStore:
         """See ``bowerbird.gallery.store.Store.begin_upgrade``. No vector is written or moved."""
         if task_items < 1:
             raise InputError(f"task_items is {task_items}; it must be at least 1")
-        check_dim(to)
+        self.db.vectors.check(to)
         with self.db.writing("begin an upgrade") as db:
             snapshot = self.storage._load(db)
             below = snapshot.upgrade
@@ -110,7 +109,7 @@ class PostgresStore:
             if to.fingerprint in snapshot.spaces:
                 check_same_space(snapshot.spaces[to.fingerprint], to)
             else:
-                insert_space(db, to, parent=old)
+                insert_space(db, self.db.vectors, to, parent=old)
             if below is not None:
                 db.execute("UPDATE upgrade SET state = 'covered' WHERE id = %s", (below.id,))
                 db.execute(
@@ -215,7 +214,7 @@ class PostgresStore:
     def _move(self, db: Connection, number: int, nums: NDArray, rows: NDArray[np.float32], dtype: str) -> None:
         """The items are searched in the space ``number`` from a new epoch on. Those deleted meanwhile stay deleted."""
         given, epoch = nums.tolist(), next_epoch(db)
-        write_rows(db, number, nums, rows, dtype)
+        self.db.vectors.write(db, number, nums, rows, dtype)
         db.execute(
             "WITH left_space AS (UPDATE member SET moved = %s, moved_to = %s WHERE num = ANY(%s) "
             f"AND moved = {NEVER} RETURNING space, gone), "
@@ -310,6 +309,7 @@ class PostgresStore:
                 _forget_vectors(db, snapshot, fingerprint)
             db.execute("UPDATE head SET serving = %s", (upgrade.new,))
             next_epoch(db, dropped=True)
+        self._sweep()
 
     def rollback(
         self,
@@ -331,6 +331,7 @@ class PostgresStore:
                 self._give_old_vectors(missing, encode_old, batch_items)
             left = self._end_rollback(leave_pending=leave_pending)
             if left is not None:
+                self._sweep()
                 return left
             # Items came in between; once more.
 
@@ -377,6 +378,15 @@ class PostgresStore:
             next_epoch(db, dropped=True)
         return len(missing)
 
+    def _sweep(self) -> None:
+        """Give back the room of spaces without a vector; nobody can write one meanwhile."""
+        with self.db.writing("drop old vectors", wait=COMMIT_LOCK_SECONDS) as db:
+            empty = db.execute(
+                "SELECT no, dim FROM space WHERE NOT EXISTS (SELECT FROM member WHERE member.space = no)"
+            ).fetchall()
+            for number, dim in empty:
+                self.db.vectors.sweep(db, number, dim, db.value("SELECT dtype FROM head"))
+
 
 def _missing_below(db: Connection, snapshot: PostgresSnapshot) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """``(items that only the old encoder can help, live items without a vector in an older space)``."""
@@ -417,5 +427,4 @@ def _forget_vectors(db: Connection, snapshot: PostgresSnapshot, fingerprint: str
     db.execute("DELETE FROM member WHERE space = %s", (number,))
     db.execute("UPDATE space SET items = 0 WHERE no = %s", (number,))
     db.execute("DELETE FROM setting WHERE name = %s", (f"index:{fingerprint}",))
-    db.execute(f"DROP TABLE {table_of(number)}")
-    create_table(db, number, snapshot.spaces[fingerprint].dim, snapshot.dtype)
+    snapshot.db.vectors.forget(db, number, snapshot.spaces[fingerprint].dim, snapshot.dtype)

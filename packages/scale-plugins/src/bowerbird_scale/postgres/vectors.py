@@ -8,7 +8,7 @@ N rows, D width.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,45 +17,131 @@ from bowerbird.errors import SpaceError
 from bowerbird.gallery.space import Space
 from bowerbird_scale.postgres.connection import Connection
 
+if TYPE_CHECKING:
+    from bowerbird_scale.postgres.snapshot import Filter, PostgresPart
+
 MAX_DIM = 16_000  # of pgvector's types
 INLINE_BYTES = 7_000  # a longer row does not fit into a page and is kept beside the table
 TYPES = {"float32": ("vector", ">f4"), "float16": ("halfvec", ">f2")}
+LENGTH_TOLERANCE = {"float32": 1e-3, "float16": 1e-2}  # of 1 - |v|^2
 BLOCK_ROWS = 16_384
 _HEADER = b"PGCOPY\n\xff\r\n\0" + bytes(8)
 _TRAILER = b"\xff\xff"
 
 
+class Tables:
+    """Where the vectors are: a table per space. ``bowerbird_scale.qdrant.Collections`` has the same methods.
+
+    ``db`` is the transaction in which the catalogue is read or written.
+    """
+
+    features = frozenset({"index", "many-hosts", "rollback", "sequences", "where"})
+
+    def check(self, space: Space) -> None:
+        """Raise ``SpaceError`` for vectors that cannot be kept."""
+        if space.dim > MAX_DIM:
+            raise SpaceError(
+                f"space {space} has width {space.dim}; PostgreSQL's pgvector keeps at most {MAX_DIM}. Use an embedded "
+                "gallery"
+            )
+
+    def create(self, db: Connection, number: int, dim: int, dtype: str) -> None:
+        """Room for the vectors of a new space."""
+        kind, wire = TYPES[dtype]
+        table = table_of(number)
+        db.execute(f"CREATE TABLE {table}(num bigint PRIMARY KEY, vec {kind}({dim}) NOT NULL)")
+        storage = "PLAIN" if dim * np.dtype(wire).itemsize <= INLINE_BYTES else "EXTERNAL"  # they do not compress
+        db.execute(f"ALTER TABLE {table} ALTER COLUMN vec SET STORAGE {storage}")
+
+    def forget(self, db: Connection, number: int, dim: int, dtype: str) -> None:
+        """Drop every vector of a space, in the transaction in which the catalogue forgets them."""
+        db.execute(f"DROP TABLE {table_of(number)}")
+        self.create(db, number, dim, dtype)
+
+    def sweep(self, db: Connection, number: int, dim: int, dtype: str) -> None:
+        """In a later transaction: what ``forget`` could not do. No vector of the space is known by the catalogue."""
+
+    def delete(self, db: Connection, number: int, nums: Sequence[int]) -> None:
+        db.execute(f"DELETE FROM {table_of(number)} WHERE num = ANY(%s)", (list(nums),))
+
+    def tidy(self, db: Connection, number: int) -> None:
+        """Outside transactions, after many were deleted."""
+        db.execute(f"VACUUM (ANALYZE) {table_of(number)}")
+
+    def write(
+        self, db: Connection, number: int, nums: NDArray[np.int64], rows: NDArray[np.float32], dtype: str
+    ) -> None:
+        """Insert vectors ``(N, D)``."""
+        if not len(nums):
+            return
+        with db.cursor().copy(f"COPY {table_of(number)}(num, vec) FROM STDIN (FORMAT BINARY)") as copy:
+            copy.write(_HEADER)
+            for start in range(0, len(nums), BLOCK_ROWS):
+                part = slice(start, start + BLOCK_ROWS)
+                copy.write(_packed(nums[part], rows[part], dtype))
+            copy.write(_TRAILER)
+
+    def read(
+        self, db: Connection, part: PostgresPart, nums: Sequence[int] | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """``(numbers ascending, vectors)`` of the items of a part, or of those of them that are among ``nums``."""
+        query = (
+            f"SELECT v.num, v.vec FROM {table_of(part.number)} v JOIN member m ON m.num = v.num "
+            f"WHERE {part.condition} {'' if nums is None else 'AND v.num = ANY(%s)'} ORDER BY v.num"
+        )
+        blocks = list(read_rows(db, query, () if nums is None else (list(nums),), part.space.dim, part.dtype))
+        return np.concatenate([block[0] for block in blocks]), np.concatenate([block[1] for block in blocks])
+
+    def nearest(
+        self, db: Connection, part: PostgresPart, query: NDArray[np.float32], count: int, allowed: Filter | None
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float32]]:
+        """Numbers ``(W,)``, rough distances and vectors ``(W, D)`` of the nearest, ascending; W at most ``count``.
+
+        Through the approximate index of the part, if it has one and there is no filter.
+        """
+        kind, wire = TYPES[part.dtype]
+        index = part.index if allowed is None else None
+        if part.index is not None:
+            settings = {"enable_indexscan": "off" if index is None else "on", **(index.effort if index else {})}
+            calls = ", ".join(["set_config(%s, %s, true)"] * len(settings))
+            db.execute(f"SELECT {calls}", [text for pair in settings.items() for text in pair])
+        # Half precision is compared in full precision where it must be exact.
+        stored = "v.vec" if kind == "vector" or index is not None else f"v.vec::vector({part.space.dim})"
+        asked = kind if index is not None else "vector"
+        keep, parameters = "", ()
+        if allowed is not None:
+            keep, parameters = f"AND v.num IN (SELECT num FROM item WHERE {allowed.clause})", allowed.parameters
+        rows = db.execute(
+            f"SELECT v.num, {stored} <#> %s::{asked}({part.space.dim}) AS product, {kind}_send(v.vec) "
+            f"FROM {table_of(part.number)} v JOIN member m ON m.num = v.num "
+            f"WHERE {part.condition} {keep} ORDER BY product LIMIT %s",
+            (literal(query), *parameters, count),
+            binary=True,
+        ).fetchall()
+        nums = np.array([row[0] for row in rows], np.int64)
+        rough = np.array([1 + row[1] for row in rows], np.float64)
+        vectors = np.array([np.frombuffer(row[2], wire, offset=4) for row in rows], np.float32)
+        return nums, rough, vectors.reshape(len(rows), part.space.dim)
+
+    def problems(self, db: Connection, number: int, dim: int, dtype: str) -> tuple[int, list[int], list[int]]:
+        """``(vectors, items that have lost theirs, items whose vector has not length 1)``."""
+        table = table_of(number)
+        count = db.value(f"SELECT count(*) FROM {table}")
+        lost = db.execute(
+            f"SELECT m.num FROM member m LEFT JOIN {table} v USING (num) WHERE m.space = %s AND v.num IS NULL "
+            "ORDER BY m.num",
+            (number,),
+        ).fetchall()
+        whole = "v.vec" if TYPES[dtype][0] == "vector" else f"v.vec::vector({dim})"
+        bad = db.execute(
+            f"SELECT num FROM {table} v WHERE abs(({whole} <#> {whole}) + 1) > %s ORDER BY num",
+            (LENGTH_TOLERANCE[dtype],),
+        ).fetchall()
+        return count, [row[0] for row in lost], [row[0] for row in bad]
+
+
 def table_of(number: int) -> str:
     return f"vec_{int(number)}"
-
-
-def create_table(db: Connection, number: int, dim: int, dtype: str) -> None:
-    kind, wire = TYPES[dtype]
-    table = table_of(number)
-    db.execute(f"CREATE TABLE {table}(num bigint PRIMARY KEY, vec {kind}({dim}) NOT NULL)")
-    storage = "PLAIN" if dim * np.dtype(wire).itemsize <= INLINE_BYTES else "EXTERNAL"  # random bits do not compress
-    db.execute(f"ALTER TABLE {table} ALTER COLUMN vec SET STORAGE {storage}")
-
-
-def check_dim(space: Space) -> None:
-    """Raise ``SpaceError`` for vectors that pgvector cannot hold."""
-    if space.dim > MAX_DIM:
-        raise SpaceError(
-            f"space {space} has width {space.dim}; PostgreSQL's pgvector keeps at most {MAX_DIM}. Use an embedded "
-            "gallery"
-        )
-
-
-def write_rows(db: Connection, number: int, nums: NDArray[np.int64], rows: NDArray[np.float32], dtype: str) -> None:
-    """Insert vectors ``(N, D)`` inside the transaction of ``db``."""
-    if not len(nums):
-        return
-    with db.cursor().copy(f"COPY {table_of(number)}(num, vec) FROM STDIN (FORMAT BINARY)") as copy:
-        copy.write(_HEADER)
-        for start in range(0, len(nums), BLOCK_ROWS):
-            part = slice(start, start + BLOCK_ROWS)
-            copy.write(_packed(nums[part], rows[part], dtype))
-        copy.write(_TRAILER)
 
 
 def read_rows(
@@ -78,15 +164,6 @@ def read_rows(
                 yield _parsed(bytes(pending[: whole * layout.itemsize]), layout)
                 del pending[: whole * layout.itemsize]
     yield _parsed(bytes(pending[: len(pending) // layout.itemsize * layout.itemsize]), layout)
-
-
-def vectors_of(
-    db: Connection, number: int, nums: NDArray[np.int64], dim: int, dtype: str
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """``(nums that are there, ascending, their vectors)``."""
-    query = f"SELECT num, vec FROM {table_of(number)} WHERE num = ANY(%s) ORDER BY num"
-    blocks = list(read_rows(db, query, (np.unique(nums).tolist(),), dim, dtype))
-    return np.concatenate([block[0] for block in blocks]), np.concatenate([block[1] for block in blocks])
 
 
 def literal(vector: NDArray[np.float32]) -> str:

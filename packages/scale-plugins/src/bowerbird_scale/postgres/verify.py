@@ -10,12 +10,9 @@ from typing import TYPE_CHECKING
 from bowerbird.gallery.verify import SHOWN, Problem, Report
 from bowerbird_scale.postgres.connection import Connection
 from bowerbird_scale.postgres.schema import NEVER
-from bowerbird_scale.postgres.vectors import TYPES, table_of
 
 if TYPE_CHECKING:
     from bowerbird_scale.postgres.storage import PostgresStorage
-
-LENGTH_TOLERANCE = {"float32": 1e-3, "float16": 1e-2}  # of 1 - |v|^2
 
 
 def verify(storage: PostgresStorage) -> Report:
@@ -52,23 +49,11 @@ def verify(storage: PostgresStorage) -> Report:
                 message = f"the catalogue counts {part.count} items in space {part.space} and has {counted}"
                 problems.append(Problem("count", message))
         for fingerprint, number in snapshot.numbers.items():
-            table, kind = table_of(number), TYPES[snapshot.dtype][0]
-            dim = snapshot.spaces[fingerprint].dim
-            rows += db.value(f"SELECT count(*) FROM {table}")
-            absent = db.execute(
-                f"SELECT m.num FROM member m LEFT JOIN {table} v USING (num) WHERE m.space = %s AND v.num IS NULL "
-                "ORDER BY m.num",
-                (number,),
-            ).fetchall()
-            found("missing", f"have lost their vector in space {snapshot.spaces[fingerprint]}", [r[0] for r in absent])
-            whole = "v.vec" if kind == "vector" else f"v.vec::vector({dim})"
-            bad = db.execute(
-                f"SELECT num FROM {table} v WHERE abs(({whole} <#> {whole}) + 1) > %s ORDER BY num",
-                (LENGTH_TOLERANCE[snapshot.dtype],),
-            ).fetchall()
-            found(
-                "vector", f"have a vector without length 1 in space {snapshot.spaces[fingerprint]}", [r[0] for r in bad]
-            )
+            dim, space = snapshot.spaces[fingerprint].dim, snapshot.spaces[fingerprint]
+            count, lost, bad = storage.db.vectors.problems(db, number, dim, snapshot.dtype)
+            rows += count
+            found("missing", f"have lost their vector in space {space}", lost)
+            found("vector", f"have no vector of length 1 in space {space}", bad)
     return Report(
         epoch=snapshot.epoch,
         items=live,
