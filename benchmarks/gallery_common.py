@@ -34,17 +34,18 @@ def unit(count: int, dim: int, seed: int) -> np.ndarray:
     return rows
 
 
-def clustered(count: int, dim: int, seed: int | list[int], centres: int) -> np.ndarray:
-    """Unit rows around random centres, with noise as long as a centre whose directions fade like ``1 / sqrt(j)``.
+def clustered(count: int, dim: int, seed: int | list[int], centres: int, *, fading: float = 1.0) -> np.ndarray:
+    """Unit rows around random centres, with noise as long as a centre whose directions fade like
+    ``1 / j ** fading``.
 
     Embeddings of images have neighbourhoods of few dimensions; noise that is equal in all directions has none that an
     approximate index could find, and is harder than any real gallery.
     """
     rng = np.random.default_rng(7)
     middle = rng.standard_normal((centres, dim), np.float32)
-    fading = 1 / np.sqrt(np.arange(1, dim + 1, dtype=np.float32))
-    fading *= np.sqrt(dim / np.sum(fading**2))
-    directions = np.linalg.qr(rng.standard_normal((dim, dim)))[0].astype(np.float32) * fading[:, None]
+    lengths = np.arange(1, dim + 1, dtype=np.float32) ** -fading
+    lengths *= np.sqrt(dim / np.sum(lengths**2))
+    directions = np.linalg.qr(rng.standard_normal((dim, dim)))[0].astype(np.float32) * lengths[:, None]
     rng = np.random.default_rng(seed)
     rows = middle[rng.integers(centres, size=count)] + rng.standard_normal((count, dim), np.float32) @ directions
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)

@@ -42,7 +42,7 @@ QUERIES = 64
 
 def rows(start: int, count: int) -> np.ndarray:
     """Vectors of the items ``start`` to ``start + count``; whole blocks."""
-    return clustered(count, DIM, [11, start], 1000)
+    return clustered(count, DIM, [11, start], 1000, fading=0.5)
 
 
 def rotation() -> np.ndarray:
@@ -153,7 +153,7 @@ def step_begin(path: Path, items: int) -> dict[str, Any]:
 
     with Gallery.open(path) as gallery:
         before = time.perf_counter(), time.process_time()
-        begin(gallery, NEW, strategy="rank-merge", task_items=5000)
+        begin(gallery, NEW, strategy="rank-merge", task_items=10_000)
         return {"wall_s": time.perf_counter() - before[0], "cpu_s": time.process_time() - before[1]}
 
 

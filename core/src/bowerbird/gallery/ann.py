@@ -282,7 +282,7 @@ class Tender:
             for part in stale:
                 entry = entries.get(part.space.fingerprint)
                 to = self.storage.path
-                updated = None if entry is None else _update_part(to, part, snapshot.epoch, entry, progress)
+                updated = None if entry is None else _update_part(to, part, snapshot, entry, progress)
                 written.append(updated or _build_part(to, part, snapshot, settings, progress))
             with self.storage.catalog.writing() as db:
                 # Who chose another kind meanwhile has the last word: what was written is an orphan then.
@@ -334,15 +334,15 @@ def _build_part(
     chosen = np.random.default_rng(settings.seed).choice(len(nums), size, replace=False)
     index.train(part.vectors_of(nums[np.sort(chosen)]), len(nums), expected=expected)
     _fill(index, part, nums)
-    return _write(path, part, snapshot.epoch, index, secrets.token_hex(4), progress)
+    return _write(path, part, snapshot, index, secrets.token_hex(4), progress)
 
 
 def _update_part(
-    path: Path, part: Part, epoch: int, entry: IndexEntry, progress: Callable[[str], None] | None
+    path: Path, part: Part, snapshot: Snapshot, entry: IndexEntry, progress: Callable[[str], None] | None
 ) -> IndexEntry | None:
     """Write the index of an entry once more, with the items of now; ``None`` where it has to be built anew."""
     file = path / FOLDER / entry.file
-    if problem_of(file, entry) is not None or epoch <= entry.epoch:
+    if problem_of(file, entry) is not None or snapshot.epoch <= entry.epoch:
         return None
     try:
         index = FaissIndex.load(file)
@@ -359,7 +359,7 @@ def _update_part(
     held[index.ids] = True
     nums = part.nums
     _fill(index, part, nums[~held[nums]])
-    return _write(path, part, epoch, index, entry.training, progress)
+    return _write(path, part, snapshot, index, entry.training, progress)
 
 
 def _fill(index: FaissIndex, part: Part, nums: NDArray[np.int64]) -> None:
@@ -374,14 +374,15 @@ def _say(progress: Callable[[str], None] | None, text: str, part: Part) -> None:
 
 
 def _write(
-    path: Path, part: Part, epoch: int, index: FaissIndex, training: str, progress: Callable[[str], None] | None
+    path: Path, part: Part, snapshot: Snapshot, index: FaissIndex, training: str, progress: Callable[[str], None] | None
 ) -> IndexEntry:
     _say(progress, "measuring recall", part)
-    index.measure()
+    # A part gives its share of a merged list: to find more of its neighbours than that would be paid for nothing.
+    index.measure(math.ceil(10 * part.count / max(part.count, snapshot.live)))
     _say(progress, "writing", part)
     # Never the name of an earlier file: who reads that one must not find another in its place.
     digest = sha256(part.space.fingerprint.encode()).hexdigest()[:16]
-    file = path / FOLDER / f"{digest}-{epoch}-{training}.faiss"
+    file = path / FOLDER / f"{digest}-{snapshot.epoch}-{training}.faiss"
     try:
         index.save(file)
     except OSError as exc:
@@ -390,7 +391,7 @@ def _write(
         raise
     size, crc = _size_and_crc(file)
     return IndexEntry(
-        part.space.fingerprint, file.name, index.kind, len(index), index.measured_recall, epoch, size, crc
+        part.space.fingerprint, file.name, index.kind, len(index), index.measured_recall, snapshot.epoch, size, crc
     )
 
 

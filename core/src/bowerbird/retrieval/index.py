@@ -551,9 +551,14 @@ class FaissIndex:
         self._ids = self._ids[~gone] if self.kind == "flat" else np.where(gone, PAD_ID, self._ids)
         return count
 
-    def measure(self) -> None:
-        """Choose the effort for the items of now, and measure the recall, instead of at the next search."""
-        self._choose_effort()
+    def measure(self, neighbours: int = 10) -> None:
+        """Choose the effort for the items of now, and measure the recall, instead of at the next search.
+
+        Args:
+            neighbours: How many nearest neighbours are to be found. An index of a share of a gallery gives only that
+                share of a merged list.
+        """
+        self._choose_effort(neighbours)
 
     @property
     def effort(self) -> int | None:
@@ -729,7 +734,7 @@ class FaissIndex:
         else:
             self._index.hnsw.efSearch = effort
 
-    def _choose_effort(self) -> None:
+    def _choose_effort(self, wanted: int = 10) -> None:
         """Set nprobe or ef_search: as given, else the least that reaches the target recall on a sample."""
         self._measured_at = len(self)
         if self.kind == "flat":
@@ -740,7 +745,7 @@ class FaissIndex:
             self._set_effort(min(given, most))
             return
         assert self._sample is not None
-        neighbours = min(10, len(self))
+        neighbours = min(wanted, len(self))
 
         def nearest(queries: NDArray[np.float32], lists: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
             if self.kind == "ivf":
