@@ -71,10 +71,16 @@ class Snapshot(Protocol):
     serving: str
     spaces: Mapping[str, Space]
     upgrades: tuple[UpgradeState, ...]  # under way, each on top of the one before it
-    upgrade: UpgradeState | None  # the topmost one
-    stack: tuple[str, ...]  # fingerprints of the spaces of `parts`; the serving one alone outside upgrades
     relations: tuple[Relation, ...]
     problems: list[str]
+
+    @property
+    def upgrade(self) -> UpgradeState | None:
+        """The topmost one."""
+
+    @property
+    def stack(self) -> tuple[str, ...]:
+        """Fingerprints of the spaces of ``parts``; the serving one alone outside upgrades."""
 
     @property
     def write_space(self) -> Space: ...

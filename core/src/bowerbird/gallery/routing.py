@@ -108,7 +108,7 @@ def match_width(vectors: NDArray, width: int) -> NDArray[np.float32]:
     else:
         matched = np.pad(vectors, ((0, 0), (0, width - vectors.shape[1])))
     norms = np.linalg.norm(matched, axis=1, keepdims=True)
-    return matched / np.where(norms > 0, norms, 1.0).astype(np.float32)
+    return (matched / np.where(norms > 0, norms, 1.0)).astype(np.float32)
 
 
 def what_is_missing(available: Iterable[str], target: str, count: int, spaces: Mapping[str, Space]) -> str:

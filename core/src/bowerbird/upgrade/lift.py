@@ -29,7 +29,8 @@ from bowerbird.upgrade.strategies import load_strategy
 
 if TYPE_CHECKING:
     from bowerbird.gallery.gallery import Gallery
-    from bowerbird.gallery.snapshot import Snapshot, UpgradeState
+    from bowerbird.gallery.protocol import Snapshot
+    from bowerbird.gallery.snapshot import UpgradeState
     from bowerbird.gallery.space import Item
 
 TASK_ITEMS = 65_536  # a transform is cheap: what costs is the commit
@@ -117,7 +118,7 @@ def begin_lift(
             "task_items": task_items,
             "switches_at_end": bool(getattr(chosen, "switches_at_end", False)),
         },
-        **({"on_top": True} if on_top and snapshot.upgrade is not None else {}),
+        on_top=on_top,
     )
 
 

@@ -21,7 +21,7 @@ from bowerbird.retrieval.intervals import bootstrap_interval
 
 if TYPE_CHECKING:
     from bowerbird.gallery.gallery import Gallery
-    from bowerbird.gallery.snapshot import Snapshot
+    from bowerbird.gallery.protocol import Snapshot
     from bowerbird.gallery.space import Space
 
 QUERIES = 200

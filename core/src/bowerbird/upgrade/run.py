@@ -172,7 +172,7 @@ def begin(
             "task_items": items_per_task,
             "switches_at_end": bool(getattr(chosen, "switches_at_end", False)),
         },
-        **({"on_top": True} if snapshot.upgrade is not None else {}),
+        on_top=on_top,
     )
     if frozen is not None:
         try:

@@ -156,7 +156,7 @@ class SearchService:
             upgrade = snapshot.upgrades[level]
             old, new = snapshot.spaces[upgrade.old], snapshot.spaces[upgrade.new]
             strategy: Any = self._strategy(upgrade)
-            extra = ()
+            extra: tuple[Any, ...] = ()
             if getattr(strategy, "transform_direction", None) == "query":
                 transform = self.gallery.transform(new.fingerprint, old.fingerprint)
                 if transform is None:
