@@ -79,7 +79,8 @@ def _folder(url: str) -> Path:
 
 
 def safe_url(url: str | Path) -> str:
-    """The URL without its password, for messages."""
+    """The URL without its passwords, for messages."""
+    url = re.sub(r"((?:password|api_key)=)[^&]*", r"\1***", str(url))
     return re.sub(r"(?<=://)([^:/@]*):[^@/]*@", r"\1:***@", str(url))
 
 

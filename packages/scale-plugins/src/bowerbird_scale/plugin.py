@@ -21,6 +21,14 @@ def bowerbird_retrievers() -> Iterable[RetrieverRecord]:
         extras={"psycopg": "bowerbird-scale[postgres]"},
     )
     yield RetrieverRecord(
+        name="scale:qdrant",
+        role="store",
+        target="bowerbird_scale.qdrant:QdrantGalleries",
+        schemes=("qdrant+postgresql",),
+        summary="A gallery with its vectors in Qdrant and its catalogue in PostgreSQL.",
+        extras={"psycopg": "bowerbird-scale[qdrant]", "qdrant_client": "bowerbird-scale[qdrant]"},
+    )
+    yield RetrieverRecord(
         name="scale:ray",
         role="executor",
         target="bowerbird_scale.ray_executor:RayExecutor",

@@ -11,7 +11,7 @@ import os
 import re
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,8 @@ from psycopg import sql
 from bowerbird.errors import GalleryError, GalleryLockedError, InputError, SnapshotGoneError, StoreUnavailableError
 
 GALLERY_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,49}")
-SECRETS = {"password", "passfile", "sslpassword", "sslkey"}
+SECRETS = {"password", "passfile", "sslpassword", "sslkey", "qdrant_api_key"}
+OWN = ("gallery", "qdrant", "qdrant_api_key")  # parameters of the URL that libpq does not know
 # A worker whose machine vanished in the middle of a commit holds the lock of all commits for this long at most.
 IDLE_SECONDS = 60
 COMMIT_LOCK_SECONDS = 120  # a worker's commit waits behind a large add
@@ -50,31 +51,36 @@ class Address:
     Attributes:
         conninfo: For libpq, with the password if the URL has one.
         schema: Of all its tables.
+        options: Of ``OWN``.
         name: The URL without secrets, for messages.
     """
 
     conninfo: str
     schema: str
     name: str
+    options: Mapping[str, str]
 
     @classmethod
     def parse(cls, url: str) -> Address:
         """``postgresql://user@host:5432/database?gallery=photos`` and libpq's other parameters; gallery: `main`."""
         parts = urlsplit(url)
         query = parse_qsl(parts.query, keep_blank_values=True)
-        gallery = next((value for key, value in query if key == "gallery"), "main")
+        options = {key: value for key, value in query if key in OWN}
+        gallery = options.get("gallery", "main")
         if not GALLERY_NAME.fullmatch(gallery):
             raise InputError(
                 f"the gallery's name is {gallery!r}; accepted: 1 to 50 of a-z, 0-9, _ and -, as in ?gallery=photos"
             )
-        libpq = [(key, value) for key, value in query if key != "gallery"]
-        shown = [(key, value) for key, value in libpq if key not in SECRETS]
+        libpq = [(key, value) for key, value in query if key not in OWN]
+        shown = [(key, value) for key, value in query if key not in {*SECRETS, "gallery"}]
         user, at, place = parts.netloc.rpartition("@")
         public = user.split(":")[0] + at + place
         rest = (parts.path, urlencode(libpq, quote_via=quote), "")
         conninfo = urlunsplit(("postgresql", parts.netloc, *rest))
-        named = urlencode([*shown, ("gallery", gallery)], quote_via=quote, safe="/")
-        return cls(conninfo, f"bowerbird_{gallery}", urlunsplit(("postgresql", public, parts.path, named, "")))
+        named = urlencode([*shown, ("gallery", gallery)], quote_via=quote, safe="/:")
+        scheme = "postgresql" if parts.scheme == "postgres" else parts.scheme
+        name = urlunsplit((scheme, public, parts.path, named, ""))
+        return cls(conninfo, f"bowerbird_{gallery}", name, options)
 
 
 class Database:
