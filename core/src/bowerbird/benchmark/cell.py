@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -233,7 +234,7 @@ def run_cell(
         (FREE, FREE, lambda: [cell.free(step) for step in range(len(cell.plans))], selection.strategies)
     ]
     for method in selection.methods:
-        jobs.append((method.name, method.key(), lambda method=method: cell.compatible(method), method.serve))
+        jobs.append((method.name, method.key(), partial(cell.compatible, method), method.serve))
     for name, key, train, strategies in jobs:
         models: Sequence[Model] | None = None
         for strategy in strategies:

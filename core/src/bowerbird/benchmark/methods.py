@@ -88,7 +88,7 @@ def _chosen(
     chosen: list[str] = []
     known = {**{name: name for name in (*methods, *strategies, *missing)}}
     known |= {name.partition(":")[2]: name for name in known if ":" in name}
-    known |= {method.objective: name for name, method in reversed(methods.items())}
+    known |= {method.objective: name for name, method in reversed(list(methods.items()))}
     for name in wanted:
         if name not in known:
             raise UnknownNameError(

@@ -147,16 +147,23 @@ def _table(rows: Mapping[str, Any]) -> list[str]:
     notes = []
     for name, row in rows.items():
         if "unavailable" in row:
-            lines.append(f"| {name} |" + " |" * len(COLUMNS))
+            lines.append(f"| {name} | {row_cells(row)} |")
             notes.append(f"- {name}: not possible here. {row['unavailable']}")
         else:
-            lines.append(f"| {name} | " + " | ".join(_cell(row[column]) for column in COLUMNS) + " |")
+            lines.append(f"| {name} | {row_cells(row)} |")
             if "average_compatibility" in row:
                 compatible, accuracy = row["average_compatibility"]["mean"], row["average_accuracy"]["mean"]
                 notes.append(
                     f"- {name}: average compatibility {compatible:.2f}, mean mAP over all pairs {accuracy:.3f}"
                 )
     return [*lines, "", *notes] if notes else lines
+
+
+def row_cells(row: Mapping[str, Any]) -> str:
+    """The cells of a row of the table, one per column; empty ones where it could not be measured."""
+    if "unavailable" in row:
+        return " | ".join(["-"] * len(COLUMNS))
+    return " | ".join(_cell(row[column]) for column in COLUMNS)
 
 
 def _cell(value: Mapping[str, Any]) -> str:
@@ -176,7 +183,7 @@ def tradeoff(scenarios: Mapping[str, Mapping[str, Any]], *, title: str) -> str:
 
     rows = standing(scenarios)
     points = [
-        Point(_label(name), row["max NFR"], row["area"], "blue" if name.startswith("free") else "red")
+        Point(row_label(name), row["max NFR"], row["area"], "blue" if name.startswith("free") else "red")
         for name, row in rows.items()
         if not name.endswith("no-strategy")
     ]
@@ -189,7 +196,8 @@ def tradeoff(scenarios: Mapping[str, Mapping[str, Any]], *, title: str) -> str:
         return ""
 
 
-def _label(name: str) -> str:
+def row_label(name: str) -> str:
+    """A row's name without what goes without saying."""
     model, _, strategy = name.partition(" / ")
     strategy = strategy.partition(":")[2] or strategy
     return strategy if model == "free" else model if strategy == "compatible" else f"{model}, {strategy}"

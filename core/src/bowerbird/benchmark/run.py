@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def run_benchmark(
     *,
     datasets: Sequence[str] = ("core:digits",),
     scenarios: Sequence[str] | None = None,
-    seeds: int | Sequence[int] = 5,
+    seeds: int | Sequence[int] | None = None,
     methods: Sequence[str] | None = None,
     config: str | Path | None = None,
     quick: bool = False,
@@ -40,10 +41,10 @@ def run_benchmark(
             ``index.html`` and ``tradeoff-*.svg``.
         datasets: ``core:digits``, ``core:fashion-mnist``, ``emoji:styles``.
         scenarios: Names, see ``scenarios.SCENARIOS``; by default all.
-        seeds: Their number, counted from 0, or the seeds.
+        seeds: Their number, counted from 0, or the seeds; by default 5, with ``quick`` 1.
         methods: Methods and strategies by name; by default all that are installed.
         config: A file with more ``[[method]]`` tables, see ``methods.toml``.
-        quick: Few epochs, small galleries, two scenarios and one seed unless they are given: shows that all runs.
+        quick: Few epochs, small galleries, two scenarios unless they are given: shows that all runs.
         cache: Where features of emoji are kept.
         advance: Told ``(share done, what comes next)``.
 
@@ -63,7 +64,8 @@ def run_benchmark(
             raise UnknownNameError(
                 f"no scenario {name!r}; there are {', '.join(SCENARIOS)}.{did_you_mean(name, SCENARIOS)}"
             )
-    numbers = list(range(1 if quick else seeds) if isinstance(seeds, int) else seeds)
+    seeds = (1 if quick else 5) if seeds is None else seeds
+    numbers = list(range(seeds) if isinstance(seeds, int) else seeds)
     if not numbers:
         raise InputError("the benchmark needs at least one seed")
     selection = select(methods, Path(config) if config else None)
@@ -88,7 +90,7 @@ def run_benchmark(
         world, views = _world(dataset, seed, scenario, profile, cache)
         run_cell(
             Cell(world, views, scenario, profile, seed), selection, done,
-            save=lambda value, file=file: write_json(file, value), advance=step,
+            save=partial(write_json, file), advance=step,
         )  # fmt: skip
     advance(1.0, "tables")
     kept = [_read(out / "cells" / f"{_short(d)}-{s}-{n}.json") for d, s, n in cells]

@@ -37,7 +37,7 @@ class Profile:
         objective: Settings of ``core:softmax``, with which models without regard to an old one are trained.
         trunks: Features for the old model, and for the new one in ``new-architecture``.
         sizes: Of the world: ``queries`` and ``gallery``.
-        pairs: Training items on which strategies fit a transform, at most, as an operator would on a sample; ``None``: all.
+        pairs: Training items on which strategies fit a transform, at most (a sample, as in practice); ``None``: all.
     """
 
     old_width: int = 48

@@ -48,7 +48,7 @@ class Perceptron(Encoder):
             values = self.frozen_trunk(batch)
         if values.ndim != 2 or values.shape[1] != self.inputs:
             raise InputError(f"core:perceptron takes (batch, {self.inputs}) values; found {tuple(values.shape)}.")
-        return Features(pooled=self.layers(values.to(self.layers[-1].weight.dtype)))
+        return Features(pooled=self.layers(values.to(next(self.parameters()).dtype)))
 
     def frozen_trunk(self, batch: Batch) -> Tensor:
         return batch["image"].mean(dim=1).flatten(1)

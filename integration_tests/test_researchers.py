@@ -1,0 +1,41 @@
+"""The researcher's page is executed, block by block; the standing comparison is what the committed results say."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_tutorial import shell  # noqa: F401  (a fixture)
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "researchers.md"
+BLOCK = re.compile(r'^```(python|bash|toml)(?: title="([^"]+)")?\n(.*?)^```', re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the blocks are for a POSIX shell")
+def test_every_block_of_the_page_runs_and_the_own_objective_stands_in_the_table(
+    tmp_path: Path,
+    shell: Path,  # noqa: F811
+) -> None:
+    environment = {**os.environ, "PATH": f"{shell}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    outputs = []
+    for language, title, text in BLOCK.findall(PAGE.read_text(encoding="utf-8")):
+        if title:
+            (tmp_path / title).write_text(text)
+            continue
+        command = ["sh", "-e", "-c", text] if language == "bash" else [sys.executable, "-c", text]
+        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, f"{text}\n{result.stdout}\n{result.stderr}"
+        outputs.append(result.stdout)
+    assert re.search(r"\| mine:pull / core:compatible \| 0\.\d", "\n".join(outputs))
+    table = (tmp_path / "bench-mine" / "results.md").read_text()
+    assert "pull-10 / core:compatible" in table and "bct-1 / core:compatible" in table
+    whole = (tmp_path / "bench" / "results.md").read_text()
+    for method in ("bct", "ract", "unibct", "bict", "bt2"):
+        assert re.search(rf"\| {method} / core:compatible \| 0\.\d", whole), f"{method} has no numbers:\n{whole}"
+    for strategy in ("compat:rank-merge", "compat:adapter", "compat:lift", "compat:reverse-transform", "core:full"):
+        assert re.search(rf"\| free / {strategy} \| 0\.\d", whole), f"{strategy} has no numbers:\n{whole}"
