@@ -287,6 +287,14 @@ def test_the_command_line_measures_a_benchmark_and_names_a_missing_file(tmp_path
     assert "bounding_box_test" in wrong.output
 
 
+def test_every_evaluator_takes_a_data_set_with_its_settings(tmp_path, encoder):
+    root = made.market(tmp_path / "market")
+    done = command("evaluate", encoder, "--evaluator", "core:retrieval", "--dataset", f"core:market-1501?root={root}",
+                   "--set", "query_split=query", "--set", "gallery_split=gallery", "--json")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.output)["core:retrieval/num_valid"] == 2
+
+
 def test_an_old_encoder_is_compared_with_a_new_one_on_ijb(tmp_path, encoder):
     root = ijb_world(tmp_path / "ijb")
     done = command("evaluate", encoder, "--evaluator", "core:ijb", "--set", f"root={root}", "--set", f"old={encoder}",

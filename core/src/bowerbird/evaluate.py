@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bowerbird.data.uris import parse_dataset
 from bowerbird.encoders.bundle import LoadedEncoder, load_encoder
 from bowerbird.errors import InputError, RecipeError
 from bowerbird.files import atomic_folder, write_json
@@ -34,7 +35,9 @@ class Evaluation(EvalContext):
         self._vectors: dict[tuple[int, int], tuple[Any, Any, NDArray[np.float32]]] = {}
 
     def dataset(self, use: str, *, split: str | None = None, **config: Any) -> Dataset:
-        record = get_registry().get("dataset", use)
+        name, settings_in_name = parse_dataset(use)
+        config = {**settings_in_name, **config}
+        record = get_registry().get("dataset", name)
         key = json.dumps([record.name, split, config], sort_keys=True, default=str)
         if key not in self._datasets:
             settings = build_config(record, config, where=f"dataset {record.name!r}")

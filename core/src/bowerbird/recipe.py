@@ -291,7 +291,7 @@ def _check_evaluated_dataset(component: EvaluateComponent, where: str) -> None:
     if not isinstance(name, str):
         return
     try:
-        record = get_registry().get("dataset", name)
+        record = get_registry().get("dataset", name.partition("?")[0])
     except UnknownNameError as error:
         raise UnknownNameError(f"{where}: evaluate {component.use!r}: {error}") from error
     assert isinstance(record, DatasetRecord)
