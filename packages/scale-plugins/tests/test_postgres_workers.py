@@ -65,3 +65,28 @@ def test_limits_and_a_lease_of_another_host_hold_here_too(postgres_url, monkeypa
         assert (report.reason, report.encoded) == ("stop-after", 60)
         gallery.store.lease_task("another-host:1:ab", 0.3)  # dies
         assert run(gallery, load({}, gallery, NEW, 0)).share == 1
+
+
+def test_a_server_that_drops_its_connections_in_the_middle_costs_nothing_but_time(postgres_url, postgres_server):
+    import psycopg
+
+    url = postgres_url()
+    gallery, _ = begun(url)
+    cut: list[int] = []
+
+    def cut_once(count, now):
+        if now.new_items >= 50 and count and not cut:
+            with psycopg.connect(postgres_server, autocommit=True) as db:
+                (number,) = db.execute(
+                    "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity "
+                    "WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'"
+                ).fetchone()
+            cut.append(number)
+
+    with gallery:
+        with pytest.warns(RuntimeWarning, match="does not answer"):
+            report = run(gallery, load({}, gallery, NEW, 0), progress=cut_once)
+        assert cut[0] >= 1
+        assert (report.reason, report.share) == ("complete", 1)
+        assert gallery.verify().ok
+        assert np.array_equal(gallery.vectors_of(NAMES), vectors(NAMES, NEW))
