@@ -193,7 +193,7 @@ class TestForecast:
         queries = query_vectors(50_000, 150)
         relevance = Relevance.from_labels([label_of(n) for n in range(50_000, 50_150)], labels)
         with make_gallery(tmp_path / "g", count) as gallery:
-            made = plan(gallery, by_item(new_encoder()), label_key="label", sample=300, seed=1)
+            made = plan(gallery, by_item(new_encoder()), label_key="label", sample=300, seed=1, strategies=[STRATEGY])
             begin(gallery, new_encoder().space(), strategy=STRATEGY, task_items=40, seed=9)
             service, measured = serve(gallery), []
 
@@ -287,7 +287,9 @@ class TestPlan:
             assert (made.queries, made.sample, made.sample_failed) == (40, 119, 1)
 
     def test_is_plain_json(self, gallery, tmp_path):
-        made = plan(gallery, by_item(new_encoder()), label_key="label", sample=100)
+        made = plan(
+            gallery, by_item(new_encoder()), label_key="label", sample=100, strategies=[STRATEGY, "core:compatible"]
+        )
         made.save(tmp_path / "plan.json")
         saved = json.loads((tmp_path / "plan.json").read_text())
         assert saved["recommendation"]["reason"] == made.recommendation.reason

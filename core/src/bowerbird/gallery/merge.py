@@ -211,19 +211,29 @@ class ProportionalMerge:
         return merge_many(self, [old, new], k, counts=counts)
 
     def keys(
-        self, parts: Sequence[Hits], *, counts: Sequence[int] | None = None, background: Any = None
+        self,
+        parts: Sequence[Hits],
+        *,
+        counts: Sequence[int] | None = None,
+        background: Any = None,
+        weights: Sequence[np.ndarray] | None = None,
     ) -> list[np.ndarray]:
-        """Of each part an array of the shape of its distances; on all of them a smaller number is nearer."""
+        """Of each part an array of the shape of its distances; on all of them a smaller number is nearer.
+
+        ``weights``: of each part ``(M,)``, how many items each hit stands for, where the hits are a sample (a forecast).
+        """
         if counts is None:
             return [np.asarray(hits.distances) for hits in parts]
         if len(counts) != len(parts):
             raise InputError(f"{len(parts)} parts need as many counts; got {list(counts)}")
         keys = []
-        for hits, count in zip(parts, counts, strict=True):
+        for number, (hits, count) in enumerate(zip(parts, counts, strict=True)):
             ids, distances, one = _matrix(hits, "merged")
             order = np.lexsort((ids, ids < 0, distances), axis=1)
+            each = np.ones(ids.shape[1]) if weights is None else np.asarray(weights[number], np.float64)
+            up_to = np.cumsum(each[order], axis=1) - each[order] / 2
             rank = np.empty(ids.shape, np.float64)
-            np.put_along_axis(rank, order, np.broadcast_to(np.arange(ids.shape[1]) + 0.5, ids.shape), axis=1)
+            np.put_along_axis(rank, order, up_to, axis=1)
             scaled = rank / max(int(count), 1)
             keys.append(scaled[0] if one else scaled)
         return keys

@@ -1,29 +1,37 @@
 """What a strategy would give, before anything is changed: curves of quality and flips over the share of moved items.
 
-Works on arrays only, so that it serves encoders that are known by their vectors alone. The curve of a strategy at share
-``b`` is computed exactly as serving would: the first ``floor(b N)`` items of the order are searched with new queries in
-the new space, the others with the strategy's queries in the old space, and the two lists are merged by distance.
+Works on arrays only, so that it serves encoders that are known by their vectors alone. At share ``b`` the items that
+come first in the order are searched with new queries in the new space, the others with the strategy's queries in the
+space that they have; the lists are joined by the merger itself, with its background and its tie rule, as serving does.
+
+A smaller gallery is an easier one, so average precision is that of the whole gallery, estimated from the sample by its
+items' weights (``bowerbird.upgrade.estimate``). Recall at rank 1 and flips look at one item only and are those of the
+sample.
 
 Shapes: Q queries, N gallery items of the sample, Do and Dn widths of the two spaces, S shares.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from bowerbird.errors import DataError, InputError
+from bowerbird.gallery.merge import Merger, merge_by_distance, merge_many
 from bowerbird.retrieval.compatibility import similarity
-from bowerbird.retrieval.curves import DEFAULT_BETAS, BackfillState, backfill_curve
+from bowerbird.retrieval.curves import DEFAULT_BETAS, Curve
 from bowerbird.retrieval.flips import flips
-from bowerbird.retrieval.index import unit_rows
-from bowerbird.retrieval.metrics import PerQuery, RankedList, Relevance, average_precision, cmc
+from bowerbird.retrieval.index import Hits, unit_rows
+from bowerbird.retrieval.intervals import Interval, bootstrap_interval
+from bowerbird.retrieval.metrics import PerQuery
+from bowerbird.upgrade.estimate import average_precision_of_sample
 from bowerbird.upgrade.strategies import match_width
 
-METRICS = ("map", "r1")
+METRICS = ("map", "map@100", "r1")
+DEPTH = 100  # of map@100, which is what ``watch`` measures
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,8 @@ class PairedVectors:
         query_labels: Q labels.
         gallery_ids: N ids; by default positions.
         query_ids: Q ids. A query that is itself a gallery item (same id) is not counted as its own answer.
+        gallery_weights: ``(N,)``, how many items of the gallery each sampled one stands for, at least 1. Default: 1
+            each; the forecast is then that of a gallery of N items.
 
     Raises:
         DataError: If rows do not pair, are not finite or are zero; names what and where.
@@ -52,14 +62,15 @@ class PairedVectors:
     query_labels: Sequence[Any]
     gallery_ids: Sequence[str] | None = None
     query_ids: Sequence[str] | None = None
+    gallery_weights: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         for name in ("gallery_old", "gallery_new", "query_old", "query_new"):
             object.__setattr__(self, name, _checked(getattr(self, name), name))
         for side in ("gallery", "query"):
             rows = len(getattr(self, f"{side}_old"))
-            for name in (f"{side}_new", f"{side}_labels", f"{side}_ids"):
-                value = getattr(self, name)
+            for name in (f"{side}_new", f"{side}_labels", f"{side}_ids", f"{side}_weights"):
+                value = getattr(self, name, None)
                 if value is not None and len(value) != rows:
                     raise DataError(f"{name} has {len(value)} rows, {side}_old has {rows}: they do not pair")
         for version in ("old", "new"):
@@ -68,29 +79,30 @@ class PairedVectors:
                 raise DataError(
                     f"the {version} gallery vectors have width {widths[0]}, the {version} queries {widths[1]}"
                 )
-
-    def relevance(self) -> Relevance:
-        """Same label = relevant. Rankings use positions in the gallery."""
-        known = self.query_ids is not None and self.gallery_ids is not None
-        return Relevance.from_labels(
-            np.array([str(label) for label in self.query_labels]),
-            np.array([str(label) for label in self.gallery_labels]),
-            query_ids=np.asarray(self.query_ids, str) if known else None,
-            gallery_ids=np.asarray(self.gallery_ids, str) if known else None,
-        )
+        weights = np.ones(len(self.gallery_old)) if self.gallery_weights is None else self.gallery_weights
+        weights = np.asarray(weights, np.float64)
+        if not np.isfinite(weights).all() or (weights < 1 - 1e-9).any():
+            raise DataError("gallery_weights must be 1 or more: an item stands for itself at least")
+        object.__setattr__(self, "gallery_weights", weights)
 
 
 @dataclass(frozen=True)
 class ForecastCurve:
-    """The forecast of one strategy.
+    """The forecast of one strategy with one merger.
 
     Attributes:
-        name: Of the strategy; also ``full`` (switch at the end) and ``switch-now`` (new queries on old vectors).
+        name: Of the strategy; also ``full`` (switch at the end), ``do-not-upgrade`` and ``switch-now`` (new queries on
+            whatever vectors there are).
         shares: ``(S,)`` ascending, from 0 to 1.
         quality: ``(S,)``, mean over the valid queries.
         nfr: ``(S,)``, share of the queries that were right at rank 1 under the old system and are wrong at this share.
         area: Integral of ``quality`` over the share.
         unavailable: Empty, or why the strategy cannot serve this pair in the gallery as it is.
+        merger: Record that joins the parts; empty where there is nothing to join.
+        area_interval, start_interval, end_interval: 95 % intervals over the queries.
+        values: ``(S, Q)`` quality of each query, NaN where it does not count; for paired comparisons, not saved.
+        trained_on: Pairs on which the strategy's transform was fitted; 0 where it has none.
+        needs: What it costs: see ``bowerbird.upgrade.plan.Costs``.
     """
 
     name: str
@@ -99,6 +111,13 @@ class ForecastCurve:
     nfr: tuple[float, ...]
     area: float
     unavailable: str = ""
+    merger: str = ""
+    area_interval: Interval | None = None
+    start_interval: Interval | None = None
+    end_interval: Interval | None = None
+    values: np.ndarray | None = None
+    trained_on: int = 0
+    costs: Any = None
 
     @property
     def max_nfr(self) -> float:
@@ -112,32 +131,44 @@ class ForecastCurve:
     def end(self) -> float:
         return self.quality[-1]
 
+    def share_at_gain(self, gain: float, old_level: float) -> float:
+        """The first share (linear between the measured ones) at which ``gain`` (0 to 1) of what the upgrade brings over
+        ``old_level`` is there; NaN where it brings nothing."""
+        return Curve(self.shares, self.quality).beta_at(gain, old_level)
+
 
 class Forecaster:
     """Curves of several strategies over one sample; what they share is computed once.
 
     Args:
         paired: The sample.
-        metric: ``map`` (mean average precision) or ``r1`` (recall at rank 1).
+        metric: ``map`` (mean average precision), ``map@100`` (of the first 100 results), ``r1`` (recall at rank 1).
+        seed: Of the bootstrap.
 
     Attributes:
         old_old, new_new, new_old: Quality of each query, with queries by the first and gallery by the second encoder.
             ``new_old`` compares unrelated spaces unless the new encoder was trained for the old one.
     """
 
-    def __init__(self, paired: PairedVectors, metric: str = "map") -> None:
+    def __init__(self, paired: PairedVectors, metric: str = "map", *, seed: int = 0) -> None:
         if metric not in METRICS:
             raise InputError(f"metric is {metric!r}; known: {', '.join(METRICS)}")
-        self.paired, self.metric = paired, metric
+        self.paired, self.metric, self.seed = paired, metric, seed
         self.items = len(paired.gallery_old)
-        self._relevance = paired.relevance()
-        self._new_scores = similarity(paired.query_new, paired.gallery_new)
+        assert paired.gallery_weights is not None
+        self._weights = paired.gallery_weights
+        self._uniform = bool(np.ptp(self._weights) == 0)
+        self._right, self._self = _relevance(paired)
+        self.valid: np.ndarray = np.asarray(self._right.any(axis=1))
+        if not self.valid.any():
+            raise InputError("no query has a right answer in the sample; are the labels of queries and items the same?")
+        self._new_distances = 1 - similarity(paired.query_new, paired.gallery_new)
+        old_distances = 1 - similarity(paired.query_old, paired.gallery_old)
         self._mixed_queries = match_width(paired.query_new, paired.gallery_old.shape[1])
-        old_scores = similarity(paired.query_old, paired.gallery_old)
-        self.old_old, self._right_before = self._measure(RankedList.from_scores(old_scores))
-        self.new_new, self._right_after = self._measure(RankedList.from_scores(self._new_scores))
-        mixed_scores = similarity(self._mixed_queries, paired.gallery_old)
-        self.new_old, _ = self._measure(RankedList.from_scores(mixed_scores))
+        mixed_distances = 1 - similarity(self._mixed_queries, paired.gallery_old)
+        self.old_old, self._right_before = self._measure(old_distances)
+        self.new_new, self._right_after = self._measure(self._new_distances)
+        self.new_old, _ = self._measure(mixed_distances)
 
     def curve(
         self,
@@ -146,30 +177,27 @@ class Forecaster:
         order: np.ndarray,
         shares: Sequence[float] = DEFAULT_BETAS,
         *,
-        rescale: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
+        merger: Merger = merge_by_distance,
+        merger_name: str = "",
+        old_part_vectors: np.ndarray | None = None,
+        trained_on: int = 0,
     ) -> ForecastCurve:
-        """The curve of a strategy that searches the old part with ``old_part_queries`` ``(Q, Do)``.
+        """The curve of a strategy that searches the old part with ``old_part_queries`` ``(Q, D)``.
 
         Args:
             name: Of the strategy.
-            order: Permutation of 0..N-1: what is moved first stands first.
+            order: Permutation of 0..N-1: what is moved first stands first. Or floats ``(N,)``: the share of the gallery
+                at which each item is moved, above 0 and at most 1.
             shares: Ascending, from 0 to 1.
-            rescale: Of the strategy's merger, where it brings distances to one scale. The whole sample is the
-                background here; serving has the part of it that is old, or new, at that moment.
+            merger: Joins the parts.
+            old_part_vectors: ``(N, D)``, what the items hold before they are moved. Default: their old vectors.
         """
-        old_scores, new_scores = similarity(old_part_queries, self.paired.gallery_old), self._new_scores
-        if rescale is not None:
-            old_scores, new_scores = (-rescale(1 - scores, 1 - scores) for scores in (old_scores, new_scores))
-        state = BackfillState(old_scores, new_scores)
-        nfr: list[float] = []
-
-        def metric(ranking: RankedList) -> PerQuery:
-            quality, right = self._measure(ranking)
-            nfr.append(flips(self._right_before, right).nfr)
-            return quality
-
-        curve = backfill_curve(state, order, shares, metric)
-        return ForecastCurve(name, tuple(shares), tuple(curve.values.tolist()), tuple(nfr), curve.area())
+        held = self.paired.gallery_old if old_part_vectors is None else old_part_vectors
+        old_distances = 1 - similarity(old_part_queries, held)
+        moved_at = _moved_at(order, self.items)
+        grid = Curve(shares, np.zeros(len(shares))).betas  # checks it
+        results = [self._measure(*self._merged(old_distances, moved_at <= share + 1e-9, merger)) for share in grid]
+        return self._made(name, grid, results, merger_name, trained_on)
 
     def switch_now(self, order: np.ndarray, shares: Sequence[float] = DEFAULT_BETAS) -> ForecastCurve:
         """New queries on one mixed index at once, whatever the two spaces have to do with each other."""
@@ -177,17 +205,140 @@ class Forecaster:
 
     def full(self, shares: Sequence[float] = DEFAULT_BETAS) -> ForecastCurve:
         """The old system until every item is done, then the new one."""
-        old, new = self.old_old.mean(), self.new_new.mean()
-        nfr = flips(self._right_before, self._right_after).nfr
-        before = len(shares) - 1
+        before = [(self.old_old, self._right_before)] * (len(shares) - 1)
+        made = self._made("full", shares, [*before, (self.new_new, self._right_after)])
         # The step is at 1 exactly, so that the area is that of the old level and not of a ramp on the last interval.
-        return ForecastCurve("full", tuple(shares), (old,) * before + (new,), (0.0,) * before + (nfr,), old)
+        old = self._interval(self.old_old.values)
+        return ForecastCurve(**{**made.__dict__, "area": old.mean, "area_interval": old})
 
-    def _measure(self, ranking: RankedList) -> tuple[PerQuery, PerQuery]:
-        """``(quality, right at rank 1)`` of each query."""
+    def do_nothing(self, shares: Sequence[float] = DEFAULT_BETAS) -> ForecastCurve:
+        """The old system for ever."""
+        return self._made("do-not-upgrade", shares, [(self.old_old, self._right_before)] * len(shares))
+
+    def _made(
+        self,
+        name: str,
+        shares: Any,
+        results: Sequence[tuple[PerQuery, PerQuery]],
+        merger: str = "",
+        trained_on: int = 0,
+    ) -> ForecastCurve:
+        values = np.stack([quality.values for quality, _ in results])
+        steps = np.diff(np.asarray(shares, np.float64))
+        area = self._interval((steps[:, None] * (values[1:] + values[:-1]) / 2).sum(axis=0))
+        return ForecastCurve(
+            name=name,
+            shares=tuple(float(share) for share in shares),
+            quality=tuple(quality.mean() for quality, _ in results),
+            nfr=tuple(flips(self._right_before, right).nfr for _, right in results),
+            area=area.mean,
+            merger=merger,
+            area_interval=area,
+            start_interval=self._interval(values[0]),
+            end_interval=self._interval(values[-1]),
+            values=np.where(self.valid, values, np.nan),
+            trained_on=trained_on,
+        )
+
+    def _interval(self, values: np.ndarray) -> Interval:
+        return bootstrap_interval(PerQuery(values, self.valid), seed=self.seed)
+
+    def _merged(
+        self, old_distances: np.ndarray, moved: np.ndarray, merger: Merger
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """``(keys (Q, N), order)``: how near the merger thinks each item is, and the items as serving shows them."""
+        rows = [np.flatnonzero(~moved), np.flatnonzero(moved)]
+        if not len(rows[0]):
+            return self._new_distances, None
+        if not len(rows[1]):
+            return old_distances, None
+        distances = [old_distances[:, rows[0]], self._new_distances[:, rows[1]]]
+        count = len(old_distances)
+        parts = [
+            Hits(np.broadcast_to(part, (count, len(part))), near) for part, near in zip(rows, distances, strict=True)
+        ]
+        background = self._backgrounds(rows, distances, getattr(merger, "background_items", 0))
+        counts = [int(self._weights[part].sum().round()) for part in rows]
+        bring_to_one_scale: Any = getattr(merger, "keys", None)
+        if merger is merge_by_distance:
+            keys = distances
+        elif bring_to_one_scale is not None:
+            told: dict[str, Any] = {"background": background, "counts": counts}
+            if getattr(merger, "needs_counts", False) and not self._uniform:
+                told["weights"] = [self._weights[part] for part in rows]
+            keys = bring_to_one_scale(parts, **told)
+        else:
+            ordered = [_sorted(hits) for hits in parts]
+            order = merge_many(merger, ordered, self.items, background=background, counts=counts).ids
+            ranks = np.empty(order.shape)
+            np.put_along_axis(ranks, order, np.broadcast_to(np.arange(self.items, dtype=float), order.shape), axis=1)
+            return ranks, order
+        by_item = np.empty((count, self.items))
+        for part, key in zip(rows, keys, strict=True):
+            by_item[:, part] = key
+        # The tie rule: new first, then the lower id. A stable sort keeps the columns in the order in which they stand.
+        columns = np.concatenate(rows[::-1])
+        return by_item, columns[np.argsort(by_item[:, columns], axis=1, kind="stable")]
+
+    def _backgrounds(
+        self, rows: Sequence[np.ndarray], distances: Sequence[np.ndarray], wanted: int
+    ) -> list[np.ndarray] | None:
+        """What serving would draw from parts of the gallery's size: evenly spaced items."""
+        if not wanted:
+            return None
+        samples = []
+        for part, near in zip(rows, distances, strict=True):
+            weights = self._weights[part]
+            size = min(wanted, max(1, int(weights.sum().round())))
+            if self._uniform:
+                chosen = np.linspace(0, len(part) - 1, size, dtype=np.int64)
+            else:
+                upto = np.cumsum(weights)
+                chosen = np.searchsorted(upto, (np.arange(size) + 0.5) * upto[-1] / size)
+            samples.append(near[:, chosen])
+        return samples
+
+    def _measure(self, keys: np.ndarray, order: np.ndarray | None = None) -> tuple[PerQuery, PerQuery]:
+        """``(quality, right at rank 1)`` of each query; ``keys`` ``(Q, N)``, smaller = nearer."""
+        order = np.argsort(keys, axis=1, kind="stable") if order is None else order
+        top = order[:, :2]
+        right, own = (np.take_along_axis(flags, top, axis=1) for flags in (self._right, self._self))
         # The first two are enough to know the first result, also where the very first is the query itself.
-        right = cmc(RankedList(ranking.ids[:, :2], ranking.scores[:, :2]), self._relevance, 1)
-        return (right if self.metric == "r1" else average_precision(ranking, self._relevance)), right
+        at_one = PerQuery(np.where(own[:, 0], right[:, -1], right[:, 0]).astype(np.float64), self.valid)
+        if self.metric == "r1":
+            return at_one, at_one
+        depth = DEPTH if self.metric == "map@100" else None
+        values = average_precision_of_sample(keys, order, self._right, self._self, self._weights, depth=depth)
+        return PerQuery(values, self.valid), at_one
+
+
+def _relevance(paired: PairedVectors) -> tuple[np.ndarray, np.ndarray]:
+    """Bool ``(Q, N)``: the item is right for the query; the item is the query."""
+    items = np.array([str(label) for label in paired.gallery_labels])
+    queries = np.array([str(label) for label in paired.query_labels])
+    own = np.zeros((len(queries), len(items)), bool)
+    if paired.query_ids is not None and paired.gallery_ids is not None:
+        own = np.asarray(paired.query_ids, str)[:, None] == np.asarray(paired.gallery_ids, str)[None, :]
+    return (queries[:, None] == items[None, :]) & ~own, own
+
+
+def _sorted(hits: Hits) -> Hits:
+    order = np.argsort(hits.distances, axis=1, kind="stable")
+    return Hits(np.take_along_axis(hits.ids, order, axis=1), np.take_along_axis(hits.distances, order, axis=1))
+
+
+def _moved_at(order: Any, items: int) -> np.ndarray:
+    """float ``(N,)``: the share of the gallery at which each item is moved."""
+    order = np.asarray(order)
+    if np.issubdtype(order.dtype, np.floating):
+        if order.shape != (items,) or not ((order > 0) & (order <= 1)).all():
+            raise InputError(f"the shares at which {items} items are moved must be above 0 and at most 1, one each")
+        return order
+    if order.shape != (items,) or not np.array_equal(np.sort(order), np.arange(items)):
+        raise InputError(f"order must be a permutation of 0..{items - 1}, one entry per item of the sample")
+    moved_at = np.empty(items)
+    moved_at[order] = (np.arange(items) + 1) / items
+    return moved_at
 
 
 def _checked(vectors: Any, name: str) -> np.ndarray:

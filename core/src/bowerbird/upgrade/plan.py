@@ -1,38 +1,85 @@
-"""``plan``: whether to upgrade, by which strategy, and what it costs. Reads only.
+"""``plan``: whether to upgrade, by which strategy, in which order, and what it costs. Reads only.
 
 A sample of the gallery is encoded by the new encoder; its old vectors are the stored ones. Labelled queries then
 measure the old and the new system on the sample, and each strategy's curve is computed as serving would do it
-(``forecast``).
+(``forecast``), with each merger. Strategies that fit a map are fitted on one half of the sample and forecast on the
+other.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bowerbird.errors import BowerbirdError, InputError, UpgradeError
-from bowerbird.files import write_json
+from bowerbird.errors import BowerbirdError, DataError, InputError, UpgradeError
+from bowerbird.files import write_atomically, write_json
 from bowerbird.gallery.space import Space
 from bowerbird.registry import get_registry
-from bowerbird.retrieval.intervals import Interval, bootstrap_interval
+from bowerbird.retrieval.intervals import Interval, bootstrap_interval, paired_difference
 from bowerbird.upgrade.canary import check_canary
 from bowerbird.upgrade.forecast import ForecastCurve, Forecaster, PairedVectors
 from bowerbird.upgrade.queries import QuerySet, no_label
-from bowerbird.upgrade.run import order_positions
+from bowerbird.upgrade.run import backfill_plan, order_positions
+from bowerbird.upgrade.sample import Sample, take_sample
 from bowerbird.upgrade.state import space_dict
-from bowerbird.upgrade.strategies import load_strategy, strategy_names, switches_at_end
+from bowerbird.upgrade.strategies import (
+    Strategy,
+    TrainingPairs,
+    load_strategy,
+    strategy_names,
+    switches_at_end,
+    transform_direction,
+)
 from bowerbird.upgrade.verdict import FEWEST_QUERIES, Recommendation, recommend
 
 if TYPE_CHECKING:
     from bowerbird.gallery.gallery import Gallery
-    from bowerbird.gallery.space import Item
+    from bowerbird.gallery.transform import VectorTransform
     from bowerbird.upgrade.encoding import ItemEncoder
+
+CLEARLY = 0.005  # a merger or an order that is not better by this is not worth a departure from the usual one
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a strategy takes.
+
+    Attributes:
+        hours: Of one worker's encoder, for the whole gallery; ``None`` where the speed is not known.
+        price: ``hours`` times the price per hour.
+        peak_bytes: What the gallery grows by at most until ``finish``.
+        encoder_passes: Per query while the upgrade is under way.
+        needs_images: Whether the items must be encoded again.
+        needs_old_encoder: Whether the old encoder must be at hand until the end.
+    """
+
+    hours: float | None
+    price: float | None
+    peak_bytes: int
+    encoder_passes: int
+    needs_images: bool
+    needs_old_encoder: bool
+
+
+@dataclass(frozen=True)
+class OrderForecast:
+    """What another order of the backfill gives the recommended strategy.
+
+    Attributes:
+        area: Of its curve, with its interval.
+        difference: Paired difference of the area to that of the plan's own order.
+    """
+
+    name: str
+    area: Interval
+    max_nfr: float
+    difference: Interval
 
 
 @dataclass(frozen=True)
@@ -43,19 +90,21 @@ class Plan:
         old, new: The two spaces: fingerprint, encoder, dim; ``canary`` of the old one is the median cosine of stored
             items that were encoded again (``None`` where the old encoder was not given).
         items: Live items of the gallery.
-        sample, sample_failed: Sampled items that were measured, and those that could not be encoded.
+        sample, sample_failed: Sampled items that were encoded, and those that could not be.
         queries: Queries that counted.
-        metric: ``map`` or ``r1``.
-        old_old, new_new, new_old, gain: Means with 95 % intervals over the queries, on the sample; ``gain`` is the
-            paired difference new/new minus old/old. ``None`` without labels.
-        curves: Forecasts; the strategies that cannot serve this pair say why.
-        order: Of the forecasts.
+        metric: ``map``, ``map@100`` or ``r1``.
+        old_old, new_new, new_old, gain: Means with 95 % intervals over the queries; ``gain`` is the paired difference
+            new/new minus old/old. ``None`` without labels.
+        curves: Forecasts, one for each strategy and merger; the strategies that cannot serve this pair say why.
+        order: Of the forecasts. ``orders``: what others would give the recommended strategy.
         items_per_second: Of the new encoder, measured here, fetching included; ``None`` for given vectors.
         hours: Of one worker for the whole gallery.
         vector_bytes: What the new vectors take on the disk.
         peak_bytes: What the upgrade adds at most until it is finished.
         price: ``hours`` times the price per hour.
         recommendation: One, with its reason.
+        trained_on: Pairs on which transforms were fitted.
+        transforms: Strategy -> its transform, fitted on the training half; saved beside the plan.
     """
 
     gallery: str
@@ -80,19 +129,109 @@ class Plan:
     recommendation: Recommendation
     seed: int
     created_at: float
+    orders: tuple[OrderForecast, ...] = ()
+    order_settings: Mapping[str, Any] = field(default_factory=dict)
+    label_key: str | None = None
+    trained_on: int = 0
+    transforms: Mapping[str, VectorTransform] = field(default_factory=dict, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return _plain(asdict(self))
+        made: dict[str, Any] = _plain(self)
+        made["transforms"] = {name: transform.fingerprint for name, transform in self.transforms.items()}
+        return made
 
     def save(self, path: str | Path) -> None:
+        """As JSON, with the fitted transforms beside it (``NAME.STRATEGY.safetensors``); or, by the ending of the path,
+        as a page (``.html``) or as a picture of the curves (``.svg``)."""
+        path = Path(path)
+        if path.suffix.lower() in (".html", ".svg"):
+            from bowerbird.upgrade.plan_page import plan_page, plan_svg
+
+            drawn = plan_page(self) if path.suffix.lower() == ".html" else plan_svg(self)
+            write_atomically(path, drawn)
+            return
+        for name, transform in self.transforms.items():
+            transform.save(_transform_file(path, name))
         write_json(path, self.to_dict())
 
-    def curve(self, name: str) -> ForecastCurve:
-        for curve in self.curves:
-            if name in (curve.name, curve.name.partition(":")[2]):
-                return curve
-        raise InputError(f"the plan has no curve {name!r}; it has {', '.join(c.name for c in self.curves)}")
+    def curve(self, name: str, merger: str | None = None) -> ForecastCurve:
+        """The curve of a strategy; with its own merger unless another one is named."""
+        found = [c for c in self.curves if name in (c.name, c.name.partition(":")[2])]
+        if merger is not None:
+            found = [c for c in found if merger in (c.merger, c.merger.partition(":")[2])]
+        if not found:
+            raise InputError(f"the plan has no curve {name!r}; it has {', '.join(c.name for c in self.curves)}")
+        return found[0]
+
+
+@dataclass(frozen=True)
+class SavedPlan:
+    """What ``run`` takes from a plan that was saved: see ``load_plan``."""
+
+    new: str
+    strategy: str
+    merger: str | None
+    order: str
+    order_settings: dict[str, Any]
+    seed: int
+    label_key: str | None
+    transform: VectorTransform | None
+    curve: ForecastCurve | None
+    old_level: float | None
+
+    def begin_settings(self) -> dict[str, Any]:
+        """Arguments of ``begin``."""
+        made = {
+            "strategy": self.strategy, "merger": self.merger, "order": self.order, "transform": self.transform,
+            "order_settings": self.order_settings or None, "seed": self.seed, "label_key": self.label_key,
+        }  # fmt: skip
+        return {name: value for name, value in made.items() if value is not None}
+
+
+def load_plan(path: str | Path) -> SavedPlan:
+    """The recommendation of a saved plan.
+
+    Raises:
+        DataError: If the file is no plan.
+        UpgradeError: If the plan recommends no upgrade; says what it says.
+    """
+    import json
+
+    from bowerbird.gallery.transform import VectorTransform
+
+    path = Path(path)
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        verdict, curves = saved["recommendation"], saved["curves"]
+        strategy, merger = verdict["strategy"], verdict.get("merger") or None
+        decision, reason = verdict["decision"], verdict["reason"]
+        new, order, seed = saved["new"]["fingerprint"], verdict.get("order") or saved["order"], int(saved["seed"])
+    except OSError as exc:
+        raise DataError(f"{path} cannot be read: {exc}") from exc
+    except (ValueError, KeyError, TypeError) as exc:
+        raise DataError(f"{path} is no plan as `bowerbird upgrade plan --out plan.json` saves it: {exc!r}") from exc
+    if strategy is None:
+        raise UpgradeError(f"the plan {path} recommends no strategy ({decision}: {reason}); name one with --strategy")
+    transform = None
+    if strategy in saved.get("transforms", {}):
+        transform = VectorTransform.load(_transform_file(path, strategy))
+        if transform.fingerprint != saved["transforms"][strategy]:
+            raise DataError(
+                f"{_transform_file(path, strategy)} is not the transform that the plan {path} was made with"
+            )
+    chosen = next(
+        (c for c in curves if (c["name"], c.get("merger") or None) == (strategy, merger) and not c["unavailable"]), None
+    )
+    curve = chosen and ForecastCurve(
+        chosen["name"], tuple(chosen["shares"]), tuple(chosen["quality"]), tuple(chosen["nfr"]), chosen["area"]
+    )
+    level = saved.get("old_old")
+    settings = dict(saved.get("order_settings") or {}) if order == saved["order"] else {}
+    return SavedPlan(
+        new, strategy, merger, order, settings, seed, saved.get("label_key"), transform, curve or None,
+        None if level is None else float(level["mean"]),
+    )  # fmt: skip
 
 
 def plan(
@@ -102,13 +241,14 @@ def plan(
     old_encoder: ItemEncoder | None = None,
     label_key: str | None = None,
     queries: QuerySet | None = None,
-    num_queries: int = 300,
-    sample: int = 1000,
+    num_queries: int = 500,
+    sample: int = 2000,
     paired: PairedVectors | None = None,
     space: Space | None = None,
     strategies: Sequence[str] | None = None,
-    order: str = "core:random",
-    order_settings: dict[str, Any] | None = None,
+    order: str | Sequence[str] = "core:random",
+    order_settings: Mapping[str, Any] | None = None,
+    mergers: Sequence[str] | None = None,
     metric: str = "map",
     price_per_hour: float | None = None,
     seed: int = 0,
@@ -122,20 +262,24 @@ def plan(
             itself.
         queries: Labelled queries.
         num_queries: At most so many sampled items are queries.
-        sample: Items to encode; all of them where the gallery has fewer.
-        paired: A ready sample, instead of encoding one.
+        sample: Items to encode; all of them where the gallery has fewer. Half of them are for fitting where a strategy
+            fits a map.
+        paired: A ready sample, instead of encoding one. Half of its items and queries are for fitting.
         space: Identity of the new space for ``paired``.
         strategies: Names of ``upgrade`` records; default: all that are installed.
-        order: Of the backfill.
-        metric: ``map`` or ``r1``.
+        order: Of the backfill. Several: the forecasts are of the first, and the recommended strategy is forecast with
+            the others, too.
+        order_settings: Of those orders that have settings of these names.
+        mergers: Names of ``merger`` records; default: all that are installed.
+        metric: ``map``, ``map@100`` (what ``watch`` measures) or ``r1``.
         price_per_hour: Of the machine that encodes, in any currency.
         seed: Of sample, queries, order and bootstrap.
 
     Raises:
         UpgradeError: If an upgrade is under way, or the gallery is empty.
         SpaceError: If the old encoder does not reproduce the gallery's vectors, or the new one is the old one.
-        InputError: If labels or an encoder are missing.
-        UnknownNameError: If there is no such strategy or order; suggests close names.
+        InputError: If labels or an encoder are missing, or an order lacks what it needs.
+        UnknownNameError: If there is no such strategy, merger or order; suggests close names.
     """
     snapshot = gallery.snapshot()
     if snapshot.upgrade is not None:
@@ -155,45 +299,77 @@ def plan(
         new_space = Space("given-vectors", "known by its vectors only", int(np.shape(paired.gallery_new)[1]))
     if new_space.fingerprint == old.fingerprint:
         raise UpgradeError(f"the gallery already serves space {old}; there is nothing to upgrade")
-    for name in strategies or ():
-        load_strategy(name)  # a wrong name is told before anything is encoded
-    get_registry().get("retriever", order, role="order")
+    # A wrong name, and an order that lacks what it needs, are told before anything is encoded.
+    registry = get_registry()
+    chosen = dict(load_strategy(name) for name in strategies or strategy_names())
+    joined = [registry.get("retriever", name, role="merger").name for name in mergers or _merger_names()]
+    orders = [registry.get("retriever", name, role="order").name for name in _as_list(order)]
+    per_order = [_settings_of(name, order_settings, alone=len(orders) == 1) for name in orders]
+    if label_key is not None and all(item.metadata.get(label_key) is None for item in gallery.items()):
+        raise InputError(no_label(gallery, label_key))
+    nothing_to_encode = new is not None and new.reads_images and not _has_images(gallery)
+    moves = {}
+    if paired is None:
+        for name, settings in zip(orders, per_order, strict=True):
+            full = backfill_plan(gallery, name, settings=settings, seed=seed, label_key=label_key)
+            shares = np.empty(snapshot.num_limit)
+            shares[full] = (np.arange(len(full)) + 1) / len(full)
+            moves[name] = shares
     canary = check_canary(gallery, old_encoder) if old_encoder is not None else None
 
-    rate, failed = None, 0
+    fit = any(transform_direction(strategy) is not None for strategy in chosen.values())
     if paired is None:
         assert new is not None
-        paired, rate, failed, taken = _sample(
-            gallery, new, old, old_encoder, label_key, queries, num_queries, sample, seed
-        )
+        taken = take_sample(
+            gallery, new, old, old_encoder=old_encoder, label_key=label_key, queries=queries, num_queries=num_queries,
+            size=sample, fit=fit and label_key is not None, seed=seed,
+        )  # fmt: skip
+        moved = {name: shares[taken.nums] for name, shares in moves.items()}
     else:
-        taken = len(paired.gallery_old)
+        given, training = _split(paired, old, new_space, seed) if fit else (paired, None)
+        taken = Sample(given, np.arange(len(given.gallery_old)), training, len(paired.gallery_old), 0, None)
+        moved = {
+            name: order_positions(name, taken.nums, given.gallery_old, settings=settings, seed=seed)
+            for name, settings in zip(orders, per_order, strict=True)
+        }
+    rate = taken.items_per_second
+    hours = snapshot.live / rate / 3600 if rate else None
+    price = hours * price_per_hour if hours is not None and price_per_hour is not None else None
+    itemsize = 2 if any(segment.info.dtype == "float16" for segment in getattr(snapshot, "segments", ())) else 4
+    vector_bytes = snapshot.live * new_space.dim * itemsize
+    # The old vectors are written once more in backfill order when the upgrade begins.
+    peak_bytes = vector_bytes + snapshot.live * old.dim * itemsize
 
     interval: dict[str, Interval] = {}
     curves: list[ForecastCurve] = []
-    if paired is None:
-        needed = FEWEST_QUERIES
-        counted = 0
+    compared: list[OrderForecast] = []
+    transforms: dict[str, VectorTransform] = {}
+    counted = 0
+    if taken.paired is None:
         verdict = Recommendation(
             "no-verdict",
             None,
-            f"without labels nothing can be measured; give label_key, or at least {needed} labelled queries.",
+            f"without labels nothing can be measured; give label_key, or at least {FEWEST_QUERIES} labelled queries.",
             0,
-            needed,
+            FEWEST_QUERIES,
         )
     else:
-        forecaster = Forecaster(paired, metric)
-        positions = order_positions(
-            order, np.arange(forecaster.items), paired.gallery_old, settings=order_settings, seed=seed
-        )
+        forecaster = Forecaster(taken.paired, metric, seed=seed)
+        ways = {
+            name: _Way(gallery, name, strategy, forecaster, old, new_space, taken.training, seed, nothing_to_encode)
+            for name, strategy in chosen.items()
+            if not switches_at_end(strategy)
+        }
+        first = moved[orders[0]]
+        for way in ways.values():
+            made = [way.curve(first, merger) for merger in _own_first(way.strategy, joined)]
+            curves += made[:1] if made[0].unavailable else made
+            if way.transform is not None:
+                transforms[way.name] = way.transform
+        curves += [forecaster.full(), forecaster.do_nothing(), forecaster.switch_now(first)]
         curves = [
-            *(
-                _strategy_curve(gallery, name, forecaster, old, new_space, positions)
-                for name in strategies or strategy_names()
-                if not switches_at_end(load_strategy(name)[1])
-            ),
-            forecaster.full(),
-            forecaster.switch_now(positions),
+            replace(curve, costs=_costs(curve, chosen.get(curve.name), hours, price, peak_bytes, vector_bytes))
+            for curve in curves
         ]
         gain, verdict = recommend(forecaster.old_old, forecaster.new_new, curves, seed=seed)
         interval = {
@@ -203,17 +379,19 @@ def plan(
             "gain": gain,
         }
         counted = verdict.queries
+        verdict = replace(verdict, order=orders[0] if verdict.strategy is not None else "")
+        if len(orders) > 1 and verdict.strategy in ways:
+            best = next(c for c in curves if (c.name, c.merger) == (verdict.strategy, verdict.merger))
+            compared = _compare_orders(ways[verdict.strategy], best, {name: moved[name] for name in orders}, seed)
+            verdict = _with_order(verdict, compared)
 
-    itemsize = np.dtype(gallery.storage.dtype).itemsize
-    vector_bytes = snapshot.live * new_space.dim * itemsize
-    hours = snapshot.live / rate / 3600 if rate else None
     return Plan(
         gallery=str(gallery.path),
         old={**space_dict(old), "canary": canary},
         new=space_dict(new_space),
         items=snapshot.live,
-        sample=taken,
-        sample_failed=failed,
+        sample=taken.taken,
+        sample_failed=taken.failed,
         queries=counted,
         metric=metric,
         old_old=interval.get("old_old"),
@@ -221,107 +399,181 @@ def plan(
         new_old=interval.get("new_old"),
         gain=interval.get("gain"),
         curves=tuple(curves),
-        order=order,
+        order=orders[0],
         items_per_second=rate,
         hours=hours,
         vector_bytes=vector_bytes,
-        # The old vectors are written once more in backfill order when the upgrade begins.
-        peak_bytes=vector_bytes + snapshot.live * old.dim * itemsize,
-        price=hours * price_per_hour if hours is not None and price_per_hour is not None else None,
+        peak_bytes=peak_bytes,
+        price=price,
         recommendation=verdict,
         seed=seed,
         created_at=time.time(),
+        orders=tuple(compared),
+        order_settings=dict(order_settings or {}),
+        label_key=label_key,
+        trained_on=0 if taken.training is None else len(taken.training),
+        transforms=transforms,
     )
 
 
-def _sample(
-    gallery: Gallery,
-    new: ItemEncoder,
-    old: Space,
-    old_encoder: ItemEncoder | None,
-    label_key: str | None,
-    queries: QuerySet | None,
-    num_queries: int,
-    sample: int,
-    seed: int,
-) -> tuple[PairedVectors | None, float | None, int, int]:
-    """``(paired sample or None without labels, items per second, items that failed, items that were measured)``."""
-    part = gallery.snapshot().new
-    nums = np.sort(part.nums)
-    chosen = np.sort(np.random.default_rng(seed).permutation(nums)[:sample])
-    found = gallery.store.items(chosen)
-    items = [found[num] for num in chosen.tolist()]
-    labels = None if label_key is None else [item.metadata.get(label_key) for item in items]
-    if labels is not None and all(label is None for label in labels):
-        raise InputError(no_label(gallery, label_key))
-    clock = _Clock()
-    result = new.items(items, clock)
-    rows = result.positions.tolist()
-    if not rows:
-        raise InputError(
-            f"none of the {len(items)} sampled items can be encoded, the first: {next(iter(result.failures.values()))}"
-        )
-    if labels is None:
-        return None, clock.rate, len(result.failures), len(rows)
-    kept_labels = [_label(labels[row], items[row]) for row in rows]
-    ids = [items[row].id for row in rows]
-    old_vectors = part.vectors_of(chosen[result.positions])
-    if queries is None:
-        asked = [row for row, position in enumerate(rows) if labels[position] is not None][:num_queries]
-        asked_set = QuerySet(
-            [kept_labels[r] for r in asked], None, [ids[r] for r in asked], old_vectors[asked], result.vectors[asked]
-        )
-    else:
-        if queries.labels is None:
-            raise InputError("plan needs labelled queries; this query set has no labels")
-        asked_set = queries.encode(gallery, old, new, old_encoder)
-    assert asked_set.labels is not None
-    paired = PairedVectors(
-        old_vectors, result.vectors, asked_set.old, asked_set.new, kept_labels, asked_set.labels, ids, asked_set.ids
-    )
-    return paired, clock.rate, len(result.failures), len(rows)
+class _Way:
+    """One strategy on one sample: fitted once, forecast with any order and merger."""
 
+    def __init__(self, gallery: Gallery, name: str, strategy: Strategy, forecaster: Forecaster, old: Space, new: Space,
+                 training: TrainingPairs | None, seed: int, no_images: bool) -> None:  # fmt: skip
+        self.name, self.strategy, self.transform = name, strategy, None
+        self._forecaster, self._reason = forecaster, ""
+        self._queries: Any = None
+        self._held: Any = None
+        direction = transform_direction(strategy)
+        try:
+            if no_images and direction != "gallery":
+                raise UpgradeError(
+                    "the items have no images (no uri), so that they cannot be encoded again; only a lift works"
+                )
+            strategy.check(gallery, old, new)
+            queries = {old.fingerprint: forecaster.paired.query_old, new.fingerprint: forecaster.paired.query_new}
+            if direction is None:
+                self._queries = strategy.old_part_queries(queries, old, new)
+                return
+            if training is None:
+                raise InputError("it is fitted on items that both encoders have encoded; there are none to spare")
+            self.transform = strategy.fit(training, seed=seed)  # type: ignore[attr-defined]
+            if direction == "query":
+                self._queries = strategy.old_part_queries(queries, old, new, self.transform)
+            else:
+                self._queries, self._held = forecaster.paired.query_new, self.transform(forecaster.paired.gallery_old)
+            self._trained_on = len(training)
+        except BowerbirdError as exc:
+            self._reason = str(exc)
 
-def _label(label: Any, item: Item) -> str:
-    """An item without a label is a distractor: relevant to no query."""
-    return str(label) if label is not None else f"no label {item.num}"
+    _trained_on = 0
 
-
-def _strategy_curve(
-    gallery: Gallery, name: str, forecaster: Forecaster, old: Space, new: Space, order: np.ndarray
-) -> ForecastCurve:
-    try:
-        full_name, strategy = load_strategy(name)
-        strategy.check(gallery, old, new)
-        queries = {old.fingerprint: forecaster.paired.query_old, new.fingerprint: forecaster.paired.query_new}
+    def curve(self, moved: np.ndarray, merger: str) -> ForecastCurve:
+        if self._reason:
+            return ForecastCurve(self.name, (), (), (), float("nan"), self._reason)
         registry = get_registry()
-        merger = registry.load(registry.get("retriever", strategy.merger, role="merger"))
-        rescale = getattr(merger, "rescale", None)
-        return forecaster.curve(full_name, strategy.old_part_queries(queries, old, new), order, rescale=rescale)
-    except BowerbirdError as exc:
-        return ForecastCurve(name, (), (), (), float("nan"), str(exc))
+        target = registry.load(registry.get("retriever", merger, role="merger"))
+        return self._forecaster.curve(
+            self.name, self._queries, moved, merger=target, merger_name=merger, old_part_vectors=self._held,
+            trained_on=self._trained_on,
+        )  # fmt: skip
 
 
-class _Clock:
-    """Items per second over the batches after the first, which pays for warming up; over a single one if need be."""
+def _compare_orders(way: _Way, best: ForecastCurve, moved: Mapping[str, np.ndarray], seed: int) -> list[OrderForecast]:
+    def areas(curve: ForecastCurve) -> np.ndarray:
+        assert curve.values is not None
+        return (np.diff(curve.shares)[:, None] * (curve.values[1:] + curve.values[:-1]) / 2).sum(axis=0)
 
-    def __init__(self) -> None:
-        self.times = [time.perf_counter()]
-        self.counts = [0]
+    found = []
+    for name, shares in moved.items():
+        curve = way.curve(shares, best.merger)
+        assert curve.area_interval is not None
+        difference = paired_difference(areas(best), areas(curve), seed=seed)
+        found.append(OrderForecast(name, curve.area_interval, curve.max_nfr, difference))
+    return found
 
-    def __call__(self, count: int) -> None:
-        self.times.append(time.perf_counter())
-        self.counts.append(count)
 
-    @property
-    def rate(self) -> float | None:
-        first = 1 if len(self.times) > 2 else 0
-        items, seconds = sum(self.counts[first + 1 :]), self.times[-1] - self.times[first]
-        return items / seconds if items and seconds > 0 else None
+def _with_order(verdict: Recommendation, orders: Sequence[OrderForecast]) -> Recommendation:
+    best = max(orders, key=lambda order: order.area.mean)
+    usual = orders[0]
+    if best is usual or best.difference.low <= 0 or best.difference.mean < CLEARLY:
+        text = f" No other order is clearly better than {usual.name} (area {usual.area.mean:.4f})."
+        return replace(verdict, reason=verdict.reason + text)
+    text = (
+        f" Order {best.name} gives the most area: {best.area.mean:.4f}, {best.difference.mean:+.4f} "
+        f"[{best.difference.low:+.4f}, {best.difference.high:+.4f}] against {usual.name}."
+    )
+    return replace(verdict, order=best.name, reason=verdict.reason + text)
+
+
+def _costs(
+    curve: ForecastCurve, strategy: Strategy | None, hours: float | None, price: float | None, peak: int, new_bytes: int
+) -> Costs | None:
+    if curve.unavailable:
+        return None
+    if curve.name == "do-not-upgrade":
+        return Costs(0.0, None if price is None else 0.0, 0, 1, False, True)
+    if strategy is None:
+        return Costs(hours, price, peak, 1, True, curve.name == "full")
+    lifts = transform_direction(strategy) == "gallery"
+    # After a lift queries are encoded by the new encoder alone; the lifted vectors stay until the end.
+    old_too = strategy.needs_old_encoder and not lifts
+    return Costs(hours, price, peak + (new_bytes if lifts else 0), 2 if old_too else 1, True, old_too)
+
+
+def _own_first(strategy: Strategy, mergers: Sequence[str]) -> list[str]:
+    own = get_registry().get("retriever", strategy.merger, role="merger").name
+    return [own, *(name for name in mergers if name != own)]
+
+
+def _merger_names() -> list[str]:
+    return [record.name for record in get_registry().records(kind="retriever", role="merger")]
+
+
+def _as_list(order: str | Sequence[str]) -> list[str]:
+    names = [order] if isinstance(order, str) else list(order)
+    if not names:
+        raise InputError("plan needs an order of the backfill, for example core:random")
+    return list(dict.fromkeys(names))
+
+
+def _settings_of(order: str, settings: Mapping[str, Any] | None, *, alone: bool) -> dict[str, Any] | None:
+    """Of several orders each takes the settings that it has."""
+    if alone or not settings:
+        return None if settings is None else dict(settings)
+    registry = get_registry()
+    config = registry.load_config(registry.get("retriever", order, role="order"))
+    known = set() if config is None else set(config.model_fields)
+    return {name: value for name, value in settings.items() if name in known}
+
+
+def _has_images(gallery: Gallery) -> bool:
+    return any(item.uri for item in gallery.items())
+
+
+def _split(paired: PairedVectors, old: Space, new: Space, seed: int) -> tuple[PairedVectors, TrainingPairs]:
+    """``(to forecast on, to fit on)``: disjoint halves of the items; queries of the training half are left out."""
+    count = len(paired.gallery_old)
+    held = np.zeros(count, bool)
+    held[np.random.default_rng([seed, 1]).permutation(count)[: -(-count // 2)]] = True
+    rows, rest = np.flatnonzero(held), np.flatnonzero(~held)
+    labels = [paired.gallery_labels[row] for row in rest.tolist()]
+    training = TrainingPairs(paired.gallery_old[rest], paired.gallery_new[rest], labels, old, new)
+    asked = np.arange(len(paired.query_old))
+    if paired.gallery_ids is not None and paired.query_ids is not None:
+        seen = {str(paired.gallery_ids[row]) for row in rest.tolist()}
+        asked = np.array([row for row in asked.tolist() if str(paired.query_ids[row]) not in seen], np.int64)
+        if not len(asked):
+            raise InputError(
+                "every query of the sample is an item that is needed for fitting; give queries of their own"
+            )
+    assert paired.gallery_weights is not None
+    weights = paired.gallery_weights * paired.gallery_weights.sum()
+    weights = weights[rows] / weights[rows].sum() * paired.gallery_weights.sum()
+
+    def take(values: Any, at: np.ndarray) -> Any:
+        return None if values is None else [values[row] for row in at.tolist()]
+
+    return (
+        PairedVectors(
+            paired.gallery_old[rows], paired.gallery_new[rows], paired.query_old[asked], paired.query_new[asked],
+            take(paired.gallery_labels, rows), take(paired.query_labels, asked), take(paired.gallery_ids, rows),
+            take(paired.query_ids, asked), np.maximum(weights, 1.0),
+        ),
+        training,
+    )  # fmt: skip
+
+
+def _transform_file(plan_path: Path, strategy: str) -> Path:
+    return plan_path.with_name(f"{plan_path.stem}.{strategy.replace(':', '-')}.safetensors")
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
+    if is_dataclass(value) and not isinstance(value, type):
+        hidden = ("values", "transforms")
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value) if f.name not in hidden}
+    if isinstance(value, Mapping):
         return {key: _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(inner) for inner in value]

@@ -30,6 +30,7 @@ class Recommendation:
         reason: One or two sentences with the numbers that decided.
         queries: Number of queries that counted.
         queries_needed: How many would settle the question, or ``None`` where these were enough.
+        merger, order: To use with the strategy; empty where none is recommended.
     """
 
     decision: str
@@ -37,6 +38,8 @@ class Recommendation:
     reason: str
     queries: int
     queries_needed: int | None = None
+    merger: str = ""
+    order: str = ""
 
 
 def queries_needed(differences: np.ndarray, *, gain: float = SMALLEST_GAIN) -> int:
@@ -54,8 +57,8 @@ def recommend(
     Args:
         old: Quality of each query under the old system.
         new: The same queries under the new one.
-        curves: Forecasts; those with ``unavailable`` set, ``full`` and ``switch-now`` are not recommended unless
-            nothing else is left, and then ``full``.
+        curves: Forecasts; those with ``unavailable`` set, ``full``, ``do-not-upgrade`` and ``switch-now`` are not
+            recommended unless nothing else is left, and then ``full``.
     """
     interval = paired_difference(old, new, seed=seed)
     differences = (new.values - old.values)[old.valid & new.valid]
@@ -84,7 +87,7 @@ def recommend(
         return interval, Recommendation("do-not-upgrade", None, reason, count, max(needed, count + 1))
 
     old_level = old.mean()
-    usable = [c for c in curves if not c.unavailable and c.name not in ("full", "switch-now")]
+    usable = [c for c in curves if not c.unavailable and c.name not in ("full", "switch-now", "do-not-upgrade")]
     safe = [c for c in usable if min(c.quality) >= old_level - NO_REGRET]
     if not safe:
         reason = (
@@ -93,8 +96,9 @@ def recommend(
         )
         return interval, Recommendation("upgrade", "full", reason, count)
     best = max(safe, key=lambda c: (round(c.area, 3), -c.max_nfr))
+    merged = f" merged by {best.merger}" if best.merger else ""
     reason = (
-        f"new/new minus old/old is {gain}; {best.name} never falls below the old level, has the largest area "
+        f"new/new minus old/old is {gain}; {best.name}{merged} never falls below the old level, has the largest area "
         f"({best.area:.4f}; waiting until the end gives {old_level:.4f}) and at most {best.max_nfr:.1%} negative flips."
     )
-    return interval, Recommendation("upgrade", best.name, reason, count)
+    return interval, Recommendation("upgrade", best.name, reason, count, merger=best.merger)
