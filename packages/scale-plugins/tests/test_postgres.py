@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import psycopg
 import pytest
-from bowerbird_scale.postgres.connection import Address
 from click.testing import CliRunner
 
 from bowerbird.cli import main
@@ -28,6 +27,7 @@ from bowerbird.gallery.copy import copy_gallery
 from bowerbird.testing.store_contract import NAMES, QUERIES, fill, same
 from bowerbird.testing.store_world import FIRST, SECOND, begin, encode, vectors, work
 from bowerbird.upgrade import Upgrade
+from bowerbird_scale.postgres.connection import Address
 
 Url = Callable[[], str]
 

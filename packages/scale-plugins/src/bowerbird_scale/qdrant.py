@@ -12,7 +12,9 @@ N items, D width, W candidates.
 
 from __future__ import annotations
 
+import atexit
 import os
+import secrets
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -47,8 +49,9 @@ class Collections:
 
     features = frozenset({"many-hosts", "rollback", "sequences", "where"})
 
-    def __init__(self, client: QdrantClient, prefix: str) -> None:
-        self.client, self.prefix = client, prefix
+    def __init__(self, client: QdrantClient, schema: str) -> None:
+        self.client, self.schema = client, schema
+        self._prefix: str | None = None
 
     def check(self, space: Space) -> None:
         if space.dim > MAX_DIM:
@@ -63,22 +66,21 @@ class Collections:
             datatype=models.Datatype.FLOAT16 if half else models.Datatype.FLOAT32,
         )
         with self._answers():
-            if self.client.collection_exists(self._name(number)):  # of a gallery that was dropped, or never completed
-                self.client.delete_collection(self._name(number))
-            self.client.create_collection(self._name(number), vectors_config=vectors)
+            self.client.create_collection(self._name(db, number), vectors_config=vectors)
 
     def forget(self, db: Connection, number: int, dim: int, dtype: str) -> None:
         """Nothing yet: if the transaction does not come to its end, the vectors still count."""
 
     def sweep(self, db: Connection, number: int, dim: int, dtype: str) -> None:
         with self._answers():
-            if self.client.count(self._name(number)).count:
+            if self.client.count(self._name(db, number)).count:
+                self.client.delete_collection(self._name(db, number))
                 self.create(db, number, dim, dtype)
 
     def delete(self, db: Connection, number: int, nums: Sequence[int]) -> None:
         with self._answers():
             for block in _blocks(nums):
-                self.client.delete(self._name(number), models.PointIdsList(points=list(block)), wait=True)
+                self.client.delete(self._name(db, number), models.PointIdsList(points=list(block)), wait=True)
 
     def tidy(self, db: Connection, number: int) -> None:
         """Qdrant does that itself."""
@@ -91,7 +93,7 @@ class Collections:
             for start in range(0, len(nums), BATCH_POINTS):
                 part = slice(start, start + BATCH_POINTS)
                 points = models.Batch(ids=nums[part].tolist(), vectors=stored[part].tolist())
-                self.client.upsert(self._name(number), points, wait=True)
+                self.client.upsert(self._name(db, number), points, wait=True)
 
     def read(
         self, db: Connection, part: PostgresPart, nums: Sequence[int] | None = None
@@ -101,7 +103,7 @@ class Collections:
             f"SELECT m.num FROM member m WHERE {part.condition} {chosen} ORDER BY m.num",
             () if nums is None else (list(nums),),
         ).fetchall()
-        return self._fetch(part, [row[0] for row in rows])
+        return self._fetch(db, part, [row[0] for row in rows])
 
     def nearest(
         self, db: Connection, part: PostgresPart, query: NDArray[np.float32], count: int, allowed: Filter | None
@@ -117,7 +119,7 @@ class Collections:
             parameters = allowed.parameters
         few = db.execute(f"SELECT num FROM member m WHERE {condition} LIMIT {FEW + 1}", parameters).fetchall()
         if len(few) <= FEW:
-            nums, rows = self._fetch(part, sorted(row[0] for row in few))
+            nums, rows = self._fetch(db, part, sorted(row[0] for row in few))
             order = np.argsort(1 - rows.astype(np.float64) @ query, kind="stable")[:count]
             return nums[order], 1 - rows[order].astype(np.float64) @ query, rows[order]
         limit = 2 * count
@@ -125,7 +127,7 @@ class Collections:
             with self._answers(), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Local mode performs exact")
                 found = self.client.query_points(
-                    self._name(part.number),
+                    self._name(db, part.number),
                     query=query.tolist(),
                     limit=limit,
                     with_vectors=True,
@@ -150,7 +152,7 @@ class Collections:
         with self._answers():
             while True:
                 points, offset = self.client.scroll(
-                    self._name(number), limit=BATCH_POINTS, offset=offset, with_payload=False, with_vectors=True
+                    self._name(db, number), limit=BATCH_POINTS, offset=offset, with_payload=False, with_vectors=True
                 )
                 ids = np.array([point.id for point in points], np.int64)
                 rows = np.array([point.vector for point in points], np.float64).reshape(len(points), dim)
@@ -162,7 +164,9 @@ class Collections:
         counted = set(known)
         return len(there & counted), sorted(counted - there), sorted(set(bad) & counted)
 
-    def _fetch(self, part: PostgresPart, nums: list[int]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    def _fetch(
+        self, db: Connection, part: PostgresPart, nums: list[int]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """``(numbers (N,), vectors (N, D))`` in the order of ``nums``.
 
         Raises:
@@ -172,7 +176,7 @@ class Collections:
         with self._answers():
             for block in _blocks(nums):
                 points = self.client.retrieve(
-                    self._name(part.number), ids=list(block), with_payload=False, with_vectors=True
+                    self._name(db, part.number), ids=list(block), with_payload=False, with_vectors=True
                 )
                 vectors.update((int(point.id), point.vector) for point in points)
         lost = [num for num in nums if num not in vectors]
@@ -184,8 +188,16 @@ class Collections:
         rows = np.array([vectors[num] for num in nums], np.float32)
         return np.array(nums, np.int64), rows.reshape(len(nums), part.space.dim)
 
-    def _name(self, number: int) -> str:
-        return f"{self.prefix}_{number}"
+    def _name(self, db: Connection, number: int) -> str:
+        """Of the collection of a space. Each gallery has its own names, also where several databases share a Qdrant."""
+        if self._prefix is None:
+            row = db.execute("SELECT value FROM setting WHERE name = 'collections'").fetchone()
+            if row is None:  # the gallery is being created
+                prefix = f"{self.schema}_{secrets.token_hex(6)}"
+                db.execute("INSERT INTO setting VALUES ('collections', %s)", (prefix,))
+                row = (prefix,)
+            self._prefix = row[0]
+        return f"{self._prefix}_{number}"
 
     @contextmanager
     def _answers(self) -> Iterator[None]:
@@ -217,6 +229,7 @@ def collections_at(address: Address) -> Collections:
         with _folders_lock:
             if place not in _folders:
                 _folders[place] = QdrantClient(path=place)
+                atexit.register(_folders[place].close)
             return Collections(_folders[place], address.schema)
     key = address.options.get("qdrant_api_key") or os.environ.get("QDRANT_API_KEY")
     client = QdrantClient(url=place, api_key=key, timeout=TIMEOUT_SECONDS, check_compatibility=False)
