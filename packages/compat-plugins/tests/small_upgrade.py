@@ -55,7 +55,10 @@ class Net(Encoder):
 
 
 class Patterns(Dataset):
-    """Six noisy patterns, 20 pictures of each; the split ``old`` has the first three, ``open`` the others."""
+    """Six noisy patterns, 20 pictures of each.
+
+    The split ``old`` has the first three, ``open`` the others, ``new`` all in another order.
+    """
 
     def __init__(self, classes: Sequence[str]) -> None:
         self.classes = tuple(classes)
@@ -67,7 +70,7 @@ class Patterns(Dataset):
 
     @classmethod
     def build(cls, config: Any, split: str | None) -> Self:
-        return cls({"old": NAMES[:3], "open": NAMES[3:]}.get(split or "", NAMES))
+        return cls({"old": NAMES[:3], "open": NAMES[3:], "new": NAMES[::-1]}.get(split or "", NAMES))
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -97,7 +100,7 @@ def bowerbird_datasets() -> Iterator[DatasetRecord]:
         target="small_upgrade:Patterns",
         summary="Patterns.",
         provides=("image", "label", "item_id"),
-        splits=("old", "open", "all"),
+        splits=("old", "open", "new", "all"),
     )
 
 

@@ -7,8 +7,11 @@ from pathlib import Path
 out = subprocess.run(
     [str(Path(sys.executable).with_name("bowerbird")), "list"], capture_output=True, text=True, check=True
 )
-assert "compat:bct" in out.stdout, out.stdout
-assert "compat:rank-merge" in out.stdout, out.stdout
+for name in (
+    "bct", "bt2", "ract", "bict", "unibct", "metric-compatible", "basis-transform", "rank-merge", "rank-merge-zscore",
+    "adapter", "reverse-transform", "lift",
+):  # fmt: skip
+    assert f"compat:{name}" in out.stdout, f"compat:{name} is not in\n{out.stdout}"
 
 import torch  # noqa: E402
 
@@ -17,4 +20,12 @@ from bowerbird_compat.bct import InfluenceLoss  # noqa: E402
 loss = InfluenceLoss(torch.eye(3))(torch.eye(3), torch.arange(3))
 assert loss.ndim == 0
 assert float(loss) > 0
+
+import numpy as np  # noqa: E402
+
+from bowerbird_compat.adapters import fit_adapter  # noqa: E402
+
+vectors = np.random.default_rng(0).standard_normal((80, 4))
+adapter = fit_adapter(vectors, vectors[:, ::-1], kind="procrustes", source_space="new", target_space="old")
+assert adapter.evidence["verdict"] == "good", adapter.evidence
 print("bowerbird-compat alone: ok")

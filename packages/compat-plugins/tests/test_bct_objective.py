@@ -14,8 +14,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
-from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
+from small_upgrade import NAMES, Patterns
 from torch import nn
 
 from bowerbird.batch import Batch
@@ -25,7 +25,7 @@ from bowerbird.encoders import load_encoder
 from bowerbird.errors import RecipeError
 from bowerbird.gallery import Gallery
 from bowerbird.hookspecs import hookimpl
-from bowerbird.protocols import BuildContext, Dataset, Encoder, Features, TrainedRun
+from bowerbird.protocols import BuildContext, Encoder, Features, TrainedRun
 from bowerbird.recipe import load_recipe
 from bowerbird.records import DatasetRecord, EncoderRecord
 from bowerbird.registry import get_registry
@@ -33,8 +33,6 @@ from bowerbird.testing import ObjectiveContract, PluginTester, SimpleBuildContex
 from bowerbird.train.loop import train
 from bowerbird_compat.bct import BCTConfig, BCTObjective
 from bowerbird_compat.prototypes import build_prototypes
-
-NAMES = ("ant", "bee", "cat", "dog", "eel", "fox")
 
 
 class PatchConfig(BaseModel):
@@ -64,35 +62,6 @@ class PatchEncoder(Encoder):
 
     def stored_config(self, config: Any) -> dict[str, Any]:
         return dict(config)
-
-
-class Patterns(Dataset):
-    """Six noisy patterns, 20 pictures of each; the split ``old`` has three of them, ``new`` all in another order."""
-
-    def __init__(self, classes: Sequence[str]) -> None:
-        self.classes = tuple(classes)
-        patterns = np.random.default_rng(7).uniform(90, 160, (len(NAMES), 8, 8, 3))
-        rng = np.random.default_rng(len(classes))
-        self._labels = [i % len(classes) for i in range(20 * len(classes))]
-        chosen = patterns[[NAMES.index(classes[label]) for label in self._labels]]
-        self._pixels = np.clip(chosen + rng.normal(0, 45, chosen.shape), 0, 255).astype(np.uint8)
-
-    @classmethod
-    def build(cls, config: Any, split: str | None) -> Self:
-        return cls(NAMES[:3] if split == "old" else NAMES[::-1])
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"image": Image.fromarray(self._pixels[index]), "label": self._labels[index], "item_id": str(index)}
-
-    @property
-    def item_ids(self) -> Sequence[str]:
-        return [str(i) for i in range(len(self))]
-
-    def labels(self) -> Sequence[int]:
-        return self._labels
 
 
 @hookimpl

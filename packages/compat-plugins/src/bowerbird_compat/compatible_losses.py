@@ -73,6 +73,9 @@ class _PairwiseLoss(nn.Module):
                 self._warn_once(len(key_labels))
             left_out = [excluded if self.miner is None else self._mined(u, labels, k, key_labels) for k in blocks]
             each = self.weight * self._terms(u, o, blocks, left_out)
+        if not torch.isfinite(each.detach()).all():  # every row is in its own term; which one was it?
+            _check_finite(new, "New embeddings")
+            _check_finite(old, "Old embeddings")
         return each if self.reduction == "none" else each.sum() / max(len(each), 1)
 
     def _terms(self, u: Tensor, o: Tensor, blocks: list[Tensor], excluded: list[Tensor]) -> Tensor:
@@ -247,8 +250,6 @@ def _checked_pair(new: Tensor, old: Tensor, labels: Tensor) -> Tensor:
             f"New embeddings have shape {tuple(new.shape)} and old ones {tuple(old.shape)}; both must be (B, D). "
             "This method compares them entry by entry: give the new encoder the size of the old one."
         )
-    _check_finite(new, "New embeddings")
-    _check_finite(old, "Old embeddings")
     return integer_labels(labels, len(new))
 
 

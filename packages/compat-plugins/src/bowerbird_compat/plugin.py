@@ -71,6 +71,14 @@ def bowerbird_objectives() -> Iterable[ObjectiveRecord]:
         paper="Towards Universal Backward-Compatible Representation Learning, IJCAI 2022, arXiv:2203.01583",
         needs=("image", "label"),
     )
+    yield ObjectiveRecord(
+        name="compat:metric-compatible",
+        target="bowerbird_compat.online_backfilling_objective:MetricCompatibleObjective",
+        config="bowerbird_compat.online_backfilling_objective:MetricCompatibleConfig",
+        summary="New embedding and reverse query transform together, on one scale of distances with the old system.",
+        paper="Online Backfilling with No Regret for Large-Scale Image Retrieval, WACV 2025, arXiv:2301.03767",
+        needs=("image", "label", "index"),
+    )
 
 
 @hookimpl
