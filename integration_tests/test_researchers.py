@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from test_tutorial import shell  # noqa: F401  (a fixture)
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "researchers.md"
@@ -19,16 +20,20 @@ BLOCK = re.compile(r'^```(python|bash|toml)(?: title="([^"]+)")?\n(.*?)^```', re
 @pytest.mark.skipif(sys.platform == "win32", reason="the blocks are for a POSIX shell")
 def test_every_block_of_the_page_runs_and_the_own_objective_stands_in_the_table(
     tmp_path: Path,
-    shell: Path,  # noqa: F811
 ) -> None:
-    environment = {**os.environ, "PATH": f"{shell}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    command = tmp_path / "bin" / "bowerbird"  # of this environment, in front of any other
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m bowerbird "$@"\n')
+    command.chmod(0o755)
+    path = f"{command.parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
     outputs = []
     for language, title, text in BLOCK.findall(PAGE.read_text(encoding="utf-8")):
         if title:
             (tmp_path / title).write_text(text)
             continue
-        command = ["sh", "-e", "-c", text] if language == "bash" else [sys.executable, "-c", text]
-        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        line = ["sh", "-e", "-c", text] if language == "bash" else [sys.executable, "-c", text]
+        result = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, f"{text}\n{result.stdout}\n{result.stderr}"
         outputs.append(result.stdout)
     assert re.search(r"\| mine:pull / core:compatible \| 0\.\d", "\n".join(outputs))
@@ -39,3 +44,20 @@ def test_every_block_of_the_page_runs_and_the_own_objective_stands_in_the_table(
         assert re.search(rf"\| {method} / core:compatible \| 0\.\d", whole), f"{method} has no numbers:\n{whole}"
     for strategy in ("compat:rank-merge", "compat:adapter", "compat:lift", "compat:reverse-transform", "core:full"):
         assert re.search(rf"\| free / {strategy} \| 0\.\d", whole), f"{strategy} has no numbers:\n{whole}"
+
+
+def test_the_standing_comparison_is_what_the_committed_results_give() -> None:
+    script = ROOT / "benchmarks" / "upgrade" / "table.py"
+    done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_committed_results_of_the_benchmark_have_at_least_five_seeds_of_every_scenario() -> None:
+    files = sorted((ROOT / "benchmarks" / "upgrade" / "results").glob("*.json"))
+    assert files
+    for file in files:
+        result = json.loads(file.read_text())
+        assert not result["quick"]
+        for scenario in result["scenarios"]:
+            seeds = {cell["seed"] for cell in result["cells"] if cell["scenario"] == scenario}
+            assert len(seeds) >= 5, f"{file.name}: {scenario} has seeds {sorted(seeds)}"

@@ -1,4 +1,4 @@
-"""Writes docs/standing-comparison.md and its picture from ``results/*.json``, which ``bowerbird benchmark upgrade`` made:
+"""Writes docs/standing-comparison.md and its picture from ``results/*.json`` of ``bowerbird benchmark upgrade``:
 
     python benchmarks/upgrade/table.py [--check]
 
@@ -25,11 +25,10 @@ PAGE, PICTURE = DOCS / "standing-comparison.md", DOCS / "images" / "standing-com
 HEAD = """\
 # The standing comparison: quality during the backfill, and what it breaks
 
-Written by `python benchmarks/upgrade/table.py` from the committed results of `bowerbird benchmark upgrade`; do not edit.
+Written by `python benchmarks/upgrade/table.py` from committed results of `bowerbird benchmark upgrade`; do not edit.
 
-A strategy is judged by two numbers at once. The **area** under mAP over the backfill says how good the gallery is on average while
-it moves. **Negative flips** say how many users see a right first result turn wrong on the way. Methods that are trained for the old
-model, and transforms that learn from labels, win the first; strategies that search the old part with the old encoder win the second.
+A way to upgrade is judged by two numbers at once. The **area** under mAP over the backfill says how good the gallery is
+on average while it moves. **Negative flips** say how many users see a right first result turn wrong on the way.
 """
 
 
