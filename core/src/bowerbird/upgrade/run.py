@@ -12,7 +12,8 @@ import secrets
 import socket
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -415,58 +416,56 @@ def run(
     encoded = failed = 0
     watching.first, watching.next = now.share, now.share + (watching.every or 0)
 
-    while True:
-        reason = "stopped" if stop is not None and stop() else limits.reached(encoded, now)
-        task = None
-        if reason is None and not limits.others_will_reach(now, task_items):
-            task = patient(gallery.store.lease_task, owner, LEASE_SECONDS)
-        if task is None:
-            reason = reason or patient(_why_no_task, gallery, state.id)
-            if reason == "leased":  # what is left is in the hands of other workers, who may die
-                patient(dead.free, gallery)
-                time.sleep(IDLE_SECONDS)
+    with _giving_back(gallery, owner):
+        while True:
+            reason = "stopped" if stop is not None and stop() else limits.reached(encoded, now)
+            task = None
+            if reason is None and not limits.others_will_reach(now, task_items):
+                task = patient(gallery.store.lease_task, owner, LEASE_SECONDS)
+            if task is None:
+                reason = reason or patient(_why_no_task, gallery, state.id)
+                if reason == "leased":  # what is left is in the hands of other workers, who may die
+                    patient(dead.free, gallery)
+                    time.sleep(IDLE_SECONDS)
+                    now = patient(_status_after, gallery, now)
+                    continue
+                break
+            if task.upgrade != state.id:  # ours ended and another began, to a space that this encoder may not know
+                _give_back(gallery, task)
+                reason = "ended"
+                break
+            renewed = time.monotonic()
+
+            def on_batch(count: int, task: Any = task, now: UpgradeStatus = now) -> None:
+                nonlocal renewed
+                if time.monotonic() - renewed > LEASE_SECONDS / 4:
+                    patient(gallery.store.renew, task, LEASE_SECONDS)
+                    renewed = time.monotonic()
+                tell(count, now)
+                if stop is not None and stop():
+                    raise _StopAsked
+
+            try:
+                result = encoder.items(task.items, on_batch)
+                nums = task.nums
+                failures = {int(nums[position]): error for position, error in result.failures.items()}
+                patient(gallery.store.commit_task, task, nums[result.positions], result.vectors, failures=failures)
+            except LeaseLostError:
                 now = patient(_status_after, gallery, now)
-                continue
-            break
-        if task.upgrade != state.id:  # ours ended and another began, to a space that this encoder may not know
-            _give_back(gallery, task)
-            reason = "ended"
-            break
-        renewed = time.monotonic()
-
-        def on_batch(count: int, task: Any = task, now: UpgradeStatus = now) -> None:
-            nonlocal renewed
-            if time.monotonic() - renewed > LEASE_SECONDS / 4:
-                patient(gallery.store.renew, task, LEASE_SECONDS)
-                renewed = time.monotonic()
-            tell(count, now)
-            if stop is not None and stop():
-                raise _StopAsked
-
-        try:
-            result = encoder.items(task.items, on_batch)
-            nums = task.nums
-            failures = {int(nums[position]): error for position, error in result.failures.items()}
-            patient(gallery.store.commit_task, task, nums[result.positions], result.vectors, failures=failures)
-        except LeaseLostError:
+                continue  # another worker has it by now, or the upgrade ended; the next lease tells
+            except _StopAsked:
+                _give_back(gallery, task)
+                reason = "stopped"
+                break
+            encoded += len(result.positions)
+            failed += len(failures)
             now = patient(_status_after, gallery, now)
-            continue  # another worker has it by now, or the upgrade ended; the next lease tells
-        except _StopAsked:
-            _give_back(gallery, task)
-            reason = "stopped"
-            break
-        except BaseException:
-            _give_back(gallery, task)
-            raise
-        encoded += len(result.positions)
-        failed += len(failures)
-        now = patient(_status_after, gallery, now)
-        patient(gallery.tend_index)  # an approximate index grows with the new part, in a small share of our time
-        tell(0, now)
-        if patient(watching.look, now.share):
-            reason = "stop-rule"
-            break
-        limits.keep_to_rate(encoded)
+            patient(gallery.tend_index)  # an approximate index grows with the new part, in a small share of our time
+            tell(0, now)
+            if patient(watching.look, now.share):
+                reason = "stop-rule"
+                break
+            limits.keep_to_rate(encoded)
 
     if reason == "complete" and encoded:
         patient(lambda: gallery.tend_index(share=1))
@@ -563,6 +562,22 @@ def _give_back(gallery: Gallery, task: Any) -> None:
         if not may_pass(exc):
             raise
         # The store is away: the lease runs out, or another worker sees that nobody renews it.
+
+
+@contextmanager
+def _giving_back(gallery: Gallery, owner: str) -> Iterator[None]:
+    """Whatever ends the block by an exception, ``owner`` has no task in hand afterwards.
+
+    Its leases are looked up, because Ctrl-C may come when a lease is committed and its task not yet returned.
+    """
+    try:
+        yield
+    except BaseException:
+        with suppress(Exception):  # what ended the block is told; the lease of a store that is away runs out
+            for lease in gallery.store.leases():
+                if lease.owner == owner:
+                    gallery.store.free_lease(lease)
+        raise
 
 
 class _TheDead:
