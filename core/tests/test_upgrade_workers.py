@@ -205,13 +205,17 @@ class TestCommandLine:
         monkeypatch.setattr("bowerbird.cli.upgrade._load", lambda ref, device: ENCODERS[ref]())
         monkeypatch.setattr("bowerbird.cli.upgrade.WORKER_LOADER", "workers_world:load")
 
+    def make(self, folder, count):
+        (folder / "images").mkdir()
+        make_gallery(folder / "g", count, images=folder / "images").close()
+
     def invoke(self, *arguments, code=0):
         result = CliRunner().invoke(main, ["upgrade", *map(str, arguments)])
         assert result.exit_code == code, result.output
         return result
 
     def test_begins_once_and_reports_each_share(self, tmp_path):
-        make_gallery(tmp_path / "g", 200).close()
+        self.make(tmp_path, 200)
         said = self.invoke("run", tmp_path / "g", "--to", "fake:new", "--strategy", "two-queries", "--task-items", 10,
                            "--stop-at-share", 0.5, "--workers", 2, "--json").stdout  # fmt: skip
         report = json.loads(said)
@@ -226,16 +230,32 @@ class TestCommandLine:
 
     def test_torchrun_without_torchrun_says_how_to_start_it(self, tmp_path, monkeypatch):
         monkeypatch.delenv("RANK", raising=False)
-        make_gallery(tmp_path / "g", 20).close()
+        self.make(tmp_path, 20)
         refused = self.invoke("run", tmp_path / "g", "--to", "fake:new", "--engine", "torchrun", "--workers", 3, code=2)
         assert "torchrun --nproc-per-node 3 -m bowerbird upgrade run" in refused.stderr
 
     def test_a_run_that_failed_has_an_exit_code(self, tmp_path, monkeypatch):
         monkeypatch.setattr("bowerbird.cli.upgrade.WORKER_LOADER", "workers_world:nothing")
-        make_gallery(tmp_path / "g", 20).close()
+        self.make(tmp_path, 20)
         failed = self.invoke("run", tmp_path / "g", "--to", "fake:new", "--strategy", "two-queries", "--workers", 2,
                              code=1)  # fmt: skip
         assert "worker 0 failed: AttributeError" in failed.stderr
+
+    def test_sigterm_gives_the_task_back_as_ctrl_c_does(self, tmp_path, monkeypatch):
+        self.make(tmp_path, 100)
+
+        class Terminated(upgrade_world.FakeEncoder):
+            def encode(self, images, **options):
+                if len(images) == 10 and self.calls > 2:
+                    signal.raise_signal(signal.SIGTERM)
+                return super().encode(images, **options)
+
+        monkeypatch.setitem(ENCODERS, "fake:new", lambda: Terminated("new", 24, 1.0))
+        self.invoke("run", tmp_path / "g", "--to", "fake:new", "--strategy", "two-queries", "--task-items", 10,
+                    code=130)  # fmt: skip
+        with Gallery.open(tmp_path / "g") as gallery:
+            now = status(gallery)
+        assert "leased" not in now.tasks and 0 < now.new_items < 100
 
 
 def test_a_paused_upgrade_is_refused_before_any_worker_is_started(gallery):

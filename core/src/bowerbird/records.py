@@ -109,6 +109,7 @@ class RetrieverRecord(Record):
     - ``merger``: a function ``(old hits, new hits, k)`` that returns hits, see ``bowerbird.retrieval.index.Hits``;
     - ``order``: a function ``(ids, old_vectors, *, seed, centers=None)`` that returns a permutation of positions;
     - ``upgrade``: a class with ``needs_old_encoder``, ``merger``, ``check(...)`` and ``old_part_queries(...)``;
+    - ``executor``: a class that starts the workers of an upgrade, see ``bowerbird.upgrade.engines.Executor``;
     - ``store``: a class as ``bowerbird.gallery.protocol.StoreDriver``.
 
     Attributes:

@@ -122,6 +122,7 @@ def run_workers(
         with contextlib.suppress(UpgradeError):  # another process has ended it
             now = status(gallery)
             last = now if now.id == job.upgrade else last
+        show(0, last)  # what workers said may have come in another order than they committed
         if reason == "complete" and any(share.encoded for share in shares):
             watching.at_the_end(last.share)
     return RunReport(
