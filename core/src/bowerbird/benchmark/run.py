@@ -71,29 +71,30 @@ def run_benchmark(
     selection = select(methods, Path(config) if config else None)
     if not selection.methods and not selection.strategies:
         raise InputError("nothing to measure: " + "; ".join(f"{k}: {v}" for k, v in selection.missing.items()))
+    names = list(dict.fromkeys(_short(dataset) for dataset in datasets))
     _claim(out, quick)
 
-    cells = [(dataset, scenario, seed) for dataset in datasets for scenario in chosen for seed in numbers]
+    cells = [(dataset, scenario, seed) for dataset in names for scenario in chosen for seed in numbers]
     rows = len(selection.strategies) + sum(len(method.serve) for method in selection.methods)
     for i, (dataset, scenario, seed) in enumerate(cells):
-        file = out / "cells" / f"{_short(dataset)}-{scenario}-{seed}.json"
+        file = out / "cells" / f"{dataset}-{scenario}-{seed}.json"
         done = _read(file)
         finished = 0
 
-        def step(row: str, i: int = i, where: str = f"{_short(dataset)}, {scenario}, seed {seed}") -> None:
+        def step(row: str, i: int = i, where: str = f"{dataset}, {scenario}, seed {seed}") -> None:
             nonlocal finished
             advance((i + finished / max(1, rows)) / len(cells), f"{where}: {row}")
             finished += 1
 
-        advance(i / len(cells), f"{_short(dataset)}, {scenario}, seed {seed}")
-        profile = PROFILES[_short(dataset)].quick() if quick else PROFILES[_short(dataset)]
+        advance(i / len(cells), f"{dataset}, {scenario}, seed {seed}")
+        profile = PROFILES[dataset].quick() if quick else PROFILES[dataset]
         world, views = _world(dataset, seed, scenario, profile, cache)
         run_cell(
             Cell(world, views, scenario, profile, seed), selection, done,
             save=partial(write_json, file), advance=step,
         )  # fmt: skip
     advance(1.0, "tables")
-    kept = [_read(out / "cells" / f"{_short(d)}-{s}-{n}.json") for d, s, n in cells]
+    kept = [_read(out / "cells" / f"{d}-{s}-{n}.json") for d, s, n in cells]
     wanted = {f"free / {name}" for name in selection.strategies}
     wanted |= {f"{method.name} / {name}" for method in selection.methods for name in method.serve}
     for cell in kept:  # a folder may hold rows of other methods from earlier runs

@@ -21,7 +21,7 @@ def command() -> None:
         "bowerbird benchmark upgrade --quick --out bench",
         "bowerbird benchmark upgrade --dataset core:digits --scenario open-classes --method bct --method rank-merge",
         "bowerbird benchmark upgrade --dataset emoji:styles --seeds 5 --out bench-emoji",
-        "bowerbird --plugin my_method.py benchmark upgrade --method mine:loss --method bct",
+        "bowerbird --plugin mine.py benchmark upgrade --method mine:pull --method bct",
     ),
 )
 @click.option(
