@@ -179,9 +179,11 @@ class MetricCompatibleLoss(nn.Module):
         if not rows.any():
             return logits[:0].sum()
         positives = logits.masked_fill(~positive, -torch.inf)
-        everything = [positives, own_negatives] + ([other_negatives] if self.cross_system_negatives else [])
-        denominator = torch.logsumexp(torch.cat(everything, dim=1)[rows], dim=1)
-        return (denominator - torch.logsumexp(positives[rows], dim=1)).mean()
+        blocks = [positives, own_negatives] + ([other_negatives] if self.cross_system_negatives else [])
+        everything = torch.cat(blocks, dim=1)
+        if not rows.all():
+            everything, positives = everything[rows], positives[rows]
+        return (everything.logsumexp(dim=1) - positives.logsumexp(dim=1)).mean()
 
 
 def _cosine_distance(a: Tensor, b: Tensor) -> Tensor:

@@ -1,0 +1,118 @@
+"""Every loss at the edges of its inputs: one sample, one class, double and half precision, huge and tiny vectors."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import Tensor
+
+from bowerbird_compat.bct import InfluenceLoss, MarginSoftmax
+from bowerbird_compat.bict import ForwardCompatibleLoss
+from bowerbird_compat.bt2 import BasisTransformHead, BT2Loss
+from bowerbird_compat.online_backfilling import MetricCompatibleLoss, TopK
+from bowerbird_compat.ract import (
+    ClassLevelCompatibleLoss,
+    CompatibleContrastiveLoss,
+    CompatibleTripletLoss,
+    DistillationLoss,
+    FocalDistillationLoss,
+)
+from bowerbird_compat.unibct import PrototypeLoss, refine_prototypes
+
+CLASSES, SIZE = 5, 7
+
+
+def rows(seed: int = 3) -> Tensor:
+    return torch.randn(CLASSES, SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+def bt2(new: Tensor, old: Tensor, labels: Tensor) -> Tensor:
+    torch.manual_seed(0)
+    head = BasisTransformHead(SIZE, 4, SIZE, 3, num_classes=CLASSES).to(new.dtype)
+    out = head(new)
+    return BT2Loss(rows().to(new.dtype))(out, labels, old, torch.ones(len(new), 4, dtype=new.dtype))["total"]
+
+
+LOSSES = {
+    "influence": lambda n, o, y: InfluenceLoss(rows())(n, y),
+    "influence, some classes": lambda n, o, y: InfluenceLoss(rows(), {1: 0, 4: 2})(n, y),
+    "influence, padded": lambda n, o, y: InfluenceLoss(torch.cat([rows(), rows(4)], 1), normalize=True, scale=64.0)(
+        n, y
+    ),
+    **{
+        f"margin {kind}": lambda n, o, y, kind=kind: InfluenceLoss(rows(), margin=MarginSoftmax(kind, 64.0, 0.5))(n, y)
+        for kind in ("none", "cosface", "arcface", "arcface_monotone")
+    },
+    "contrastive": lambda n, o, y: CompatibleContrastiveLoss()(n, o, y),
+    "contrastive, all": lambda n, o, y: CompatibleContrastiveLoss(0.01, None)(n, o, y),
+    "triplet": lambda n, o, y: CompatibleTripletLoss()(n, o, y),
+    "class level": lambda n, o, y: ClassLevelCompatibleLoss(rows())(n, y, rows(5).to(n.dtype)),
+    "distillation": lambda n, o, y: DistillationLoss(rows())(n, o),
+    "focal distillation": lambda n, o, y: FocalDistillationLoss()(n, o, y, n @ rows().to(n.dtype).T),
+    "prototype": lambda n, o, y: PrototypeLoss(rows(), 16.0, known_classes=torch.tensor([0, 3]))(n, y),
+    "forward": lambda n, o, y: ForwardCompatibleLoss(disc="both", temperature=0.01)(n, o, y, rows()),
+    "metric compatible": lambda n, o, y: MetricCompatibleLoss(0.01, True, True, TopK(3))(n, o, n, y)["total"],
+    "bt2": bt2,
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("batch", [1, 2, 9])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_losses_and_gradients_are_finite_in_the_precision_of_the_embeddings(name, dtype, batch, scale):
+    generator = torch.Generator().manual_seed(batch)
+    new, old = (scale * torch.randn(batch, SIZE, generator=generator, dtype=dtype) for _ in range(2))
+    new.requires_grad_()
+    labels = torch.randint(CLASSES, (batch,), generator=generator)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a batch without negatives says so
+        loss = LOSSES[name](new, old, labels)
+    assert loss.ndim == 0
+    assert loss.dtype == dtype
+    assert torch.isfinite(loss)
+    assert loss >= 0
+    loss.backward()
+    assert torch.isfinite(new.grad).all()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_agree_in_both_precisions(name):
+    new, old = torch.randn(6, SIZE), torch.randn(6, SIZE)
+    labels = torch.tensor([0, 1, 2, 3, 4, 0])
+    single, double = LOSSES[name](new, old, labels), LOSSES[name](new.double(), old.double(), labels)
+    torch.testing.assert_close(single.double(), double, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_order_of_the_batch_does_not_matter(name):
+    new, old = torch.randn(8, SIZE, dtype=torch.float64), torch.randn(8, SIZE, dtype=torch.float64)
+    labels, order = torch.arange(8) % 4, torch.randperm(8)
+    torch.testing.assert_close(LOSSES[name](new, old, labels), LOSSES[name](new[order], old[order], labels[order]))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_labels_that_are_no_integers_are_refused(name):
+    if name == "distillation":
+        return
+    with pytest.raises(TypeError, match="integers"):
+        LOSSES[name](torch.randn(3, SIZE), torch.randn(3, SIZE), torch.tensor([0.0, 1.0, 2.0]))
+
+
+def test_ready_cosines_and_labels_give_the_logits_of_embeddings_and_rows():
+    embeddings, weight, labels = torch.randn(4, SIZE), rows(), torch.tensor([0, 4, 2, 2])
+    head = MarginSoftmax("arcface", 30.0, 0.3)
+    cosine = torch.nn.functional.cosine_similarity(embeddings[:, None], weight[None], dim=2)
+    torch.testing.assert_close(head(cosine, labels), head(embeddings, weight, labels))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_prototypes_of_single_samples_and_of_identical_ones(dtype):
+    old, new = torch.randn(4, 3, dtype=dtype), torch.ones(4, 6, dtype=dtype)
+    made = refine_prototypes(old, new, torch.tensor([0, 1, 1, 1]))
+    unit = torch.nn.functional.normalize(old)
+    torch.testing.assert_close(made.weight[0], unit[0])
+    torch.testing.assert_close(made.weight[1], torch.nn.functional.normalize(unit[1:].mean(0), dim=0))
+    assert made.weight.dtype == dtype
