@@ -224,6 +224,17 @@ def test_lost_and_damaged_rows_are_found_by_verify(gallery: Gallery, url: str) -
     assert report.damaged_ids == ["id-003", "id-004"]
 
 
+def test_an_exact_search_uses_no_index_that_happens_to_be_there(gallery: Gallery) -> None:
+    """A build that was killed leaves its index behind."""
+    with gallery.storage.db.outside() as db:
+        db.execute("CREATE INDEX ON vec_1 USING ivfflat (vec vector_ip_ops) WITH (lists = 20)")
+    with gallery.storage.db.reading() as db:
+        db.execute("SET LOCAL enable_seqscan = off")
+        db.execute("SET LOCAL enable_sort = off")
+        found = gallery.search(QUERIES[FIRST.fingerprint], 40)  # one list of twenty is looked at by default
+        assert sorted(found.ids[0]) == NAMES
+
+
 # ----------------------------------------------------------------------------------------------------- the command
 
 

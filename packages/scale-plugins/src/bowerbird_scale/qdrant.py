@@ -17,7 +17,7 @@ import os
 import secrets
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,7 +47,8 @@ _folders_lock = threading.Lock()
 class Collections:
     """The vectors of one gallery in Qdrant; the methods are those of ``bowerbird_scale.postgres.vectors.Tables``."""
 
-    features = frozenset({"many-hosts", "rollback", "sequences", "where"})
+    features = frozenset({"index", "many-hosts", "rollback", "sequences", "where"})
+    index_settings: Mapping[str, Mapping[str, int]] = {"hnsw": {}}
 
     def __init__(self, client: QdrantClient, schema: str) -> None:
         self.client, self.schema = client, schema
@@ -122,6 +123,8 @@ class Collections:
             nums, rows = self._fetch(db, part, sorted(row[0] for row in few))
             order = np.argsort(1 - rows.astype(np.float64) @ query, kind="stable")[:count]
             return nums[order], 1 - rows[order].astype(np.float64) @ query, rows[order]
+        index = part.index if allowed is None else None
+        effort = None if index is None else int(index.effort["hnsw_ef"])
         limit = 2 * count
         while True:
             with self._answers(), warnings.catch_warnings():
@@ -131,7 +134,7 @@ class Collections:
                     query=query.tolist(),
                     limit=limit,
                     with_vectors=True,
-                    search_params=models.SearchParams(exact=True),
+                    search_params=models.SearchParams(exact=index is None, hnsw_ef=effort),
                 ).points
             ids = [point.id for point in found]
             live = db.execute(
@@ -144,6 +147,15 @@ class Collections:
                 rows = np.array([point.vector for point in kept], np.float32).reshape(len(kept), part.space.dim)
                 return nums, np.array([1 - point.score for point in kept], np.float64), rows
             limit *= 4
+
+    def make_index(
+        self, db: Connection, part: PostgresPart, kind: str, options: Mapping[str, int]
+    ) -> tuple[str, list[dict[str, str]]]:
+        """Qdrant builds its HNSW graphs by itself; what is chosen is how much of them a search looks at."""
+        return self._name(db, part.number), [{"hnsw_ef": str(value)} for value in (64, 128, 256, 512, 1024)]
+
+    def drop_index(self, db: Connection, name: str) -> None:
+        """There is none: searches are exact again."""
 
     def problems(self, db: Connection, number: int, dim: int, dtype: str) -> tuple[int, list[int], list[int]]:
         there: set[int] = set()

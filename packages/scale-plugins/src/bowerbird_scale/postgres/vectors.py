@@ -7,13 +7,15 @@ N rows, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from psycopg import sql
 
-from bowerbird.errors import SpaceError
+from bowerbird.errors import InputError, SpaceError
 from bowerbird.gallery.space import Space
 from bowerbird_scale.postgres.connection import Connection
 
@@ -24,6 +26,14 @@ MAX_DIM = 16_000  # of pgvector's types
 INLINE_BYTES = 7_000  # a longer row does not fit into a page and is kept beside the table
 TYPES = {"float32": ("vector", ">f4"), "float16": ("halfvec", ">f2")}
 LENGTH_TOLERANCE = {"float32": 1e-3, "float16": 1e-2}  # of 1 - |v|^2
+MAX_INDEXED_DIM = {"float32": 2000, "float16": 4000}
+# Kind -> pgvector's method, the setting of its effort, and what is tried, least first.
+INDEXES = {
+    "hnsw": ("hnsw", "hnsw.ef_search", (40, 80, 160, 320, 640, 1000)),
+    "ivf": ("ivfflat", "ivfflat.probes", (1, 2, 4, 8, 16, 32, 64, 128)),
+}
+# Without these the planner, which does not know what a distance costs, may prefer to compute all of them.
+_ORDERED = {"enable_seqscan": "off", "enable_hashjoin": "off", "enable_mergejoin": "off", "enable_sort": "off"}
 BLOCK_ROWS = 16_384
 _HEADER = b"PGCOPY\n\xff\r\n\0" + bytes(8)
 _TRAILER = b"\xff\xff"
@@ -36,6 +46,7 @@ class Tables:
     """
 
     features = frozenset({"index", "many-hosts", "rollback", "sequences", "where"})
+    index_settings: Mapping[str, Mapping[str, int]] = {"hnsw": {"m": 16, "ef_construction": 64}, "ivf": {"lists": 0}}
 
     def check(self, space: Space) -> None:
         """Raise ``SpaceError`` for vectors that cannot be kept."""
@@ -101,18 +112,18 @@ class Tables:
         """
         kind, wire = TYPES[part.dtype]
         index = part.index if allowed is None else None
-        if part.index is not None:
-            settings = {"enable_indexscan": "off" if index is None else "on", **(index.effort if index else {})}
-            calls = ", ".join(["set_config(%s, %s, true)"] * len(settings))
-            db.execute(f"SELECT {calls}", [text for pair in settings.items() for text in pair])
+        if index is not None:
+            calls = ", ".join(["set_config(%s, %s, true)"] * len(index.effort))
+            db.execute(f"SELECT {calls}", [text for pair in index.effort.items() for text in pair])
         # Half precision is compared in full precision where it must be exact.
         stored = "v.vec" if kind == "vector" or index is not None else f"v.vec::vector({part.space.dim})"
         asked = kind if index is not None else "vector"
+        exactly = "" if index is not None else " + 0"  # an expression that no index has, whatever indexes there are
         keep, parameters = "", ()
         if allowed is not None:
             keep, parameters = f"AND v.num IN (SELECT num FROM item WHERE {allowed.clause})", allowed.parameters
         rows = db.execute(
-            f"SELECT v.num, {stored} <#> %s::{asked}({part.space.dim}) AS product, {kind}_send(v.vec) "
+            f"SELECT v.num, ({stored} <#> %s::{asked}({part.space.dim})){exactly} AS product, {kind}_send(v.vec) "
             f"FROM {table_of(part.number)} v JOIN member m ON m.num = v.num "
             f"WHERE {part.condition} {keep} ORDER BY product LIMIT %s",
             (literal(query), *parameters, count),
@@ -122,6 +133,45 @@ class Tables:
         rough = np.array([1 + row[1] for row in rows], np.float64)
         vectors = np.array([np.frombuffer(row[2], wire, offset=4) for row in rows], np.float32)
         return nums, rough, vectors.reshape(len(rows), part.space.dim)
+
+    def make_index(
+        self, db: Connection, part: PostgresPart, kind: str, options: Mapping[str, int]
+    ) -> tuple[str, list[dict[str, str]]]:
+        """``(name of a new index, server settings of searches through it, the quickest first)``; outside transactions.
+
+        Raises:
+            InputError: If pgvector cannot index vectors of this width.
+        """
+        limit = MAX_INDEXED_DIM[part.dtype]
+        if part.space.dim > limit:
+            raise InputError(
+                f"pgvector indexes at most {limit} dimensions of {part.dtype}, and {part.space} has {part.space.dim}; "
+                "searches of it stay exact"
+            )
+        method, effort, values = INDEXES[kind]
+        name = f"idx_{part.number}_{secrets.token_hex(4)}"
+        if kind == "ivf":
+            lists = options["lists"] or max(int(part.count**0.5) if part.count < 1_000_000 else part.count // 1000, 1)
+            options = {"lists": min(lists, 32_768)}
+            values = tuple(dict.fromkeys(min(value, options["lists"]) for value in values))
+        db.execute("SET lock_timeout = 0")
+        try:
+            db.execute(
+                sql.SQL("CREATE INDEX CONCURRENTLY {} ON {} USING {} (vec {}) WITH ({})").format(
+                    sql.Identifier(name),
+                    sql.Identifier(table_of(part.number)),
+                    sql.SQL(method),
+                    sql.SQL(f"{TYPES[part.dtype][0]}_ip_ops"),
+                    sql.SQL(", ".join(f"{option} = {value}" for option, value in options.items())),
+                )
+            )
+        except BaseException:
+            self.drop_index(db, name)
+            raise
+        return name, [{**_ORDERED, effort: str(v), f"{method}.iterative_scan": "relaxed_order"} for v in values]
+
+    def drop_index(self, db: Connection, name: str) -> None:
+        db.execute(sql.SQL("DROP INDEX CONCURRENTLY IF EXISTS {}").format(sql.Identifier(name)))
 
     def problems(self, db: Connection, number: int, dim: int, dtype: str) -> tuple[int, list[int], list[int]]:
         """``(vectors, items that have lost theirs, items whose vector has not length 1)``."""
