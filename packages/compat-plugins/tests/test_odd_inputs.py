@@ -60,8 +60,8 @@ LOSSES = {
 
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("batch", [1, 2, 9])
-@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+@pytest.mark.parametrize("batch", [1, 9])
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
 def test_losses_and_gradients_are_finite_in_the_precision_of_the_embeddings(name, dtype, batch, scale):
     generator = torch.Generator().manual_seed(batch)
     new, old = (scale * torch.randn(batch, SIZE, generator=generator, dtype=dtype) for _ in range(2))
