@@ -401,7 +401,7 @@ def test_the_five_verbs_on_one_object(tmp_path):
     make_gallery(tmp_path / "g", 240).close()
     old, new = old_encoder(), new_encoder()
     with Upgrade(tmp_path / "g", by_item(new), old=by_item(old)) as upgrade:
-        plan = upgrade.plan(label_key="label", sample=240)
+        plan = upgrade.plan(label_key="label", sample=240, strategies=[STRATEGY])
         assert plan.recommendation.decision == "upgrade"
         service = upgrade.serve()
         queries = query_vectors()

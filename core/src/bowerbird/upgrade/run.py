@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from bowerbird.errors import InputError, PluginError, SpaceError, StoreUnavailab
 from bowerbird.gallery.store import LeaseLostError
 from bowerbird.registry import get_registry
 from bowerbird.upgrade.canary import check_canary
+from bowerbird.upgrade.fitting import use_transform
 from bowerbird.upgrade.lift import refuse_without_images
 from bowerbird.upgrade.orders import class_means
 from bowerbird.upgrade.patience import Patience, may_pass
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from bowerbird.gallery.snapshot import UpgradeState
     from bowerbird.gallery.space import Space
     from bowerbird.gallery.store import Lease
+    from bowerbird.gallery.transform import VectorTransform
     from bowerbird.upgrade.encoding import ItemEncoder
 
 LEASE_SECONDS = 120.0
@@ -118,11 +121,18 @@ def begin(
     old_encoder: ItemEncoder | None = None,
     watch_set: WatchSet | None = None,
     on_top: bool = False,
+    merger: str | None = None,
+    transform: VectorTransform | str | Path | None = None,
+    accept_poor_transform: bool = False,
 ) -> UpgradeState:
     """Start an upgrade to the space ``new``. Search results do not change by it.
 
     Args:
         strategy: Name of an ``upgrade`` record.
+        merger: Name of a ``merger`` record that joins the hits of the parts. Default: the strategy's.
+        transform: For a strategy that maps queries (adapter, reverse-transform): its map, or the file of one. It is
+            registered with the gallery. Default: the one that is registered.
+        accept_poor_transform: Also one that is not usable by its own verdict on held-out pairs.
         order: Name of an ``order`` record.
         order_settings: Its settings, checked against its config model.
         seed: Of the order.
@@ -153,16 +163,18 @@ def begin(
     old = snapshot.write_space
     name, chosen = load_strategy(strategy)
     chosen.check(gallery, old, new)
+    joined_by = get_registry().get("retriever", merger or chosen.merger, role="merger").name
     if old_encoder is not None:
         check_canary(gallery, old_encoder)
     plan = backfill_plan(gallery, order, settings=order_settings, seed=seed, centers=centers, label_key=label_key)
     order_name = get_registry().get("retriever", order, role="order").name
     frozen = freeze_watch(gallery, watch_set, old, new) if watch_set is not None else None
+    use_transform(gallery, name, chosen, old, new, transform, accept_poor=accept_poor_transform)
     items_per_task = task_items or min(TASK_ITEMS, max(4, -(-len(plan) // 50)))
     state = gallery.store.begin_upgrade(
         new,
         strategy=name,
-        merger=chosen.merger,
+        merger=joined_by,
         order_name=order_name,
         order=plan,
         task_items=items_per_task,
@@ -518,16 +530,36 @@ def _check_same_upgrade(
             f"{encoder.space}. Run it with its own encoder, or finish it or roll it back first, or begin this one "
             "on top of it (--on-top)"
         )
-    asked = begin_settings.get("strategy")
-    if asked is not None and load_strategy(asked)[0] != state.strategy:
-        raise UpgradeError(
-            f"the upgrade under way has strategy {state.strategy!r}; {asked!r} cannot replace it. Leave it out, or "
-            "roll the upgrade back first"
-        )
+    _check_settings(state, begin_settings)
     if state.state == "paused":
         raise UpgradeError(
             f"the upgrade of {gallery.path} is paused; `bowerbird upgrade resume {gallery.path}` lets workers go on"
         )
+
+
+def _check_settings(state: UpgradeState, asked: Mapping[str, Any]) -> None:
+    """Settings that are fixed when an upgrade begins are never ignored: they agree, or are refused."""
+    registry = get_registry()
+    resolve: dict[str, Callable[[Any], Any]] = {
+        "strategy": lambda name: load_strategy(name)[0],
+        "order": lambda name: registry.get("retriever", name, role="order").name,
+        "merger": lambda name: registry.get("retriever", name, role="merger").name,
+        "order_settings": dict,
+    }
+    begun = {"strategy": state.strategy, "order": state.order, "merger": state.merger, **state.settings}
+    for name in ("strategy", "order", "merger", "seed", "label_key", "task_items", "order_settings"):
+        value = asked.get(name)
+        if value is None or value == {}:
+            continue
+        wanted = resolve.get(name, lambda given: given)(value)
+        if name in begun and wanted != begun[name]:
+            raise UpgradeError(
+                f"the upgrade under way has {name} {begun[name]!r}; {wanted!r} cannot replace it. Leave it out, or "
+                "roll the upgrade back first"
+            )
+    late = [name for name in ("transform", "centers", "watch_set") if asked.get(name) is not None]
+    if late:
+        raise UpgradeError(f"{late[0]} is fixed when an upgrade begins, and one is under way; leave it out")
 
 
 def _status_after(gallery: Gallery, last: UpgradeStatus) -> UpgradeStatus:

@@ -132,9 +132,13 @@ def take_sample(
     num_queries: int = 500,
     size: int = 2000,
     fit: bool = False,
+    only_pairs: bool = False,
     seed: int = 0,
 ) -> Sample:
-    """Draw items of the serving space ``old``, encode them by ``new``, and pair them with their stored vectors.
+    """Draw items of the space ``old`` that is written, encode them by ``new``, and pair them with their stored vectors.
+
+    Args:
+        only_pairs: Nothing is to be forecast: take half of ``size`` items, all of them to fit on.
 
     Raises:
         InputError: If the queries have no labels, or no item can be encoded.
@@ -154,6 +158,9 @@ def take_sample(
         )
     asked = None if queries is None or queries.labels is None else [str(label) for label in queries.labels]
     drawn = draw(labels, size, asked=asked, num_queries=num_queries, fit=fit, seed=seed)
+    if only_pairs:
+        chosen = np.random.default_rng([seed, 1]).permutation(np.array(sorted(live), np.int64))[: size // 2]
+        drawn = Draw(np.sort(chosen), np.empty(0, np.int64), np.empty(0), np.empty(0, np.int64))
 
     clock = _Clock()
     wanted = np.concatenate([drawn.training, drawn.gallery])

@@ -16,6 +16,7 @@ from bowerbird.upgrade import serve as _serve
 from bowerbird.upgrade import state as _state
 from bowerbird.upgrade import watch as _watch
 from bowerbird.upgrade.encoding import ItemEncoder
+from bowerbird.upgrade.fitting import fit_transform, needs_transform
 from bowerbird.upgrade.queries import QuerySet, watch_set
 
 if TYPE_CHECKING:
@@ -155,6 +156,12 @@ class Upgrade:
 
     def _begin_settings(self, settings: dict[str, Any], *, watch: bool = False) -> dict[str, Any]:
         out = {"old_encoder": self.old, **settings}
+        strategy = out.get("strategy", "rank-merge")
+        new = self._needs_new("begin")
+        if out.get("transform") is None and needs_transform(self.gallery, strategy, new.space):
+            out["transform"] = fit_transform(
+                self.gallery, new, strategy, label_key=out.get("label_key"), seed=out.get("seed") or 0
+            )
         queries, label_key = out.pop("queries", None), out.get("label_key")
         if queries is None and watch and out.get("watch_set") is None:
             queries = QuerySet.from_gallery(self.gallery, label_key, seed=out.get("seed", 0))

@@ -1,0 +1,117 @@
+"""The transform of a strategy that needs one: fitted on a paired sample, or given, and checked before it serves.
+
+A map in the wrong direction has the right shape wherever two encoders have one width, and destroys the search. So its
+direction is checked by name and, where pairs are at hand, by measurement, and a map whose own verdict on held-out pairs
+is that it is not usable is refused unless that is asked for.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bowerbird.errors import InputError, SpaceError, UpgradeError
+from bowerbird.gallery.transform import VectorTransform
+from bowerbird.upgrade.sample import take_sample
+from bowerbird.upgrade.strategies import Strategy, load_strategy, transform_direction
+
+if TYPE_CHECKING:
+    from bowerbird.gallery.gallery import Gallery
+    from bowerbird.gallery.space import Space
+    from bowerbird.upgrade.encoding import ItemEncoder
+
+PAIRS = 2000  # items that are encoded to fit a map
+
+
+def needs_transform(gallery: Gallery, strategy: str, new: Space) -> bool:
+    """Whether an upgrade to ``new`` by this strategy needs a transform that the gallery does not have yet."""
+    old = gallery.snapshot().write_space
+    return (
+        transform_direction(load_strategy(strategy)[1]) == "query"
+        and gallery.transform(new.fingerprint, old.fingerprint) is None
+    )
+
+
+def fit_transform(
+    gallery: Gallery,
+    encoder: ItemEncoder,
+    strategy: str,
+    *,
+    label_key: str | None = None,
+    pairs: int = PAIRS,
+    seed: int = 0,
+    **settings: Any,
+) -> VectorTransform:
+    """Encode a sample of the gallery and fit the strategy's map on it.
+
+    Args:
+        label_key: Metadata key with the items' class, for strategies that learn from labels.
+        pairs: Items to encode.
+        settings: Of the strategy's ``fit``.
+
+    Raises:
+        InputError: If the strategy fits nothing, or there are too few items.
+    """
+    name, chosen = load_strategy(strategy)
+    if transform_direction(chosen) is None:
+        raise InputError(f"strategy {name!r} fits no transform")
+    old = gallery.snapshot().write_space
+    sample = take_sample(
+        gallery, encoder, old, label_key=label_key, size=2 * pairs, fit=True, seed=seed, only_pairs=True
+    )
+    if sample.training is None:
+        raise InputError(f"none of the sampled items of {gallery.path} can be encoded, so that nothing can be fitted")
+    made: VectorTransform = chosen.fit(sample.training, seed=seed, **settings)  # type: ignore[attr-defined]
+    return made
+
+
+def use_transform(
+    gallery: Gallery,
+    name: str,
+    strategy: Strategy,
+    old: Space,
+    new: Space,
+    transform: VectorTransform | str | Path | None,
+    *,
+    accept_poor: bool = False,
+) -> None:
+    """Register the transform with which ``strategy`` will serve an upgrade from ``old`` to ``new``, if it needs one.
+
+    Raises:
+        UpgradeError: If it needs one and there is none, it is not usable by its own verdict, the strategy takes none,
+            or it is a lift, which has a verb of its own.
+        SpaceError: If the transform goes another way.
+    """
+    direction = transform_direction(strategy)
+    if direction == "gallery":
+        raise UpgradeError(
+            f"strategy {name!r} maps stored vectors: `bowerbird upgrade lift {gallery.path} --transform FILE` does "
+            "that, and `bowerbird upgrade run --on-top` re-encodes what was lifted"
+        )
+    if direction is None:
+        if transform is not None:
+            raise UpgradeError(f"strategy {name!r} uses no transform; leave it out")
+        return
+    if transform is None:
+        if gallery.transform(new.fingerprint, old.fingerprint) is None:
+            raise UpgradeError(
+                f"strategy {name!r} needs a transform from {new} to {old}: give one (--transform FILE), or let "
+                "`bowerbird upgrade run` fit it on a paired sample"
+            )
+        return
+    if not isinstance(transform, VectorTransform):
+        transform = VectorTransform.load(transform)
+    if (transform.source, transform.target) != (new.fingerprint, old.fingerprint):
+        turned = (transform.source, transform.target) == (old.fingerprint, new.fingerprint)
+        raise SpaceError(
+            f"strategy {name!r} brings new queries into the old space and needs a transform {new.fingerprint[:12]} -> "
+            f"{old.fingerprint[:12]}; {transform} {'goes the other way' if turned else 'is of other spaces'}"
+        )
+    if transform.evidence.get("usable") is False and not accept_poor:
+        raise UpgradeError(
+            f"the transform {transform} is {transform.evidence.get('verdict', 'not usable')}: "
+            f"{transform.evidence.get('sentence', 'its evidence says so')} Use another strategy, for example "
+            "rank-merge, or accept it (--accept-poor-transform)"
+        )
+    gallery.register_space(new)
+    gallery.register_transform(transform)
