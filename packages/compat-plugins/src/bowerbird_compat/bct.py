@@ -124,7 +124,9 @@ class InfluenceLoss(nn.Module):
             return self.scale * self.margin(features, self.old_classifier, rows)
         if self.normalize:
             features = F.normalize(features)
-        return self.scale * F.linear(features, self.old_classifier.to(features.dtype))
+        if self.scale != 1:
+            features = self.scale * features  # not the logits: they are many more
+        return F.linear(features, self.old_classifier.to(features.dtype))
 
 
 def _checked_classifier(weight: Tensor) -> Tensor:
