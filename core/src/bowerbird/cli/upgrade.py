@@ -377,7 +377,11 @@ def rollback(gallery: str, old: str | None, leave_pending: bool, batch_size: int
     if as_json:
         click.echo(json.dumps({"items": now.items, "pending": pending}))
         return
-    click.echo(f"rolled back: {now.items - pending} items are served by {now.old['encoder']}")
+    if now.covered:
+        click.echo(f"rolled back: the upgrade to {now.old['encoder']} below it is as it was, paused")
+        click.echo(f"next: bowerbird upgrade resume {gallery}, or rollback again")
+    else:
+        click.echo(f"rolled back: {now.items - pending} items are served by {now.old['encoder']}")
     if pending:
         click.echo(f"{pending} items have no vector of it and are not found until they get one", err=True)
 

@@ -8,6 +8,7 @@ way. Otherwise the numbers are those that were registered with the relations.
 from __future__ import annotations
 
 import io
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,8 +92,12 @@ class Matrix:
         return {"spaces": list(self.spaces), "cells": [{**asdict(cell), "kind": cell.kind} for cell in self.cells]}
 
     def names(self) -> list[str]:
-        """A short name for each space; with digits of the fingerprint where encoders share one."""
-        names = [str(space["encoder"]).rstrip("/").rpartition("/")[2] for space in self.spaces]
+        """A short name for each space: its encoder without what all have in common, and with digits of the fingerprint
+        where that is not enough."""
+        encoders = [str(space["encoder"]) for space in self.spaces]
+        common = os.path.commonprefix(encoders) if len(encoders) > 1 else ""
+        cut = max((common.rfind(mark) for mark in "/?&:"), default=-1) + 1
+        names = [encoder[cut:] or encoder for encoder in encoders]
         return [
             f"{name} {space['fingerprint'][:6]}" if names.count(name) > 1 else name
             for name, space in zip(names, self.spaces, strict=True)
