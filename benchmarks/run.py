@@ -16,7 +16,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 ONE_CORE = ("cli_startup", "gallery_search", "serve_share", "gallery_ann", "gallery_add", "gallery_open")
-ALL = (*ONE_CORE, "embed", "upgrade_run")
+ALL = (*ONE_CORE, "embed", "upgrade_run", "upgrade_workers")
 
 
 def measure(name: str) -> None:

@@ -67,6 +67,14 @@ def share(what: str, key: str, limit_key: str) -> Callable[[Mapping[str, Any]], 
     return lambda r: [(what, f"{r[key]:.2f} of it", f"at least {r[limit_key]}", r[key] >= r[limit_key])]
 
 
+def workers(r: Mapping[str, Any]) -> list[Row]:
+    low, high = r["speed_of_two_range"]
+    what = f"`upgrade run --workers 2`, against one worker, with an encoder of one thread ({r['encoder']})"
+    measured = f"{r['speed_of_two']:.2f}x ({low:.2f} to {high:.2f} over {r['pairs']} pairs); processor time per item "
+    measured += f"{r['processor_per_item_two_over_one']:.2f}x"
+    return [(what, measured, f"at least {r['limit']}x", r["ok"])]
+
+
 ROWS: dict[str, Callable[[Mapping[str, Any]], list[Row]]] = {
     "cli_startup": startup,
     "embed": share("`embed` from JPEG files, against the bare forward pass on ready tensors", "ratio", "limit_ratio"),
@@ -76,6 +84,7 @@ ROWS: dict[str, Callable[[Mapping[str, Any]], list[Row]]] = {
     "gallery_open": opening,
     "gallery_ann": ratios("approximate search (IVF), 100k x 256; shares against a whole IVF gallery"),
     "upgrade_run": share("`upgrade run`, against the bare encoder on the same files", "ratio_wall", "limit_ratio"),
+    "upgrade_workers": workers,
 }
 
 

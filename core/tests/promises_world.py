@@ -75,14 +75,21 @@ def everything(gallery: Gallery, queries: dict[str, np.ndarray]) -> list[str]:
     return found
 
 
-def assert_is(gallery: Gallery, contents: dict[str, str], space: Space) -> None:
-    """The gallery has these items, no others, with bit-equal vectors of ``space``, and verifies."""
-    assert sorted(item.id for item in gallery.items()) == sorted(contents)
-    names = list(contents)
-    got, expected = gallery.vectors_of(names, space.fingerprint), vectors(contents, space)
-    assert got.tobytes() == _stored(expected).tobytes()
+def difference(gallery: Gallery, contents: dict[str, str], space: Space) -> str | None:
+    """How the gallery differs from one with these items, no others, and bit-equal vectors of ``space``."""
+    names = sorted(item.id for item in gallery.items())
+    if names != sorted(contents):
+        return f"items: {sorted(set(names) ^ set(contents))[:5]}, {len(names)} of {len(contents)}"
+    got, expected = gallery.vectors_of(list(contents), space.fingerprint), _stored(vectors(contents, space))
+    if got.tobytes() != expected.tobytes():
+        return f"{np.count_nonzero((got != expected).any(axis=1))} vectors"
     report = gallery.verify()
-    assert report.ok, str(report)
+    return None if report.ok else str(report)
+
+
+def assert_is(gallery: Gallery, contents: dict[str, str], space: Space) -> None:
+    found = difference(gallery, contents, space)
+    assert found is None, found
 
 
 def _stored(rows: np.ndarray) -> np.ndarray:
