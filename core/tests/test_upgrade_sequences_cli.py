@@ -70,7 +70,7 @@ def test_a_sequence_of_three_models_back_and_forth(path, tmp_path):
     assert "on top of" in invoke("status", path).stdout
     during = as_json("serve", path, "--image", query, "--k", 9)
     assert len(during[0]["results"]) == 9
-    invoke("rollback", path)
+    assert "as it was, paused" in invoke("rollback", path).stdout
     assert by_part(path) == [60, 60]
     after = as_json("serve", path, "--image", query, "--k", 9)
     assert [hit["id"] for hit in after[0]["results"]] == [hit["id"] for hit in before[0]["results"]]

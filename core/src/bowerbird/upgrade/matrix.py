@@ -8,7 +8,7 @@ way. Otherwise the numbers are those that were registered with the relations.
 from __future__ import annotations
 
 import io
-import os
+import itertools
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,7 +95,8 @@ class Matrix:
         """A short name for each space: its encoder without what all have in common, and with digits of the fingerprint
         where that is not enough."""
         encoders = [str(space["encoder"]) for space in self.spaces]
-        common = os.path.commonprefix(encoders) if len(encoders) > 1 else ""
+        alike = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*encoders, strict=False))
+        common = "".join(letters[0] for letters in alike) if len(encoders) > 1 else ""
         cut = max((common.rfind(mark) for mark in "/?&:"), default=-1) + 1
         names = [encoder[cut:] or encoder for encoder in encoders]
         return [
