@@ -1,4 +1,4 @@
-"""What a map between two spaces is worth, measured on pairs that it was not fitted on, and whether it is the right way.
+"""What a map between two spaces is worth, measured on pairs that it was not fitted on.
 
 A map has one of two uses. ``query``: new queries are brought into the old space, and search old vectors. ``gallery``:
 stored old vectors are lifted into the new space, and new queries search them. Either way the answer is held against
@@ -159,51 +159,6 @@ def judge_transform(
         level, sentence, direction, number, len(asked), k, own_cosine, other_cosine, _interval(overlap, seed), chance,
         float((rank_of_own < 1).mean()), float((rank_of_own < 10).mean()), kept, quality, needed,
     )  # fmt: skip
-
-
-def check_direction(transform: VectorTransform, source: ArrayLike, target: ArrayLike) -> tuple[float, float]:
-    """Make sure that ``transform`` goes from the space of ``source`` to the space of ``target``, and not back.
-
-    Between models of one width a map of the other direction has the right shape and passes every other check. It is
-    held against vectors whose spaces are known, for example some that the gallery stores.
-
-    Args:
-        transform: Any map.
-        source, target: ``(N, Di)`` and ``(N, Do)`` of the same items, at least 10; best such as were not fitted on.
-
-    Returns:
-        How far the cosine with the right vector is above that with another item's vector, ``(as it is, the other way
-        round)``. The second is NaN where widths rule the other way out.
-
-    Raises:
-        SpaceError: The map fits the other direction better, or is no better than chance; both numbers are named.
-        InputError: (a ``ValueError``) Rows that do not pair, or fewer than 10.
-    """
-    x, y = _paired(transform, source, target)
-    if len(x) < MIN_HELD_OUT:
-        raise InputError(f"{len(x)} pairs; at least {MIN_HELD_OUT} are needed to tell the direction of a map.")
-    forward, error = _margin(transform, x, y)
-    backward = _margin(transform, y, x)[0] if transform.dim_in == transform.dim_out else math.nan
-    if backward > forward + 0.02 and backward > 4 * error:
-        raise SpaceError(
-            f"the transform {transform} goes the other way: the cosine with the right vector is {forward:.3f} above "
-            f"that with a wrong one from source to target, and {backward:.3f} above it from target to source. "
-            "Swap source and target, or fit the map again."
-        )
-    if forward <= 4 * error:
-        other = "" if math.isnan(backward) else f", and {backward:.3f} the other way round"
-        raise SpaceError(
-            f"the transform {transform} relates nothing: the cosine with the right vector is {forward:.3f} above that "
-            f"with a wrong one (+- {error:.3f}{other}). Do the rows pair, and are these the two spaces?"
-        )
-    return forward, backward
-
-
-def _margin(transform: VectorTransform, x: NDArray, y: NDArray) -> tuple[float, float]:
-    """Mean of cosine with the own minus that with another's vector, and its standard error."""
-    mapped, y = transform(x), unit(y)
-    values: NDArray[np.float64] = np.sum(mapped * (y - np.roll(y, len(y) // 2, axis=0)), axis=1).astype(np.float64)
-    return float(values.mean()), float(values.std() / math.sqrt(len(values))) + 1e-6
 
 
 def _paired(transform: VectorTransform, source: ArrayLike, target: ArrayLike) -> tuple[NDArray, NDArray]:

@@ -18,9 +18,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from bowerbird.errors import DataError, InputError, SpaceError, did_you_mean
 from bowerbird.gallery.space import Space
-from bowerbird.gallery.transform import Step, VectorTransform
+from bowerbird.gallery.transform import Step, VectorTransform, check_direction
 from bowerbird_compat import adapter_maps
-from bowerbird_compat.adapter_verdict import Direction, Verdict, check_direction, judge_transform
+from bowerbird_compat.adapter_verdict import Direction, Verdict, judge_transform
 
 __all__ = ["Direction", "Kind", "Verdict", "check_direction", "fit_adapter", "judge_transform"]
 
