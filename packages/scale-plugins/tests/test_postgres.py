@@ -96,6 +96,38 @@ def test_lists_and_distances_are_those_of_the_embedded_gallery_at_every_moment(
         assert gallery.counts() == folder.counts()
 
 
+def test_many_queries_together_find_what_each_finds_alone(gallery: Gallery, tmp_path: Path) -> None:
+    rng = np.random.default_rng(2)
+    many = rng.standard_normal((300, FIRST.dim)).astype(np.float32)
+    gallery.add([f"copy-{n}" for n in range(70)], np.repeat(vectors(["copy"], FIRST), 70, axis=0))
+    many[:5] = vectors(["copy"], FIRST)
+    for where in (None, {"year": [0, 3]}):
+        together = gallery.search(many, 9, where=where)
+        for row in (0, 4, 5, 255, 256, 299):
+            alone = gallery.search(many[row], 9, where=where)
+            assert together.ids[row] == alone.ids[0]
+            assert np.array_equal(together.distances[row], alone.distances[0])
+    assert gallery.search(many, 200).ids[7] == gallery.search(many[7], 200).ids[0]
+
+
+def test_plan_run_watch_and_finish_on_a_server(gallery: Gallery) -> None:
+    gallery.register_space(SECOND)
+    gallery.relate(SECOND.fingerprint, FIRST.fingerprint)
+    with Upgrade(
+        gallery, lambda items: encode(items, SECOND), old=lambda items: encode(items, FIRST), space=SECOND
+    ) as upgrade:
+        plan = upgrade.plan(label_key="year", sample=20)
+        assert plan.items == 40
+        report = upgrade.run(strategy="core:compatible", label_key="year", stop_at_share=0.4, watch_every=0.2)
+        assert report.reason == "stop-at-share"
+        assert len(report.watched) == len(upgrade.history()) >= 1
+        assert 0.4 <= upgrade.status().share < 0.6
+        assert upgrade.run().reason == "complete"
+        assert upgrade.watch().share == 1.0
+        assert upgrade.finish()["pending"] == 0
+    assert gallery.snapshot().serving == SECOND.fingerprint
+
+
 QUERIES_OF_TWO = {space.fingerprint: QUERIES[space.fingerprint] for space in (FIRST, SECOND)}
 
 

@@ -30,10 +30,10 @@ from bowerbird.errors import InputError, SpaceError, StoreUnavailableError
 from bowerbird.gallery.gallery import Gallery
 from bowerbird.gallery.space import Space
 from bowerbird_scale.postgres.connection import Address, Connection
-from bowerbird_scale.postgres.snapshot import Filter, PostgresPart
+from bowerbird_scale.postgres.snapshot import PostgresPart
 from bowerbird_scale.postgres.storage import PostgresStorage
 from bowerbird_scale.postgres.store import PostgresStore
-from bowerbird_scale.postgres.vectors import LENGTH_TOLERANCE
+from bowerbird_scale.postgres.vectors import LENGTH_TOLERANCE, Filter
 
 MAX_DIM = 65_536  # of Qdrant
 BATCH_POINTS = 512
@@ -48,6 +48,7 @@ class Collections:
     """The vectors of one gallery in Qdrant; the methods are those of ``bowerbird_scale.postgres.vectors.Tables``."""
 
     features = frozenset({"index", "many-hosts", "rollback", "sequences", "where"})
+    streams_from = None  # each query is searched by Qdrant
     index_settings: Mapping[str, Mapping[str, int]] = {"hnsw": {}}
 
     def __init__(self, client: QdrantClient, schema: str) -> None:

@@ -23,14 +23,9 @@ from bowerbird.gallery.snapshot import UpgradeState
 from bowerbird.gallery.space import Relation, Space
 from bowerbird.retrieval.index import Hits
 from bowerbird_scale.postgres.connection import Connection, Database
+from bowerbird_scale.postgres.vectors import Filter
 
-
-@dataclass(frozen=True)
-class Filter:
-    """A condition on the metadata of an item, as SQL over the columns of ``item``."""
-
-    clause: str
-    parameters: tuple[Any, ...]
+QUERIES = 256  # that are compared with a block at once
 
 
 @dataclass(frozen=True)
@@ -126,6 +121,9 @@ class PostgresPart:
         exact = self.index is None or allowed is not None
         # Bound of the error of a float32 product of unit vectors: what is further behind than this cannot be nearer.
         slack = 2 * (self.space.dim / 8 + 16) * 2.0**-24
+        streams_from = self.db.vectors.streams_from
+        if exact and streams_from is not None and len(queries) >= streams_from:
+            return self._search_together(queries, k, allowed, slack)
         with self._reading() as db:
             for row, query in enumerate(queries):
                 wide = k + MARGIN
@@ -137,6 +135,25 @@ class PostgresPart:
                     wide *= 4  # many items at one distance: the right one may be further behind
                 nearest = rank_exactly(query[None], nums[None], vectors[None], k)
                 ids[row, : len(nearest[0][0])], distances[row, : len(nearest[1][0])] = nearest[0][0], nearest[1][0]
+        return Hits(ids, distances)
+
+    def _search_together(self, queries: NDArray[np.float32], k: int, allowed: Filter | None, slack: float) -> Hits:
+        """As ``search``, exact: the vectors come here once for all queries, in blocks."""
+        ids = np.full((len(queries), k), -1, np.int64)
+        distances = np.full((len(queries), k), np.inf, np.float32)
+        with self._reading() as db:
+            for nums, rows in self.db.vectors.blocks(db, self, allowed=allowed):
+                for start in range(0, len(queries), QUERIES):
+                    rough = 1 - queries[start : start + QUERIES] @ rows.T
+                    limit = distances[start : start + QUERIES, -1] + slack
+                    if len(nums) > k:
+                        limit = np.minimum(limit, np.partition(rough, k - 1, axis=1)[:, k - 1] + slack)
+                    for row, near in enumerate(rough <= limit[:, None], start):
+                        chosen = np.flatnonzero(near)
+                        better = rank_exactly(queries[row : row + 1], nums[None, chosen], rows[None, chosen], k)
+                        both = np.concatenate([ids[row], better[0][0]]), np.concatenate([distances[row], better[1][0]])
+                        order = np.lexsort((np.where(both[0] < 0, self.num_limit, both[0]), both[1]))[:k]
+                        ids[row], distances[row] = both[0][order], both[1][order]
         return Hits(ids, distances)
 
     def _read(self, nums: list[int] | None = None) -> tuple[NDArray[np.int64], NDArray[np.float32]]:

@@ -19,7 +19,8 @@ from bowerbird.gallery.verify import Report
 from bowerbird_scale.postgres import indexes, verify
 from bowerbird_scale.postgres.connection import Address, Connection, Database, connect
 from bowerbird_scale.postgres.schema import FORMAT, TABLES
-from bowerbird_scale.postgres.snapshot import Filter, PostgresSnapshot
+from bowerbird_scale.postgres.snapshot import PostgresSnapshot
+from bowerbird_scale.postgres.vectors import Filter
 
 ITEM = "id, num, uri, content_hash, metadata"
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from bowerbird.gallery.space import Space
 from bowerbird_scale.postgres.connection import Connection
 
 if TYPE_CHECKING:
-    from bowerbird_scale.postgres.snapshot import Filter, PostgresPart
+    from bowerbird_scale.postgres.snapshot import PostgresPart
 
 MAX_DIM = 16_000  # of pgvector's types
 INLINE_BYTES = 7_000  # a longer row does not fit into a page and is kept beside the table
@@ -39,6 +40,14 @@ _HEADER = b"PGCOPY\n\xff\r\n\0" + bytes(8)
 _TRAILER = b"\xff\xff"
 
 
+@dataclass(frozen=True)
+class Filter:
+    """A condition on the metadata of an item, as SQL over the columns of ``item``."""
+
+    clause: str
+    parameters: tuple[Any, ...]
+
+
 class Tables:
     """Where the vectors are: a table per space. ``bowerbird_scale.qdrant.Collections`` has the same methods.
 
@@ -46,6 +55,7 @@ class Tables:
     """
 
     features = frozenset({"index", "many-hosts", "rollback", "sequences", "where"})
+    streams_from = 8  # so many queries are searched together, by reading all vectors once
     index_settings: Mapping[str, Mapping[str, int]] = {"hnsw": {"m": 16, "ef_construction": 64}, "ivf": {"lists": 0}}
 
     def check(self, space: Space) -> None:
@@ -96,12 +106,20 @@ class Tables:
         self, db: Connection, part: PostgresPart, nums: Sequence[int] | None = None
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """``(numbers ascending, vectors)`` of the items of a part, or of those of them that are among ``nums``."""
+        only = None if nums is None else Filter("num = ANY(%s)", (list(nums),))
+        blocks = list(self.blocks(db, part, allowed=only, order="ORDER BY v.num"))
+        return np.concatenate([block[0] for block in blocks]), np.concatenate([block[1] for block in blocks])
+
+    def blocks(
+        self, db: Connection, part: PostgresPart, *, allowed: Filter | None = None, order: str = ""
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+        """``(numbers, vectors)`` of the items of a part, in blocks."""
+        keep = "" if allowed is None else f"AND v.num IN (SELECT num FROM item WHERE {allowed.clause})"
         query = (
             f"SELECT v.num, v.vec FROM {table_of(part.number)} v JOIN member m ON m.num = v.num "
-            f"WHERE {part.condition} {'' if nums is None else 'AND v.num = ANY(%s)'} ORDER BY v.num"
+            f"WHERE {part.condition} {keep} {order}"
         )
-        blocks = list(read_rows(db, query, () if nums is None else (list(nums),), part.space.dim, part.dtype))
-        return np.concatenate([block[0] for block in blocks]), np.concatenate([block[1] for block in blocks])
+        return read_rows(db, query, () if allowed is None else allowed.parameters, part.space.dim, part.dtype)
 
     def nearest(
         self, db: Connection, part: PostgresPart, query: NDArray[np.float32], count: int, allowed: Filter | None
