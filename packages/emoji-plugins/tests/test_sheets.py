@@ -94,7 +94,7 @@ def test_listing_ids_and_labels_decodes_no_picture() -> None:
     sheets.tiles.cache_clear()
     dataset = EmojiStyles.build()
     assert len(dataset.item_ids) == len(dataset.labels()) == 4480
-    dataset.metadata(0)
+    dataset.metadata()
     assert sheets.tiles.cache_info().misses == 0
     dataset[0], dataset[1]
     assert sheets.tiles.cache_info().misses == 1  # one style, once

@@ -144,7 +144,7 @@ def test_an_item_says_the_same_as_the_lists() -> None:
         assert dataset.classes[item["label"]] == name
         assert dataset.domains[item["domain"]] == style
         assert set(item) == set(RECORD.provides)
-        assert dataset.metadata(index)["style"] == style
+        assert dataset.metadata()[index]["style"] == style
 
 
 def test_an_id_shows_the_same_picture_in_every_split() -> None:

@@ -178,13 +178,15 @@ def _write_pictures(folder: Path, limit: int | None) -> tuple[list[Query], list[
 
     def pictures(split: str) -> Iterator[tuple[str, Path, dict[str, str]]]:
         dataset: Dataset = registry.load(record).build(config, split)
+        known = dataset.metadata()
+        assert known is not None
         for position, item_id in enumerate(dataset.item_ids):
             if limit is not None and dataset.labels()[position] >= limit:
                 continue
             path = folder / split / f"{item_id}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             dataset[position]["image"].save(path)
-            yield item_id, path, dataset.metadata(position)  # type: ignore[attr-defined]
+            yield item_id, path, dict(known[position])
 
     queries = [Query(item_id, _concept(item_id), path) for item_id, path, _ in pictures("unseen-query")]
     items = [

@@ -86,10 +86,13 @@ class EmojiStyles(Dataset):
     def labels(self) -> Sequence[int]:
         return [label for _ in self.styles for label in range(len(self.concepts))]
 
-    def metadata(self, index: int) -> dict[str, str]:
-        """``name``, ``category`` and ``style`` of an item, for example as metadata of a gallery."""
-        style, concept, _ = self._at(index)
-        return {"name": concept.name.replace("-", " "), "category": concept.category, "style": style}
+    def metadata(self) -> list[dict[str, str]]:
+        """``label`` (the concept), ``name``, ``category`` and ``style`` of every item, for a gallery to keep."""
+        found = [self._at(index) for index in range(len(self))]
+        return [
+            {"label": c.name, "name": c.name.replace("-", " "), "category": c.category, "style": style}
+            for style, c, _ in found
+        ]
 
     def _at(self, index: int) -> tuple[Style, Concept, int]:
         if not -len(self) <= index < len(self):
