@@ -16,6 +16,7 @@ from upgrade_world import FakeEncoder, make_gallery, new_encoder, old_encoder, w
 from bowerbird.cli import main
 from bowerbird.errors import InputError
 from bowerbird.gallery import Gallery
+from bowerbird.gallery.transform import VectorTransform
 from bowerbird.registry import get_registry
 from bowerbird.upgrade.matrix import matrix
 
@@ -116,6 +117,27 @@ def test_the_direction_of_a_lift_is_checked_on_given_pairs_and_with_the_new_enco
     assert "goes the other way" in invoke("lift", path, "--transform", tmp_path / "backward.safetensors", code=2).stderr
     invoke("lift", path, "--transform", file, "--to", "fake:new", "--strategy", "two-queries")
     assert by_part(path) == [0, COUNT]
+
+
+def test_without_a_file_the_map_is_fitted_with_the_new_encoder(path, monkeypatch):
+    class Fitting(upgrade_world.OldQueriesOnOldPart):
+        transform_direction = "gallery"
+
+        def fit(self, pairs, *, seed=0, **settings):
+            assert len(pairs) > 32 and len(pairs.labels) == len(pairs)
+            weight = np.linalg.lstsq(pairs.old, pairs.new, rcond=1e-3)[0].T
+            return VectorTransform.linear(
+                pairs.old_space.fingerprint, pairs.new_space.fingerprint, weight, evidence=said
+            )
+
+    monkeypatch.setattr(upgrade_world, "OldQueriesOnOldPart", Fitting)
+    monkeypatch.setattr("bowerbird.upgrade.fitting.load_strategy", lambda name: ("world:lift", Fitting()))
+    said = {"usable": False, "verdict": "not usable", "sentence": "It is worse than the old system."}
+    arguments = ("lift", path, "--to", "fake:new", "--label-key", "label", "--pairs", 100, "--strategy", "two-queries")
+    assert "It is worse than the old system" in invoke(*arguments, code=2).stderr
+    invoke(*arguments, "--accept-poor-transform")
+    assert by_part(path) == [0, COUNT]
+    invoke("finish", path)
 
 
 def test_the_matrix_says_how_each_pair_is_compared_and_what_was_measured(path, tmp_path):

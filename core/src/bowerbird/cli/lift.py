@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 @click.command(
     epilog=examples(
+        "bowerbird upgrade lift photos --to runs/new --label-key label      (fits the map on 2,000 items)",
         "bowerbird upgrade lift photos --transform forward.safetensors",
         "bowerbird upgrade lift photos --transform forward.safetensors --to runs/new",
         "bowerbird upgrade lift photos --transform forward.safetensors --old-pairs old.npy --new-pairs new.npy",
@@ -25,8 +26,14 @@ if TYPE_CHECKING:
 @click.argument("gallery", type=click.Path(file_okay=False))
 @click.option("--transform", "transform_file", type=click.Path(exists=True, dir_okay=False), metavar="FILE",
               help="From the stored vectors' space to the new one; not needed once the lift is under way.")  # fmt: skip
-@click.option("--to", metavar="ENCODER", help="The new encoder; encodes a few items to check the direction. "
-              "Default: the space that the file names.")  # fmt: skip
+@click.option("--to", metavar="ENCODER", help="The new encoder. Without --transform the map is fitted on items that it "
+              "encodes; with it, it checks the direction. Default: the space that the file names.")  # fmt: skip
+@click.option("--label-key", metavar="KEY", help="Metadata key with the label of an item, for the fit.")
+@click.option("--pairs", "pair_count", type=click.IntRange(min=32), default=2000, show_default=True,
+              help="Items that are encoded for the fit.")  # fmt: skip
+@click.option(
+    "--accept-poor-transform", is_flag=True, help="Also a map whose held-out pairs say that it is not usable."
+)
 @click.option("--old-pairs", type=click.Path(exists=True, dir_okay=False), metavar="FILE",
               help="Check the direction on these: .npy (N, D) of the old space.")  # fmt: skip
 @click.option("--new-pairs", type=click.Path(exists=True, dir_okay=False), metavar="FILE",
@@ -44,27 +51,34 @@ if TYPE_CHECKING:
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:0.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")
 def lift(gallery: str, transform_file: str | None, to: str | None, old_pairs: str | None, new_pairs: str | None,
-         strategy: str, on_top: bool, task_items: int | None, stop_after: int | None, stop_at_share: float | None,
-         batch_size: int, device: str, as_json: bool) -> None:  # fmt: skip
-    """Map the stored vectors of GALLERY towards a new encoder, without an image. Begins the lift if none is under way.
+         label_key: str | None, pair_count: int, accept_poor_transform: bool, strategy: str, on_top: bool,
+         task_items: int | None, stop_after: int | None, stop_at_share: float | None, batch_size: int, device: str,
+         as_json: bool) -> None:  # fmt: skip
+    """Map the stored vectors of GALLERY towards a new encoder; no image is read. Begins the lift if none is under way.
 
     New queries search what is lifted; what is not is served by the strategy. Resumable and exactly reversible like any
     upgrade: `bowerbird upgrade status`, `rollback` and `finish` work on it. Afterwards, where there are images,
     `bowerbird upgrade run --to ENCODER` replaces lifted vectors by real ones.
     """
     from bowerbird.cli.upgrade import _bar, _encoder, _open
-    from bowerbird.upgrade.lift import TASK_ITEMS, begin_lift, lifter
+    from bowerbird.gallery.transform import VectorTransform
+    from bowerbird.upgrade.fitting import fit_transform
+    from bowerbird.upgrade.lift import TASK_ITEMS, begin_lift, lifter, refuse_without_images
     from bowerbird.upgrade.run import run as work
 
     with _open(gallery) as opened:
         pairs = _pairs(old_pairs, new_pairs)
-        if _begins(opened, transform_file, on_top):
-            from bowerbird.gallery.transform import VectorTransform
-
+        if _begins(opened, transform_file, to, on_top):
             new = None if to is None else _encoder(to, batch_size, device)
+            if transform_file is not None:
+                transform = VectorTransform.load(transform_file)
+            else:
+                assert new is not None
+                refuse_without_images(opened, new)
+                transform = fit_transform(opened, new, "lift", label_key=label_key, pairs=pair_count)
             begin_lift(
-                opened, VectorTransform.load(str(transform_file)), new,
-                strategy=strategy, pairs=pairs, task_items=task_items or TASK_ITEMS, on_top=on_top,
+                opened, transform, new, strategy=strategy, pairs=pairs, task_items=task_items or TASK_ITEMS,
+                on_top=on_top, accept_poor=accept_poor_transform,
             )  # fmt: skip
         with _bar(show_it=sys.stderr.isatty() and not as_json) as progress:
             report = work(opened, lifter(opened), stop_after=stop_after, stop_at_share=stop_at_share, progress=progress)
@@ -82,15 +96,17 @@ def lift(gallery: str, transform_file: str | None, to: str | None, old_pairs: st
         )
 
 
-def _begins(gallery: Gallery, transform_file: str | None, on_top: bool) -> bool:
+def _begins(gallery: Gallery, transform_file: str | None, to: str | None, on_top: bool) -> bool:
     """Whether this call begins a lift; ``False``: it goes on with the one under way."""
     from bowerbird.errors import InputError
 
-    under_way = gallery.store.upgrade_state() is not None
-    lifting = under_way and gallery.snapshot().write_space.lifted
-    if transform_file is None and not lifting:
-        raise InputError(f"no lift is under way in {gallery.path}: give the map to begin one, --transform FILE")
-    return transform_file is not None and (not lifting or on_top)
+    lifting = gallery.store.upgrade_state() is not None and gallery.snapshot().write_space.lifted
+    if transform_file is None and to is None and not lifting:
+        raise InputError(
+            f"no lift is under way in {gallery.path}: to begin one give the map, --transform FILE, or where items have "
+            "images the new encoder, --to ENCODER, for which it is fitted"
+        )
+    return not lifting or (on_top and (transform_file is not None or to is not None))
 
 
 def _pairs(old: str | None, new: str | None) -> tuple[Any, Any] | None:

@@ -61,6 +61,7 @@ def begin_lift(
     pairs: tuple[Any, Any] | None = None,
     task_items: int = TASK_ITEMS,
     on_top: bool = False,
+    accept_poor: bool = False,
 ) -> UpgradeState:
     """Start to lift a gallery. Search results do not change by it.
 
@@ -75,12 +76,19 @@ def begin_lift(
         pairs: ``(old vectors (N, Do), new vectors (N, Dn))`` of the same items, on which the direction is checked.
         on_top: Begin on top of an upgrade that is under way. Every part with items must be led to the transform's
             source by registered transforms.
+        accept_poor: Also a transform that is not usable by its own verdict on held-out pairs.
 
     Raises:
         SpaceError: If the transform has the other direction, comes from another space, or does not fit the pairs.
-        UpgradeError: If an upgrade is under way (without ``on_top``), or the strategy cannot serve this pair of spaces.
+        UpgradeError: If the transform is not usable by its own verdict, an upgrade is under way (without ``on_top``),
+            or the strategy cannot serve this pair of spaces.
     """
     snapshot = gallery.snapshot()
+    if snapshot.upgrade is not None and not on_top:
+        raise UpgradeError(
+            f"an upgrade of {gallery.path} to {snapshot.write_space} is {snapshot.upgrade.state}; finish it or roll it "
+            "back first, or lift on top of it (--on-top)"
+        )
     old = snapshot.write_space
     target = new.space if isinstance(new, ItemEncoder) else new or snapshot.spaces.get(transform.target)
     if target is None:
@@ -95,6 +103,12 @@ def begin_lift(
             )
         raise SpaceError(f"the transform {transform} takes vectors of another space than the stored ones, {old}")
     lifted = lifted_space(transform, target)
+    if transform.evidence.get("usable") is False and not accept_poor:
+        raise UpgradeError(
+            f"the transform {transform} is {transform.evidence.get('verdict', 'not usable')}: "
+            f"{transform.evidence.get('sentence', 'its evidence says so')} Fit another one, or accept it "
+            "(accept_poor=True, --accept-poor-transform)"
+        )
     if pairs is None and isinstance(new, ItemEncoder):
         pairs = _encoded_pairs(gallery, snapshot, new)
     if pairs is not None:
