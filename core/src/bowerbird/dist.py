@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
@@ -85,3 +87,32 @@ def mean_over_processes(value: Tensor) -> Tensor:
     total = value.detach().clone()
     distributed.all_reduce(total)
     return total / world_size()
+
+
+@contextmanager
+def plain_data_group(*, threads: int) -> Iterator[None]:
+    """A group of the processes that torchrun started, for ``from_main`` and ``from_all``, and ``threads`` for each.
+
+    A process may wait in it for the others as long as a backfill takes.
+    """
+    distributed.init_process_group("gloo", timeout=timedelta(days=30))
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun's own default, for training
+        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def from_main(value: Any) -> Any:
+    """The value that rank 0 gave, in every process."""
+    box = [value]
+    distributed.broadcast_object_list(box)
+    return box[0]
+
+
+def from_all(value: Any) -> list[Any]:
+    """The values of all processes by rank, in every process."""
+    box: list[Any] = [None] * world_size()
+    distributed.all_gather_object(box, value)
+    return box

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from bowerbird.errors import InputError
 from bowerbird.upgrade.run import WorkerShare
@@ -248,53 +248,47 @@ class TorchrunExecutor:
             )
 
     def prepare(self, begin: Callable[[], Job]) -> Job:
-        from datetime import timedelta
+        from bowerbird import dist
 
-        from torch import distributed, set_num_threads
-
-        # A process may wait for the others as long as a backfill takes.
-        distributed.init_process_group("gloo", timeout=timedelta(days=30))
-        if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun's own default, for training
-            set_num_threads(threads_per_worker(int(os.environ.get("LOCAL_WORLD_SIZE", self.workers))))
-        box: list[Any] = [None]
-        if self.speaks:
-            try:
-                box[0] = asdict(begin())
-                distributed.broadcast_object_list(box)
-            except BaseException:
-                distributed.broadcast_object_list(box)
-                distributed.destroy_process_group()
-                raise
-        else:
-            distributed.broadcast_object_list(box)
-            if box[0] is None:
-                distributed.destroy_process_group()
-                raise SystemExit(0)  # rank 0 says what is wrong and returns its code
-        return Job(**box[0])
+        on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", self.workers))
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(dist.plain_data_group(threads=threads_per_worker(on_this_machine)))
+            if self.speaks:
+                job = None
+                try:
+                    job = begin()
+                finally:
+                    dist.from_main(None if job is None else asdict(job))
+            else:
+                told = dist.from_main(None)
+                if told is None:
+                    raise SystemExit(0)  # rank 0 says what is wrong and returns its code
+                job = Job(**told)
+            self._group = stack.pop_all()  # stays open until the workers are done
+        return job
 
     def run(self, job: Job, tell: Callable[[int, Event], None]) -> list[WorkerShare]:
-        from torch import distributed
+        from bowerbird import dist
 
         events: list[Event] = []
         started = time.monotonic()
-        said = [0]
+        encoded = 0
 
         def hear(event: Event) -> None:
+            nonlocal encoded
             if event["event"] in ("ended", "failed"):
                 events.append(event)
             elif event["event"] == "committed":
-                said[0] += event["count"]
+                encoded += event["count"]
             if self.speaks:
                 tell(self.rank, event)
 
-        work(job.for_one_of(self.workers), int(os.environ.get("LOCAL_RANK", "0")), hear)
-        last, seconds = events[-1], time.monotonic() - started
-        if last["event"] == "ended":
-            report = last["report"]
-            own = WorkerShare(self.rank, report["reason"], report["encoded"], report["failed"], seconds)
-        else:
-            own = WorkerShare(self.rank, "failed", said[0], 0, seconds, 0, last["error"], last["exit_code"])
-        shares: list[Any] = [None] * self.workers
-        distributed.all_gather_object(shares, own)
-        distributed.destroy_process_group()
-        return shares
+        with self._group:
+            work(job.for_one_of(self.workers), int(os.environ.get("LOCAL_RANK", "0")), hear)
+            last, seconds = events[-1], time.monotonic() - started
+            if last["event"] == "ended":
+                report = last["report"]
+                own = WorkerShare(self.rank, report["reason"], report["encoded"], report["failed"], seconds)
+            else:
+                own = WorkerShare(self.rank, "failed", encoded, 0, seconds, 0, last["error"], last["exit_code"])
+            return dist.from_all(own)
