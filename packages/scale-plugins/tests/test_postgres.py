@@ -244,6 +244,41 @@ def test_a_snapshot_from_before_a_finish_is_refused_and_a_new_search_goes_on(gal
     assert len(gallery.search(QUERIES[SECOND.fingerprint], 3).ids[0]) == 3
 
 
+def test_a_search_that_an_end_of_the_upgrade_overtakes_is_refused_and_never_empty(gallery: Gallery, url: str) -> None:
+    """The old vectors are dropped between the moment in which a search chose its epoch and its first look at them."""
+    begin(gallery, SECOND)
+    with open_gallery(url) as searching:
+        taken = searching.snapshot()
+        work(gallery)
+        with pytest.raises(SnapshotGoneError), searching.storage.db.reading() as db:
+            assert db.value("SELECT floor FROM head") == 0  # this transaction keeps to the present state from here on
+            gallery.store.finish_upgrade(verified=True)
+            searching.search(QUERIES_OF_TWO, 5, snapshot=taken)
+
+
+def test_items_that_are_deleted_while_a_rollback_encodes_them_stay_deleted_and_later_ones_are_encoded_too(
+    gallery: Gallery, url: str
+) -> None:
+    begin(gallery, SECOND)
+    gallery.add(["late", "later"], vectors(["late", "later"], SECOND))
+    seen: list[str] = []
+
+    def slowly(items):
+        if not seen:  # another program goes on meanwhile: a rollback keeps nobody from writing while it encodes
+            with open_gallery(url) as other:
+                other.delete(["late"])
+                other.add(["last"], vectors(["last"], SECOND))
+        seen.extend(item.id for item in items)
+        return encode(items, FIRST)
+
+    assert gallery.store.rollback(encode_old=slowly) == 0
+    assert seen == ["late", "later", "last"]
+    assert [item.id for item in gallery.items()] == [*NAMES, "later", "last"]
+    assert sorted(gallery.search(QUERIES[FIRST.fingerprint], 50).ids[0]) == sorted([*NAMES, "later", "last"])
+    assert gallery.counts() == {FIRST.fingerprint: 42}
+    assert gallery.verify().ok
+
+
 def test_lost_and_damaged_rows_are_found_by_verify(gallery: Gallery, url: str) -> None:
     address = Address.parse(url)
     with psycopg.connect(address.conninfo, autocommit=True) as db:

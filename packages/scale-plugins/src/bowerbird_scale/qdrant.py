@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from qdrant_client import QdrantClient, models
 from qdrant_client.http.exceptions import ApiException
 
-from bowerbird.errors import InputError, SpaceError, StoreUnavailableError
+from bowerbird.errors import InputError, SnapshotGoneError, SpaceError, StoreUnavailableError
 from bowerbird.gallery.gallery import Gallery
 from bowerbird.gallery.space import Space
 from bowerbird_scale.postgres.connection import Address, Connection
@@ -70,14 +70,15 @@ class Collections:
         with self._answers():
             self.client.create_collection(self._name(db, number), vectors_config=vectors)
 
-    def forget(self, db: Connection, number: int, dim: int, dtype: str) -> None:
-        """Nothing yet: if the transaction does not come to its end, the vectors still count."""
+    def forget(self, db: Connection, number: int) -> None:
+        """Only noted: if the transaction does not come to its end, the vectors still count."""
+        db.execute("INSERT INTO setting VALUES (%s, %s)", (f"dropped:{number}", self._name(db, number)))
 
-    def sweep(self, db: Connection, number: int, dim: int, dtype: str) -> None:
+    def sweep(self, db: Connection) -> None:
+        dropped = db.execute("DELETE FROM setting WHERE starts_with(name, 'dropped:') RETURNING value").fetchall()
         with self._answers():
-            if self.client.count(self._name(db, number)).count:
-                self.client.delete_collection(self._name(db, number))
-                self.create(db, number, dim, dtype)
+            for (name,) in dropped:
+                self.client.delete_collection(name)
 
     def delete(self, db: Connection, number: int, nums: Sequence[int]) -> None:
         with self._answers():
@@ -217,8 +218,12 @@ class Collections:
         """What Qdrant says, as errors that say what to do."""
         try:
             yield
-        except (ApiException, OSError, ConnectionError) as exc:
+        except (ApiException, OSError, ValueError) as exc:  # the local mode raises ValueError
             text = " ".join(str(exc).split())[:300]
+            if "not found" in text or "doesn't exist" in text:
+                raise SnapshotGoneError(f"vectors were dropped meanwhile ({text}); look again") from exc
+            if isinstance(exc, ValueError):
+                raise
             raise StoreUnavailableError(f"Qdrant does not answer: {text}. What was committed is safe.") from exc
 
 

@@ -146,15 +146,16 @@ def append_rows(db: Connection, snapshot: Any, fingerprint: str, nums: NDArray[n
     # Where the item has a newer vector already, this one waits beneath it.
     newer = [snapshot.numbers[name] for name in snapshot.stack[snapshot.stack.index(fingerprint) + 1 :]]
     db.execute(
-        "INSERT INTO member(num, space, since, moved, moved_to) "
-        f"SELECT num, %s, %s, coalesce(m.since, {NEVER}), m.space "
-        "FROM unnest(%s::bigint[]) AS given(num) LEFT JOIN LATERAL (SELECT space, since FROM member m "
-        f"WHERE m.num = given.num AND m.space = ANY(%s) AND m.moved = {NEVER}) m ON true",
-        (number, epoch, nums.tolist(), newer),
+        "INSERT INTO member(num, space, since, gone, moved, moved_to) "
+        f"SELECT item.num, %s, %s, CASE deleted_epoch WHEN 0 THEN {NEVER} ELSE deleted_epoch END, "
+        f"coalesce(m.since, {NEVER}), m.space "
+        "FROM item LEFT JOIN LATERAL (SELECT space, since FROM member m "
+        f"WHERE m.num = item.num AND m.space = ANY(%s) AND m.moved = {NEVER}) m ON true WHERE item.num = ANY(%s)",
+        (number, epoch, newer, nums.tolist()),
     )
     db.execute(
         f"UPDATE space SET items = items + (SELECT count(*) FROM member WHERE space = %s AND moved = {NEVER} "
-        "AND num = ANY(%s)) WHERE no = %s",
+        f"AND gone = {NEVER} AND num = ANY(%s)) WHERE no = %s",
         (number, nums.tolist(), number),
     )
     db.execute("DELETE FROM pending WHERE num = ANY(%s)", (nums.tolist(),))

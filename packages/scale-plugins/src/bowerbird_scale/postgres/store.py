@@ -379,13 +379,9 @@ class PostgresStore:
         return len(missing)
 
     def _sweep(self) -> None:
-        """Give back the room of spaces without a vector; nobody can write one meanwhile."""
+        """Give back the room of vectors that no committed state knows."""
         with self.db.writing("drop old vectors", wait=COMMIT_LOCK_SECONDS) as db:
-            empty = db.execute(
-                "SELECT no, dim FROM space WHERE NOT EXISTS (SELECT FROM member WHERE member.space = no)"
-            ).fetchall()
-            for number, dim in empty:
-                self.db.vectors.sweep(db, number, dim, db.value("SELECT dtype FROM head"))
+            self.db.vectors.sweep(db)
 
 
 def _missing_below(db: Connection, snapshot: PostgresSnapshot) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -422,9 +418,13 @@ def _end(db: Connection, upgrade: UpgradeState, state: str) -> None:
 
 
 def _forget_vectors(db: Connection, snapshot: PostgresSnapshot, fingerprint: str) -> None:
-    """Drop every vector of a space, and its index; the space itself stays known."""
+    """Drop every vector of a space, and its index; the space itself stays known, under another number.
+
+    A reader that began before must not find an empty place under the name that it knows.
+    """
     number = snapshot.numbers[fingerprint]
     db.execute("DELETE FROM member WHERE space = %s", (number,))
-    db.execute("UPDATE space SET items = 0 WHERE no = %s", (number,))
     db.execute("DELETE FROM setting WHERE name = %s", (f"index:{fingerprint}",))
-    snapshot.db.vectors.forget(db, number, snapshot.spaces[fingerprint].dim, snapshot.dtype)
+    fresh = db.value("UPDATE space SET no = DEFAULT, items = 0 WHERE no = %s RETURNING no", (number,))
+    snapshot.db.vectors.forget(db, number)
+    snapshot.db.vectors.create(db, fresh, snapshot.spaces[fingerprint].dim, snapshot.dtype)

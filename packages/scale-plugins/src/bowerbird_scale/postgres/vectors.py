@@ -74,13 +74,12 @@ class Tables:
         storage = "PLAIN" if dim * np.dtype(wire).itemsize <= INLINE_BYTES else "EXTERNAL"  # they do not compress
         db.execute(f"ALTER TABLE {table} ALTER COLUMN vec SET STORAGE {storage}")
 
-    def forget(self, db: Connection, number: int, dim: int, dtype: str) -> None:
-        """Drop every vector of a space, in the transaction in which the catalogue forgets them."""
+    def forget(self, db: Connection, number: int) -> None:
+        """Drop the vectors of a space, in the transaction in which the catalogue forgets them."""
         db.execute(f"DROP TABLE {table_of(number)}")
-        self.create(db, number, dim, dtype)
 
-    def sweep(self, db: Connection, number: int, dim: int, dtype: str) -> None:
-        """In a later transaction: what ``forget`` could not do. No vector of the space is known by the catalogue."""
+    def sweep(self, db: Connection) -> None:
+        """In a later transaction: what ``forget`` could not do."""
 
     def delete(self, db: Connection, number: int, nums: Sequence[int]) -> None:
         db.execute(f"DELETE FROM {table_of(number)} WHERE num = ANY(%s)", (list(nums),))

@@ -42,6 +42,10 @@ def verify(storage: PostgresStorage) -> Report:
         found("missing", "have no vector", [row[0] for row in missing])
         doubled = db.execute(searched.format("count(m.num) > 1"), (stack,)).fetchall()
         found("doubled", "are searched in two spaces", [row[0] for row in doubled])
+        ghosts = db.execute(
+            f"SELECT m.num FROM member m JOIN item USING (num) WHERE m.gone = {NEVER} AND deleted_epoch > 0 ORDER BY 1"
+        ).fetchall()
+        found("unknown-item", "are searched although they were deleted", [row[0] for row in ghosts])
         rows = 0
         for part in snapshot.parts:
             counted = db.value(f"SELECT count(*) FROM member m WHERE {part.condition}")
