@@ -144,7 +144,8 @@ class Lift:
                 pairs.old, pairs.new, kind=kind, source_space=pairs.old_space, target_space=pairs.new_space,
                 direction="gallery", labels=pairs.labels, seed=seed, **settings,
             )  # fmt: skip
-            return replace(made, method=self.name)
+            # The file says for whose queries it lifts, so that a gallery can be lifted without the encoder at hand.
+            return replace(made, method=self.name, evidence={**made.evidence, "encoder": pairs.new_space.encoder})
         from bowerbird_compat.bict import fit_forward_transform
         from bowerbird_compat.vector_transforms import to_vector_transform
 
@@ -156,7 +157,7 @@ class Lift:
         made = to_vector_transform(
             psi, source=pairs.old_space.fingerprint, target=pairs.new_space.fingerprint, method=self.name
         )
-        about = {"labels": classes is not None, "kind": "forward"}
+        about = {"labels": classes is not None, "kind": "forward", "encoder": pairs.new_space.encoder}
         return _judged(made, pairs.take(judged), "gallery", len(rows), about, seed)
 
     def old_part_queries(self, queries: Mapping[str, np.ndarray], old: Space, new: Space) -> np.ndarray:
