@@ -246,6 +246,22 @@ def bowerbird_retrievers() -> Iterable[RetrieverRecord]:
         extras={"torch": "bowerbird-core[torch]"},
     )
 
+    yield RetrieverRecord(
+        name="core:class-distance",
+        role="order",
+        target="bowerbird.upgrade.orders:class_distance_order",
+        config="bowerbird.upgrade.order_config:ClassDistanceConfig",
+        summary="Backfill by the distance of an item to the mean of its class, either end first.",
+        paper="Lambda-orthogonality regularization for compatible representation learning, arXiv 2509.16664",
+    )
+    yield RetrieverRecord(
+        name="core:traffic",
+        role="order",
+        target="bowerbird.upgrade.orders:traffic_order",
+        config="bowerbird.upgrade.order_config:TrafficConfig",
+        summary="Backfill first what a log says is requested most.",
+    )
+
 
 @hookimpl
 def bowerbird_evaluators() -> Iterable[EvaluatorRecord]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from bowerbird.gallery import Gallery, Space
     from bowerbird.upgrade import ItemEncoder, QuerySet, RunReport, UpgradeStatus
     from bowerbird.upgrade.engines import Executor
+    from bowerbird.upgrade.plan import SavedPlan
     from bowerbird.upgrade.worker import Job
 
 gallery_argument = click.argument("gallery", type=click.Path(file_okay=False))
@@ -30,7 +31,9 @@ batch_option = click.option(
 old_option = click.option("--old", metavar="ENCODER", help="The old encoder; default: what the gallery's space names.")
 label_option = click.option("--label-key", metavar="KEY", help="Metadata key that holds the label of an item.")
 queries_option = click.option(
-    "--queries", metavar="SOURCE", help="Labelled queries: a folder with one subfolder per label, or a data set's name."
+    "--queries",
+    metavar="SOURCE",
+    help="Labelled queries: a folder with one subfolder per label, a data set's name, or vectors:OLD_FILE,NEW_FILE.",
 )
 split_option = click.option("--split", help="Split of the data set with the queries.")
 seed_option = click.option("--seed", type=int, default=0, show_default=True)
@@ -57,7 +60,9 @@ def command() -> None:
     epilog=examples(
         "bowerbird upgrade plan photos --to runs/new --label-key label",
         "bowerbird upgrade plan photos --to runs/new --queries labelled/ --label-key label --sample 2000",
-        "bowerbird upgrade plan photos --to runs/new --label-key label --price-per-hour 1.20 --out plan.json",
+        "bowerbird upgrade plan photos --to runs/new --label-key label --price-per-hour 1.20 --out plan.html",
+        "bowerbird upgrade plan photos --to runs/new --label-key label --order random --order uncertainty",
+        "bowerbird upgrade plan photos --to vectors:new.parquet --old vectors:old.parquet --label-key label",
     )
 )
 @gallery_argument
@@ -66,23 +71,31 @@ def command() -> None:
 @label_option
 @queries_option
 @split_option
-@click.option("--sample", type=click.IntRange(min=1), default=1000, show_default=True, help="Items to encode.")
+@click.option("--sample", type=click.IntRange(min=1), default=2000, show_default=True, help="Items to encode.")
 @click.option(
-    "--num-queries", type=click.IntRange(min=1), default=300, show_default=True, help="Sampled items as queries."
+    "--num-queries", type=click.IntRange(min=1), default=500, show_default=True, help="Sampled items as queries."
 )
 @click.option("--strategy", "strategies", multiple=True, help="A strategy to forecast; default: all.")
-@click.option("--order", default="core:random", show_default=True, help="Backfill order of the forecast.")
-@click.option("--metric", type=click.Choice(["map", "r1"]), default="map", show_default=True)
+@click.option("--merger", "mergers", multiple=True, help="A merger to forecast with; default: all.")
+@click.option("--order", "order", multiple=True, help="Backfill order of the forecast; several are compared. "
+              "[default: core:random]")  # fmt: skip
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A setting of the orders (TOML).")
+@click.option("--metric", type=click.Choice(["map", "map@100", "r1"]), default="map", show_default=True)
 @click.option("--price-per-hour", type=click.FloatRange(min=0), help="Of the machine that encodes, in any currency.")
 @seed_option
 @batch_option
 @device_option
 @click.option(
-    "--out", type=click.Path(dir_okay=False), help="Where to save the plan as JSON. [default: GALLERY/plan/latest.json]"
+    "--out",
+    "outs",
+    type=click.Path(dir_okay=False),
+    multiple=True,
+    help="Where to save the plan: .json (for run --plan), .html or .svg. [default: GALLERY/plan/latest.json]",
 )
 @json_option
 def plan(gallery: str, to: str, old: str | None, queries: str | None, split: str | None, batch_size: int, device: str,
-         out: str | None, as_json: bool, strategies: tuple[str, ...], **settings: Any) -> None:  # fmt: skip
+         outs: tuple[str, ...], as_json: bool, strategies: tuple[str, ...], mergers: tuple[str, ...],
+         order: tuple[str, ...], overrides: tuple[str, ...], **settings: Any) -> None:  # fmt: skip
     """Whether to upgrade, by which strategy, and what it costs. Changes nothing.
 
     A sample is encoded by the new encoder; labelled queries (or sampled items, each without itself) then measure both
@@ -99,9 +112,13 @@ def plan(gallery: str, to: str, old: str | None, queries: str | None, split: str
             old_encoder=old_encoder,
             queries=_queries(queries, split),
             strategies=strategies or None,
+            mergers=mergers or None,
+            order=order or "core:random",
+            order_settings=_settings(overrides) or None,
             **settings,
         )
-        made.save(out or opened.path / "plan" / "latest.json")
+        for out in outs or _latest_plan(opened):
+            made.save(out)
     if as_json:
         click.echo(json.dumps(made.to_dict()))
         return
@@ -118,8 +135,9 @@ def plan(gallery: str, to: str, old: str | None, queries: str | None, split: str
     )
 )
 @gallery_argument
-@click.option("--image", "images", multiple=True, required=True, type=click.Path(exists=True, dir_okay=False),
+@click.option("--image", "images", multiple=True, type=click.Path(exists=True, dir_okay=False),
               help="A query image.")  # fmt: skip
+@click.option("--queries", metavar="VECTORS", help="Query vectors instead: vectors:OLD_FILE,NEW_FILE.")
 @click.option("--k", "-k", type=click.IntRange(min=1), default=10, show_default=True, help="Results per query.")
 @click.option("--where", multiple=True, metavar="KEY=VALUE", help="Only items with this metadata.")
 @click.option("--old", metavar="ENCODER", help="The old encoder; default: what its space names.")
@@ -128,8 +146,9 @@ def plan(gallery: str, to: str, old: str | None, queries: str | None, split: str
 @batch_option
 @device_option
 @json_option
-def serve(gallery: str, images: tuple[str, ...], k: int, where: tuple[str, ...], old: str | None, to: str | None,
-          follow: bool, batch_size: int, device: str, as_json: bool) -> None:  # fmt: skip
+def serve(gallery: str, images: tuple[str, ...], queries: str | None, k: int, where: tuple[str, ...],
+          old: str | None, to: str | None, follow: bool, batch_size: int, device: str,
+          as_json: bool) -> None:  # fmt: skip
     """Search a gallery with images, before, during and after an upgrade.
 
     Each result is shown with the side that found it: old or new.
@@ -137,15 +156,19 @@ def serve(gallery: str, images: tuple[str, ...], k: int, where: tuple[str, ...],
     from bowerbird.upgrade.serve import serve as make_service
 
     filters = parse_where(where)
+    if bool(images) == (queries is not None):
+        raise click.UsageError("say what to search for: --image, or --queries vectors:OLD_FILE,NEW_FILE")
     with _open(gallery, readonly=True) as opened:
+        ask = _what_to_ask(opened, images, queries)
         given = [_encoder(ref, batch_size, device) for ref in (old, to) if ref is not None]
         service = make_service(opened, given, loader=lambda space: _encoder(space.encoder, batch_size, device, space))
         seen = -1
         while True:
             state = service.state()
             if state.epoch != seen:
-                found = service.search(list(images), k=k, where=filters)
-                _print_results(images, found, state, as_json)
+                names, what = ask()
+                found = service.search(**what, k=k, where=filters)
+                _print_results(names, found, state, as_json)
                 seen = state.epoch
             if not follow:
                 return
@@ -170,6 +193,12 @@ def serve(gallery: str, images: tuple[str, ...], k: int, where: tuple[str, ...],
 @click.option("--compatible", is_flag=True, help="The new encoder was trained for the old one: register that relation.")
 @click.option("--order", help="What is moved first. [default: core:random]")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A setting of the order (TOML).")
+@click.option("--merger", help="What joins the hits of old and new vectors. [default: the strategy's]")
+@click.option("--transform", type=click.Path(exists=True, dir_okay=False), metavar="FILE",
+              help="The map of adapter or reverse-transform. [default: fitted on a sample]")  # fmt: skip
+@click.option("--accept-poor-transform", is_flag=True, help="Also a map that held-out pairs say is of no use.")
+@click.option("--plan", "plan_file", type=click.Path(exists=True, dir_okay=False), metavar="FILE",
+              help="Take strategy, merger, order and map from a saved plan.")  # fmt: skip
 @click.option("--seed", type=int, help="Of the order. [default: 0]")
 @click.option(
     "--task-items", type=click.IntRange(min=1), help="Items per commit. [default: 512, fewer in a small gallery]"
@@ -180,6 +209,8 @@ def serve(gallery: str, images: tuple[str, ...], k: int, where: tuple[str, ...],
 @click.option("--rate", type=float, help="At most so many items per second.")
 @click.option("--stop-after", type=int, help="End once so many items are moved.")
 @click.option("--stop-at-share", type=float, help="End once this share of the gallery is moved, 0 to 1.")
+@click.option("--stop-at-gain", type=click.FloatRange(0, 1, min_open=True), help="End at the share of the gallery at "
+              "which the plan (--plan, or the last one) forecasts this share of the gain.")  # fmt: skip
 @click.option("--watch-every", type=float, help="Measure after each such share of the gallery, such as 0.05.")
 @click.option("--max-nfr", type=float, help="Pause above this rate of negative flips against the old system.")
 @click.option("--retry-failed", is_flag=True, help="Try items again that failed three times.")
@@ -189,7 +220,8 @@ def serve(gallery: str, images: tuple[str, ...], k: int, where: tuple[str, ...],
 @device_option
 @json_option
 def run(gallery: str, to: str | None, old: str | None, on_top: bool, compatible: bool, overrides: tuple[str, ...],
-        queries: str | None, split: str | None, retry_failed: bool, batch_size: int, device: str, as_json: bool,
+        plan_file: str | None, stop_at_gain: float | None, accept_poor_transform: bool, queries: str | None,
+        split: str | None, retry_failed: bool, batch_size: int, device: str, as_json: bool,
         rate: float | None, stop_after: int | None, stop_at_share: float | None, watch_every: float | None,
         max_nfr: float | None, workers: int | None, engine: str, **begin_settings: Any) -> None:  # fmt: skip
     """Move the gallery to the new encoder. Begins the upgrade if none is under way.
@@ -217,19 +249,35 @@ def run(gallery: str, to: str | None, old: str | None, on_top: bool, compatible:
             )
         new_encoder = _encoder(to or (space.encoder if space else ""), batch_size, device, space)
         begins = state is None or (on_top and state.new != new_encoder.space.fingerprint)
-        settings: dict[str, Any] = {}
         old_encoder = None
+        if plan_file is not None:
+            begin_settings = {**_saved_plan(plan_file, new_encoder.space).begin_settings(), **begin_settings}
+            if not begins:
+                begin_settings.pop("transform", None)  # it was registered when the upgrade began
+        if stop_at_gain is not None:
+            from bowerbird.upgrade.plan import share_for_gain
+
+            if stop_at_share is not None:
+                raise InputError("--stop-at-gain and --stop-at-share are two limits of one kind; give one")
+            saved = _saved_plan(plan_file or next(iter(_latest_plan(opened)), None), new_encoder.space)
+            strategy = begin_settings.get("strategy") or (state.strategy if state is not None else saved.strategy)
+            stop_at_share = share_for_gain(saved, stop_at_gain, strategy)
+            click.echo(f"{stop_at_gain:.0%} of the gain are forecast at {stop_at_share:.1%} of the gallery", err=True)
+        settings: dict[str, Any] = dict(begin_settings)
+        if overrides:
+            settings["order_settings"] = _settings(overrides)
         if begins:
             old_encoder = _old_encoder(opened, old, batch_size, device, required=queries is not None)
-            settings = {**begin_settings, "order_settings": _settings(overrides), "on_top": on_top}
+            settings["on_top"] = on_top
+            settings["accept_poor_transform"] = accept_poor_transform
             if queries is not None:
                 settings["queries"] = _queries(queries, split)
             if compatible:
                 stored = opened.snapshot().write_space.fingerprint
                 opened.register_space(new_encoder.space)
                 opened.relate(new_encoder.space.fingerprint, stored, evidence={"declared": "upgrade run --compatible"})
-        elif begin_settings.get("strategy"):
-            settings = {"strategy": begin_settings["strategy"]}
+        elif queries is not None:
+            raise InputError("queries to watch are frozen when an upgrade begins, and one is under way; leave them out")
         upgrade = Upgrade(opened, new_encoder, old=old_encoder)
         if retry_failed:
             upgrade.status()
@@ -492,8 +540,30 @@ def _terminated_like_ctrl_c() -> Iterator[None]:
 
 def _encoder(ref: str, batch_size: int, device: str, space: Space | None = None) -> ItemEncoder:
     from bowerbird.upgrade import ItemEncoder
+    from bowerbird.upgrade.vectors_encoder import is_vectors_ref, load_vectors_encoder
 
+    if is_vectors_ref(ref):
+        return load_vectors_encoder(ref, space=space, batch_size=batch_size)
     return ItemEncoder(_load(ref, device), space=space, batch_size=batch_size)
+
+
+def _latest_plan(gallery: Gallery) -> tuple[str, ...]:
+    """Where a plan is kept unless another place is named: in the gallery's folder, where it has one."""
+    from pathlib import Path
+
+    return (str(gallery.path / "plan" / "latest.json"),) if isinstance(gallery.path, Path) else ()
+
+
+def _saved_plan(path: str | None, new: Space) -> SavedPlan:
+    from bowerbird.errors import InputError, UpgradeError
+    from bowerbird.upgrade.plan import load_plan
+
+    if path is None:
+        raise InputError("this gallery has no folder with its last plan; name one, --plan plan.json")
+    saved = load_plan(path)
+    if saved.new != new.fingerprint:
+        raise UpgradeError(f"the plan {path} was made for another encoder (space {saved.new[:12]}), not for {new}")
+    return saved
 
 
 def _old_encoder(
@@ -515,6 +585,27 @@ def _old_encoder(
         return None
 
 
+def _what_to_ask(
+    gallery: Gallery, images: tuple[str, ...], queries: str | None
+) -> Callable[[], tuple[tuple[str, ...], dict[str, Any]]]:
+    """``(names of the queries, arguments of a search)``, by the spaces of the gallery at that moment."""
+    if queries is None:
+        return lambda: (images, {"images": list(images)})
+    from bowerbird.upgrade.vectors_encoder import query_vectors
+
+    old, new = query_vectors(queries)
+
+    def ask() -> tuple[tuple[str, ...], dict[str, Any]]:
+        snapshot = gallery.snapshot()
+        if snapshot.upgrade is None:
+            ended = gallery.store.history()
+            table = new if ended and ended[-1]["state"] == "finished" else old
+            return tuple(old.ids), {"vectors": {snapshot.serving: table.vectors}}
+        return tuple(old.ids), {"vectors": {snapshot.upgrade.old: old.vectors, snapshot.upgrade.new: new.vectors}}
+
+    return ask
+
+
 def _queries(source: str | None, split: str | None) -> QuerySet | None:
     if source is None:
         return None
@@ -525,6 +616,12 @@ def _queries(source: str | None, split: str | None) -> QuerySet | None:
     from bowerbird.errors import InputError
     from bowerbird.upgrade import QuerySet
 
+    if source.startswith("vectors:"):
+        from bowerbird.upgrade.vectors_encoder import query_vectors
+
+        old, new = query_vectors(source)
+        labels = old.labels if old.labels is not None else new.labels
+        return QuerySet(labels, old=old.vectors, new=new.vectors)
     is_folder = Path(source).is_dir()
     if not is_folder and ":" not in source:
         raise InputError(

@@ -8,17 +8,27 @@ arXiv 2201.09724, backfilling section): with class centres ``c_j`` and ``p = sof
     least_confidence    1 - p_(1)
     margin              1 - (p_(1) - p_(2))
 
+``core:class-distance`` goes by the distance of an item to its class mean, as the backfill of "Lambda-orthogonality
+regularization for compatible representation learning" (arXiv 2509.16664) does. ``core:traffic`` goes by a log of
+requests: what people ask for most is new first.
+
+An order is a function of item numbers and old vectors. One that needs more says so by an attribute: ``needs_labels``
+(it is called with ``labels=``, one per item, ``None`` without one) and ``needs_names`` (``names=``, the item ids).
+
 Shapes: N items, D width of the old vectors, C classes.
 """
 
 from __future__ import annotations
 
+import csv
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bowerbird.errors import DataError, InputError, UnknownNameError, did_you_mean
+from bowerbird.errors import DataError, InputError, MissingExtraError, UnknownNameError, did_you_mean
 
 UNCERTAINTIES = ("entropy", "least_confidence", "margin")
 _BLOCK = 16_384  # rows whose class probabilities are held at once
@@ -73,6 +83,166 @@ def uncertainty_order(
         count = clusters or min(max(2, round((len(ids) / 2) ** 0.5)), 1000)
         centers = spherical_kmeans(old_vectors, min(count, len(ids)), seed=seed)
     return backfill_order(old_vectors, centers, strategy, temperature)
+
+
+def class_distance_order(
+    ids: Any,
+    old_vectors: Any,
+    *,
+    seed: int = 0,
+    centers: Any = None,
+    labels: Sequence[Any] | None = None,
+    first: str = "far",
+    clusters: int | None = None,
+) -> np.ndarray:
+    """Positions of the items by cosine distance to the mean of their class; equals stay in order of position.
+
+    Args:
+        ids: ``(N,)``, the items' numbers.
+        old_vectors: ``(N, D)``, their vectors in the old space; need not be normalised.
+        seed: Of the k-means that stands in for classes where nothing else is known.
+        centers: ``(C, D)`` class means; an item without a label belongs to the nearest.
+        labels: N labels, ``None`` without one. Their means are the class means where ``centers`` is ``None``.
+        first: ``far``: what the old encoder placed worst is moved first. ``near``: the other end.
+        clusters: C of the k-means; as in ``uncertainty_order``.
+
+    Returns:
+        int64 ``(N,)``, a permutation of 0..N-1.
+
+    Raises:
+        InputError: If shapes do not fit, or ``first`` is neither end.
+    """
+    if first not in ("far", "near"):
+        raise InputError(f"first is {first!r}; accepted: 'far', 'near'")
+    if len(ids) != len(old_vectors) or (labels is not None and len(labels) != len(ids)):
+        raise InputError("order 'core:class-distance' needs one id, one vector and, where given, one label per item")
+    if len(ids) == 0:
+        return np.empty(0, np.int64)
+    unit = _unit(_matrix(old_vectors, "old vectors"))
+    known = np.zeros(len(unit), bool) if labels is None else np.array([label is not None for label in labels])
+    own = np.full(len(unit), -1)
+    if labels is not None and known.any():
+        names = sorted({str(label) for label in labels if label is not None})
+        row = {name: number for number, name in enumerate(names)}
+        own[known] = [row[str(label)] for label in labels if label is not None]
+        means = class_means(unit, labels)
+    elif centers is not None:
+        means = _matrix(centers, "centers")
+    else:
+        count = clusters or min(max(2, round((len(ids) / 2) ** 0.5)), 1000)
+        means = spherical_kmeans(unit, min(count, len(ids)), seed=seed)
+    if means.shape[1] != unit.shape[1]:
+        raise InputError(f"class centres have width {means.shape[1]}, the old vectors have width {unit.shape[1]}")
+    means = _unit(means, zero_ok=True)
+    distance = np.empty(len(unit))
+    for start in range(0, len(unit), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        cosines = unit[block] @ means.T
+        of = np.where(own[block] >= 0, own[block], cosines.argmax(axis=1))
+        distance[block] = 1 - cosines[np.arange(len(of)), of]
+    return np.argsort(-distance if first == "far" else distance, kind="stable").astype(np.int64)
+
+
+class_distance_order.needs_labels = True  # type: ignore[attr-defined]
+
+
+def traffic_order(
+    ids: Any,
+    old_vectors: Any = None,
+    *,
+    seed: int = 0,
+    centers: Any = None,
+    names: Sequence[str] | None = None,
+    log: str | None = None,
+    first: str = "most",
+) -> np.ndarray:
+    """Positions of the items by how often they were requested; equals in a seeded random order.
+
+    Args:
+        ids: ``(N,)``, the items' numbers.
+        names: N item ids, as the log has them.
+        log: File of requests: see ``read_traffic``.
+        first: ``most``: what is requested most is moved first. ``least``: the other end.
+
+    Returns:
+        int64 ``(N,)``, a permutation of 0..N-1.
+
+    Raises:
+        InputError: Without a log, or with one that names no item of the gallery; says what to give.
+    """
+    if first not in ("most", "least"):
+        raise InputError(f"first is {first!r}; accepted: 'most', 'least'")
+    if not len(ids):
+        return np.empty(0, np.int64)
+    if log is None or names is None:
+        raise InputError(
+            "order 'core:traffic' needs a log of requests: --set log=FILE (.csv, .jsonl, .json or .parquet with a "
+            "column id and, where rows are not single requests, a column count)"
+        )
+    counts = read_traffic(log)
+    hits = np.array([counts.get(name, 0.0) for name in names])
+    if not hits.any():
+        example = next(iter(counts), "")
+        raise InputError(
+            f"the log {log} names none of the {len(names)} items (it has ids such as {example!r}, the gallery such as "
+            f"{names[0]!r}); are these its item ids?"
+        )
+    chance = np.random.default_rng(seed).permutation(len(hits))
+    return np.lexsort((chance, -hits if first == "most" else hits)).astype(np.int64)
+
+
+traffic_order.needs_names = True  # type: ignore[attr-defined]
+
+
+def read_traffic(path: str) -> dict[str, float]:
+    """Requests by item id, from a log with a column ``id`` (or ``item_id``, ``item``) and, optionally, ``count`` (or
+    ``hits``, ``requests``): ``.csv`` with a header, ``.jsonl``, ``.json`` (``{id: count}`` or a list of objects or
+    ids), ``.parquet`` (extra ``[tables]``). Without a count every row is one request.
+
+    Raises:
+        DataError: If the file cannot be read, has no such column, or a count is no number of at least 0; names the row.
+    """
+    source = Path(path)
+    if not source.is_file():
+        raise DataError(f"the log {path}: there is no such file")
+    try:
+        match source.suffix.lower():
+            case ".csv":
+                with source.open(newline="", encoding="utf-8-sig") as file:
+                    rows: Any = list(csv.DictReader(file))
+            case ".jsonl":
+                rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
+            case ".json":
+                rows = json.loads(source.read_text(encoding="utf-8"))
+            case ".parquet":
+                try:
+                    import pyarrow.parquet as parquet
+                except ImportError as exc:
+                    raise MissingExtraError(
+                        f"{path} needs pyarrow. Install it: pip install 'bowerbird-core[tables]'"
+                    ) from exc
+                rows = parquet.read_table(source).to_pylist()
+            case other:
+                raise InputError(f"the log {path} ends in {other!r}; accepted: .csv, .jsonl, .json, .parquet")
+    except (OSError, ValueError, csv.Error) as exc:
+        raise DataError(f"the log {path} cannot be read: {exc}") from exc
+    if isinstance(rows, dict):
+        rows = [{"id": name, "count": count} for name, count in rows.items()]
+    counts: dict[str, float] = {}
+    for number, row in enumerate(rows, start=1):
+        row = row if isinstance(row, dict) else {"id": row}
+        name = next((row[key] for key in ("id", "item_id", "item") if row.get(key) is not None), None)
+        if name is None:
+            raise DataError(f"the log {path}, row {number}: no column id; it has {', '.join(map(str, row)) or 'none'}")
+        given = next((row[key] for key in ("count", "hits", "requests") if key in row), 1)
+        try:
+            count = float(given)
+        except (TypeError, ValueError):
+            count = float("nan")
+        if not (np.isfinite(count) and count >= 0):
+            raise DataError(f"the log {path}, row {number}: count is {given!r}; a number of at least 0 is needed")
+        counts[str(name)] = counts.get(str(name), 0.0) + count
+    return counts
 
 
 def backfill_order(

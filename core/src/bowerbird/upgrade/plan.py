@@ -234,6 +234,21 @@ def load_plan(path: str | Path) -> SavedPlan:
     )  # fmt: skip
 
 
+def share_for_gain(saved: SavedPlan, gain: float, strategy: str) -> float:
+    """The share of the gallery at which a saved plan forecasts ``gain`` (above 0, up to 1) of what the upgrade brings.
+
+    Raises:
+        InputError: If the plan has no forecast for this strategy, or it forecasts no gain.
+    """
+    name = load_strategy(strategy)[0]
+    if saved.curve is None or saved.old_level is None or saved.curve.name != name:
+        raise InputError(f"the plan has no forecast for strategy {name!r}, which a stop at a share of the gain needs")
+    share = saved.curve.share_at_gain(gain, saved.old_level)
+    if not math.isfinite(share):
+        raise InputError(f"the plan forecasts no gain of {name!r}, so that no share of it can be reached")
+    return max(share, 1e-9)
+
+
 def plan(
     gallery: Gallery,
     new: ItemEncoder | None = None,

@@ -218,7 +218,8 @@ def backfill_plan(
         nums = np.sort(part.nums)  # the plan must not depend on where rows happen to lie
         around = _centers(gallery, nums, part, centers, label_key)
         rows = part.vectors_of(nums)
-        plan.append(nums[order_positions(order, nums, rows, settings=settings, seed=seed, centers=around)])
+        more = _what_it_needs(gallery, order, nums, label_key)
+        plan.append(nums[order_positions(order, nums, rows, settings=settings, seed=seed, centers=around, **more)])
     return np.concatenate(plan)
 
 
@@ -230,8 +231,12 @@ def order_positions(
     settings: Mapping[str, Any] | None = None,
     seed: int = 0,
     centers: Any = None,
+    **more: Any,
 ) -> np.ndarray:
-    """Positions 0..N-1 in the order of the record ``order``, checked to be a permutation."""
+    """Positions 0..N-1 in the order of the record ``order``, checked to be a permutation.
+
+    ``more``: what the order says it needs, ``labels`` or ``names`` (see ``bowerbird.upgrade.orders``).
+    """
     registry = get_registry()
     record = registry.get("retriever", order, role="order")
     if registry.load_config(record) is None and settings:
@@ -242,12 +247,24 @@ def order_positions(
 
         config = build_config(record, dict(settings), where=f"settings of order {record.name}")
         options = config.model_dump() if config is not None else {}
-    positions = np.asarray(registry.load(record)(ids, old_vectors, seed=seed, centers=centers, **options))
+    positions = np.asarray(registry.load(record)(ids, old_vectors, seed=seed, centers=centers, **more, **options))
     if positions.shape != (len(ids),) or not np.array_equal(np.sort(positions), np.arange(len(ids))):
         raise PluginError(
             f"order {record.name!r} ({record.target}) returned no permutation of 0..{len(ids) - 1}: {positions.shape}"
         )
     return positions.astype(np.int64)
+
+
+def _what_it_needs(gallery: Gallery, order: str, nums: np.ndarray, label_key: str | None) -> dict[str, Any]:
+    registry = get_registry()
+    target = registry.load(registry.get("retriever", order, role="order"))
+    wants_labels = getattr(target, "needs_labels", False) and label_key is not None
+    if not wants_labels and not getattr(target, "needs_names", False):
+        return {}
+    items = gallery.store.items(nums)
+    if label_key is not None and wants_labels:
+        return {"labels": [items[num].metadata.get(label_key) for num in nums.tolist()]}
+    return {"names": [items[num].id for num in nums.tolist()]}
 
 
 def _centers(gallery: Gallery, nums: np.ndarray, part: Any, centers: Any, label_key: str | None) -> Any:

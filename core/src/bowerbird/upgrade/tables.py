@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from bowerbird.upgrade.state import UpgradeStatus
     from bowerbird.upgrade.watch import WatchEntry
 
-METRIC_NAMES = {"map": "mAP", "r1": "R@1"}
+METRIC_NAMES = {"map": "mAP", "map@100": "mAP@100", "r1": "R@1"}
 SHOWN_SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
@@ -66,10 +66,11 @@ def plan_table(plan: Plan) -> RenderableType:
             if interval is not None:
                 quality.add_row(name, f"{interval.mean:.4f}", f"{interval.low:.4f}", f"{interval.high:.4f}")
         curves = Table(title=f"forecast of {metric} by share of moved items, order {plan.order}", title_justify="left")
-        curves.add_column("strategy")
+        curves.add_column("strategy", no_wrap=True)
+        curves.add_column("merger")
         for share in SHOWN_SHARES:
             curves.add_column(f"{share:.0%}", justify="right")
-        for column in ("area", "worst flips"):
+        for column in ("area", "95 %", "flips", "passes"):
             curves.add_column(column, justify="right")
         refused = []
         for curve in plan.curves:
@@ -78,8 +79,34 @@ def plan_table(plan: Plan) -> RenderableType:
                 continue
             values = dict(zip(curve.shares, curve.quality, strict=True))
             shown = [f"{values[share]:.3f}" if share in values else "" for share in SHOWN_SHARES]
-            curves.add_row(curve.name, *shown, f"{curve.area:.4f}", f"{curve.max_nfr:.1%}")
+            best = (curve.name, curve.merger) == (plan.recommendation.strategy, plan.recommendation.merger)
+            area = curve.area_interval
+            curves.add_row(
+                curve.name,
+                curve.merger.partition(":")[2],
+                *shown,
+                f"{curve.area:.4f}",
+                "" if area is None else f"{area.low:.3f}..{area.high:.3f}",
+                f"{curve.max_nfr:.1%}",
+                "" if curve.costs is None else str(curve.costs.encoder_passes),
+                style="bold" if best else None,
+            )
         parts += [quality, Text(), curves, *refused, Text()]
+        if plan.trained_on:
+            parts += [Text(f"maps were fitted on {plan.trained_on} pairs that the forecast did not see"), Text()]
+        if plan.orders:
+            orders = Table(title=f"orders of the backfill, {plan.recommendation.strategy}", title_justify="left")
+            for column in ("order", "area", "against the first", "worst flips"):
+                orders.add_column(column, justify="left" if column == "order" else "right")
+            for order in plan.orders:
+                change = order.difference
+                orders.add_row(
+                    order.name,
+                    f"{order.area.mean:.4f}",
+                    f"{change.mean:+.4f} [{change.low:+.4f}, {change.high:+.4f}]",
+                    f"{order.max_nfr:.1%}",
+                )
+            parts += [orders, Text()]
     verdict = plan.recommendation
     headline = {
         "upgrade": f"upgrade by {verdict.strategy}",

@@ -149,11 +149,36 @@ def load_vectors_encoder(ref: str, *, space: Space | None = None, batch_size: in
     encoder = VectorsEncoder(read_vectors(path), ref, name=options.get("space"))
     own = encoder.space()
     if space is not None and space.fingerprint != own.fingerprint:
-        raise SpaceError(
-            f"{path} is not what made space {space}: its vectors are of space {own}. A file that changed is another "
-            "encoder; where it may grow, name its space when the upgrade begins (vectors:PATH?space=NAME)"
-        )
+        by_content = is_vectors_ref(space.encoder) and "space" not in _parsed(space.encoder)[1]
+        if by_content or space.dim != own.dim:
+            raise SpaceError(
+                f"{path} is not what made space {space}: its vectors are of space {own}. A file that changed is "
+                "another encoder; where it may grow, name its space when the upgrade begins (vectors:PATH?space=NAME)"
+            )
+        own = space  # made elsewhere, and known by its vectors: the canary compares them with the stored ones
     return ItemEncoder(encoder, space=own, batch_size=batch_size)
+
+
+def query_vectors(ref: str) -> tuple[VectorTable, VectorTable]:
+    """``(old, new)`` vectors of the same queries, of ``vectors:OLD_FILE,NEW_FILE``.
+
+    Raises:
+        InputError: If there are not two files.
+        DataError: If their ids are not the same; names the first that differ.
+    """
+    files = ref.removeprefix(SCHEME).split(",")
+    if len(files) != 2 or not all(files):
+        raise InputError(f"{ref!r}: query vectors are two files of the same ids, vectors:OLD_FILE,NEW_FILE")
+    old, new = (read_vectors(file) for file in files)
+    for one, other in ((old, new), (new, old)):
+        missing = [name for name in one.ids if name not in other.rows]
+        if missing:
+            raise DataError(
+                f"{other.source} lacks {len(missing)} queries of {one.source}; the first: {', '.join(missing[:5])}"
+            )
+    rows = [new.rows[name] for name in old.ids]
+    labels = new.labels if new.labels is None else [new.labels[row] for row in rows]
+    return old, VectorTable(new.source, old.ids, new.vectors[rows], labels)
 
 
 def read_vectors(path: str | Path) -> VectorTable:
