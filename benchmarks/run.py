@@ -4,6 +4,8 @@
     python benchmarks/run.py gallery_search  only these
 
 Each measures its subject and its limit in turns in one process, and states the limit that it is held against.
+Those of LONG take from minutes to an hour, and run only when they are named. benchmarks/scale_growth.py is run by hand:
+it needs a folder with room for 25 GB, and resumes where it ended.
 """
 
 from __future__ import annotations
@@ -15,8 +17,10 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-ONE_CORE = ("cli_startup", "gallery_search", "serve_share", "gallery_ann", "gallery_add", "gallery_open")
-ALL = (*ONE_CORE, "embed", "upgrade_run", "upgrade_workers")
+LONG = ("serve_share_exact", "serve_share_ivf", "serve_share_hnsw")  # 1M items
+SHORT = ("cli_startup", "gallery_search", "gallery_ann", "gallery_add", "gallery_open", "serve_passes", "scale_shards")
+ONE_CORE = (*SHORT, *LONG)
+ALL = (*SHORT, "embed", "upgrade_run", "upgrade_workers")
 
 
 def measure(name: str) -> None:
@@ -26,14 +30,16 @@ def measure(name: str) -> None:
     environment = {key: value for key, value in os.environ.items() if key not in unset} | threads
     # The limits of embed and upgrade run are for an encoder on one core: on two the decoding has no core of its own.
     extra = ["--threads", "1"] if name in ("embed", "upgrade_run") else []
-    command = [sys.executable, f"benchmarks/{name}.py", *extra, "--output", f"benchmarks/results/{name}.json"]
+    script, kind = name.rsplit("_", 1) if name in LONG else (name, "")
+    extra += ["--kind", kind] if kind else []
+    command = [sys.executable, f"benchmarks/{script}.py", *extra, "--output", f"benchmarks/results/{name}.json"]
     print(f"--- {name}", flush=True)
     subprocess.run(command, check=True, env=environment, cwd=HERE.parent)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", choices=[*ALL, []], help="default: all")
+    parser.add_argument("names", nargs="*", choices=[*ALL, *LONG, []], help="default: all but the long ones")
     options = parser.parse_args()
     for name in options.names or ALL:
         measure(name)

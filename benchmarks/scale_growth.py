@@ -86,7 +86,8 @@ def step_add(path: Path, items: int) -> dict[str, Any]:
             gallery.add(names, block)
             wall += time.perf_counter() - before[0]
             cpu += time.process_time() - before[1]
-    return {"wall_s": wall, "cpu_s": cpu, "items_per_s": items / wall}
+    size = sum(file.stat().st_size for file in path.glob("catalog.db*"))
+    return {"wall_s": wall, "cpu_s": cpu, "items_per_s": items / wall, "catalogue_mb": size / 2**20}
 
 
 def step_open(path: Path, items: int) -> dict[str, Any]:
@@ -166,7 +167,7 @@ def step_half(path: Path, items: int) -> dict[str, Any]:
         report = run(gallery, Rotation(gallery), stop_at_share=0.5)  # type: ignore[arg-type]
         wall, cpu = time.perf_counter() - before[0], time.process_time() - before[1]
         assert report.share >= 0.5, report
-        largest = max(file["bytes"] for file in gallery.index()["files"])  # a worker holds one index at a time
+        largest = max((file["bytes"] for file in gallery.index()["files"]), default=0)  # one index at a time
         return {"wall_s": wall, "cpu_s": cpu, "items_per_s": (gallery.snapshot().new.count - moved) / wall,
                 "index_mb": largest / 2**20}  # fmt: skip
 
@@ -239,10 +240,12 @@ def run_step(name: str, items: int, folder: Path) -> dict[str, Any]:
             "outside_index_mb": max(peak["RssAnon"] - held, 0.0), "load_average": os.getloadavg()[0]}  # fmt: skip
 
 
-def steps_of(items: int, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def steps_of(items: int, folder: Path, *, finished: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     kept = folder / f"steps-{items}.json"
     done = json.loads(kept.read_text()) if kept.exists() else {}
     for name in STEPS:
+        if name not in done and finished:
+            return
         if name not in done:
             print(f"{time.strftime('%H:%M:%S')} {items} {name}", file=sys.stderr, flush=True)
             done[name] = run_step(name, items, folder)
@@ -258,6 +261,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, nargs="+", default=[100_000, 1_000_000, 10_000_000])
     parser.add_argument("--folder", type=Path, required=True, help="on a local disk; 1e7 items need 25 GB")
     parser.add_argument("--step", choices=STEPS, help="one step in this process (used by the run itself)")
+    parser.add_argument("--finished", action="store_true", help="run nothing; write what has been measured so far")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     if args.step:
@@ -267,7 +271,7 @@ def main() -> None:
         print(json.dumps(step(path, items)))
         return
     args.folder.mkdir(parents=True, exist_ok=True)
-    growth = {str(items): dict(steps_of(items, args.folder)) for items in args.items}
+    growth = {str(items): dict(steps_of(items, args.folder, finished=args.finished)) for items in args.items}
     worst = max(step["outside_index_mb"] for steps in growth.values() for step in steps.values())
     result = {"dim": DIM, "limit_outside_index_mb": LIMIT_MB, "worst_outside_index_mb": worst, "growth": growth}
     write_result("scale_growth", result, out=args.output)

@@ -31,6 +31,7 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--kind", choices=LIMITS, default="exact")
     arguments.add_argument("--items", type=int, default=1_000_000)
+    arguments.add_argument("--whole", type=Path, help="keep the whole gallery here, and use it if it is there")
     arguments.add_argument("--shares", type=float, nargs="+", default=[0, 0.05, 0.25, 0.5, 0.75, 1])
     arguments.add_argument("--batches", type=int, nargs="+", default=[1, 64])
     arguments.add_argument("-k", type=int, default=10)
@@ -46,14 +47,15 @@ def main() -> None:
         print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        path = Path(folder) / "whole"
-        with Gallery.create(path, old) as gallery:
+        path = args.whole or Path(folder) / "whole"
+        if not path.exists():
+            gallery = Gallery.create(path, old)
             for start in range(0, args.items, BLOCK):
                 block = clustered(min(BLOCK, args.items - start), args.dim, [1, start], centres)
                 gallery.add([f"item-{start + i}" for i in range(len(block))], block)
-            truth = gallery.search(sample, args.k).nums
             say(f"{args.kind} of {args.items}")
             gallery.set_index(args.kind, **SETTINGS[args.kind])
+            gallery.close()
         shutil.copytree(path, Path(folder) / "moving")
         with Gallery.open(path) as whole, Gallery.open(Path(folder) / "moving") as moving:
             order = np.random.default_rng(2).permutation(args.items)
@@ -61,6 +63,7 @@ def main() -> None:
                 new, strategy="benchmark", order_name="core:random", order=order, task_items=1000
             )
             first = moving.snapshot().old
+            truth = first.search(sample, args.k).ids  # exact
             done = tasks = 0
             for share in sorted(args.shares):
                 while done < share * args.items:

@@ -75,14 +75,31 @@ def workers(r: Mapping[str, Any]) -> list[Row]:
     return [(what, measured, f"at least {r['limit']}x", r["ok"])]
 
 
+def passes(r: Mapping[str, Any]) -> list[Row]:
+    most = max(v["old_encoder_passes_per_query"] for k, v in r.items() if "reverse-transform" in k)
+    what = "passes of the old encoder per query during an upgrade with `reverse-transform`"
+    return [(what, f"{most:g}", "0", most == 0)]
+
+
+def memory(r: Mapping[str, Any]) -> list[Row]:
+    most = max(map(int, r["growth"]))
+    limit, worst = r["limit_outside_index_mb"], r["worst_outside_index_mb"]
+    what = f"memory outside the index, the largest of all steps up to {most:,} items (see [Scale](scale.md))"
+    return [(what, f"{worst:,.0f} MB", f"{limit:,} MB", worst <= limit)]
+
+
 ROWS: dict[str, Callable[[Mapping[str, Any]], list[Row]]] = {
     "cli_startup": startup,
     "embed": share("`embed` from JPEG files, against the bare forward pass on ready tensors", "ratio", "limit_ratio"),
     "gallery_search": ratios("`gallery.search`, 100k x 256, top-10, against bare FAISS with the BLAS threshold set"),
-    "serve_share": ratios("search of a half-migrated gallery, 100k x 256, against one search of that size"),
+    "serve_share_exact": ratios("search during an upgrade, exact, against one search of a whole gallery"),
+    "serve_share_ivf": ratios("search during an upgrade, IVF, against one search of a whole gallery"),
+    "serve_share_hnsw": ratios("search during an upgrade, HNSW, against one search of a whole gallery"),
+    "serve_passes": passes,
     "gallery_add": add,
     "gallery_open": opening,
-    "gallery_ann": ratios("approximate search (IVF), 100k x 256; shares against a whole IVF gallery"),
+    "gallery_ann": ratios("approximate search (IVF), 100k x 256"),
+    "scale_growth": memory,
     "upgrade_run": share("`upgrade run`, against the bare encoder on the same files", "ratio_wall", "limit_ratio"),
     "upgrade_workers": workers,
 }

@@ -745,7 +745,7 @@ class FaissIndex:
             self._set_effort(min(given, most))
             return
         assert self._sample is not None
-        neighbours = min(wanted, len(self))
+        neighbours, wanted = min(10, len(self)), min(wanted, len(self))
 
         def nearest(queries: NDArray[np.float32], lists: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
             if self.kind == "ivf":
@@ -764,7 +764,7 @@ class FaissIndex:
         def recall(effort: int) -> float:
             self._set_effort(effort)
             _, found = self._raw_search(queries, neighbours)
-            return float((found[:, :, None] == truth[:, None, :]).any(axis=1).mean())
+            return float((found[:, :, None] == truth[:, None, :wanted]).any(axis=1).mean())
 
         least = effort = 1 if self.kind == "ivf" else 16
         while (reached := recall(effort)) < self.target_recall and effort < most:
