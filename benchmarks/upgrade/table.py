@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from bowerbird.benchmark.report import COLUMNS, EXPLAIN, row_cells, row_label, standing, summarise
+from bowerbird.benchmark.report import COLUMNS, EXPLAIN, compared, row_cells, row_label, standing, summarise
 from bowerbird.benchmark.scenarios import SCENARIOS
 from bowerbird.report.charts import Point, point_chart
 
@@ -50,6 +50,16 @@ def overall(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
     }
 
 
+def command(result: dict[str, Any]) -> str:
+    """What repeats it, without the folder that it was run in."""
+    data_set = {"digits": "core:digits", "fashion-mnist": "core:fashion-mnist", "emoji": "emoji:styles"}
+    scenarios = " ".join(f"--scenario {name}" for name in result["scenarios"])
+    return (
+        f"bowerbird benchmark upgrade --dataset {data_set[result['cells'][0]['dataset']]} {scenarios} "
+        f"--seeds {len(result['seeds'])}"
+    )
+
+
 def picture(rows: dict[str, dict[str, float]]) -> str:
     points = [
         Point(row_label(name), row["max NFR"], row["area"], "blue" if name.startswith("free") else "red")
@@ -65,13 +75,16 @@ def picture(rows: dict[str, dict[str, float]]) -> str:
 def page(results: dict[str, dict[str, Any]]) -> str:
     rows = sorted(overall(results).items(), key=lambda item: -item[1]["area"])
     lines = [HEAD, "![area against negative flips](images/standing-comparison.svg)", ""]
-    lines += ["Mean over the data sets below and their scenarios; upper left is better.", ""]
+    lines += ["Mean over these data sets and, in each, over the scenarios in which every row could be measured:", ""]
+    for name, result in results.items():
+        lines += [f"- {name}: {', '.join(compared(s))}" for s in summarise(result["cells"]).values()]
+    lines += ["", "In the picture, upper left is better.", ""]
     lines += ["| model / served by | area | max NFR | at the end (new/new) |", "| --- | ---: | ---: | ---: |"]
     lines += [f"| {name} | {row['area']:.3f} | {row['max NFR']:.3f} | {row['new/new']:.3f} |" for name, row in rows]
     lines += ["", EXPLAIN, "", "`free`: the new model was trained without regard to the old one.", ""]
     for name, result in results.items():
         seeds, versions = len(result["seeds"]), ", ".join(f"{k} {v}" for k, v in result["versions"].items())
-        lines += [f"## {name}", "", f"`{' '.join(result['command'])}`: {seeds} seeds; {versions}.", ""]
+        lines += [f"## {name}", "", f"`{command(result)}`: {seeds} seeds; {versions}.", ""]
         for scenarios in summarise(result["cells"]).values():
             for scenario, found in scenarios.items():
                 lines += [f"### {name}: {scenario}", "", SCENARIOS[scenario], ""]

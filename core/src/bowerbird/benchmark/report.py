@@ -30,7 +30,10 @@ def write_report(out: Path, result: dict[str, Any]) -> dict[str, Any]:
     write_json(out / "results.json", result)
     pictures = {}
     for dataset in result["summary"]:
-        text = tradeoff(result["summary"][dataset], title=f"{dataset}: mean over scenarios")
+        text = tradeoff(
+            result["summary"][dataset],
+            title=f"{dataset}: mean over {len(compared(result['summary'][dataset]))} scenarios",
+        )
         if text:
             write_atomically(out / f"tradeoff-{dataset}.svg", text)
             pictures[dataset] = text
@@ -94,14 +97,21 @@ def _summary(values: np.ndarray) -> dict[str, Any]:
     return {**{key: None if np.isnan(value) else round(value, 5) for key, value in made.items()}, "seeds": n}
 
 
+def compared(scenarios: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The scenarios over which rows can be averaged: those where every row could be measured, or all if there is none."""
+    whole = [name for name, rows in scenarios.items() if not any("unavailable" in row for row in rows.values())]
+    return whole or list(scenarios)
+
+
 def standing(scenarios: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Row -> mean area, gain, ``max NFR`` and new/new over the scenarios; rows that one of them lacks are left out."""
-    names = [n for n in next(iter(scenarios.values())) if all("area" in rows.get(n, {}) for rows in scenarios.values())]
+    """Row -> mean area, gain, ``max NFR`` and new/new over the ``compared`` scenarios; rows that one of them lacks are
+    left out."""
+    chosen = [scenarios[name] for name in compared(scenarios)]
     made = {}
-    for name in names:
-        means = {
-            c: [rows[name][c]["mean"] for rows in scenarios.values()] for c in ("area", "gain", "max NFR", "new/new")
-        }
+    for name in chosen[0]:
+        if not all("area" in rows.get(name, {}) for rows in chosen):
+            continue
+        means = {c: [rows[name][c]["mean"] for rows in chosen] for c in ("area", "gain", "max NFR", "new/new")}
         made[name] = {c: float("nan") if None in v else float(np.mean(v)) for c, v in means.items()}
     return made
 
@@ -110,7 +120,8 @@ def markdown(result: Mapping[str, Any]) -> str:
     lines = ["# Upgrades compared", "", f"`{' '.join(result['command'])}`", "", EXPLAIN, ""]
     lines += _notes(result)
     for dataset, scenarios in result["summary"].items():
-        lines += [f"## {dataset}", "", "Mean over the scenarios.", "", *standing_table(scenarios), ""]
+        over = ", ".join(compared(scenarios))
+        lines += [f"## {dataset}", "", f"Mean over {over}.", "", *standing_table(scenarios), ""]
         for scenario, rows in scenarios.items():
             lines += [f"### {dataset}: {scenario}", "", SCENARIOS[scenario], "", *_table(rows), ""]
     return "\n".join(lines)

@@ -80,7 +80,7 @@ def upgrade(
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from bowerbird.benchmark.report import standing_table
+    from bowerbird.benchmark.report import compared, standing_table
     from bowerbird.benchmark.run import run_benchmark
 
     columns = (
@@ -107,7 +107,7 @@ def upgrade(
         click.echo(json.dumps(result["summary"], indent=1))
         return
     for dataset, found in result["summary"].items():
-        click.echo(f"\n{dataset}, mean over {', '.join(found)}; {len(result['seeds'])} seed(s)\n")
+        click.echo(f"\n{dataset}, mean over {', '.join(compared(found))}; {len(result['seeds'])} seed(s)\n")
         click.echo("\n".join(_aligned(standing_table(found))))
     click.echo(f"\nAll tables: {(out / 'results.md').resolve()}\nLook at them: {(out / 'index.html').resolve()}")
 
