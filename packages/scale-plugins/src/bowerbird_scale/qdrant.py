@@ -88,6 +88,10 @@ class Collections:
     def tidy(self, db: Connection, number: int) -> None:
         """Qdrant does that itself."""
 
+    def analyze(self, db: Connection, number: int) -> None:
+        """Tell the planner how large the tables are; outside transactions."""
+        db.execute("ANALYZE member, item")
+
     def write(
         self, db: Connection, number: int, nums: NDArray[np.int64], rows: NDArray[np.float32], dtype: str
     ) -> None:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from bowerbird_scale.postgres.storage import PostgresStorage
 
 
+ANALYZE_FROM = 1000
+
+
 def add_items(
     storage: PostgresStorage,
     ids: Sequence[str],
@@ -79,6 +82,10 @@ def add_items(
         db.execute("UPDATE space SET items = items + %s WHERE no = %s", (len(names), number))
         if snapshot.upgrade is not None and target.fingerprint != snapshot.upgrade.new:
             enqueue(db, snapshot.upgrade.id, nums)
+    if len(names) >= ANALYZE_FROM and (snapshot.num_limit + len(names)).bit_length() > snapshot.num_limit.bit_length():
+        # Until the server has looked at a table that grew it plans as if it were small, and searches slowly.
+        with storage.db.outside() as db:
+            storage.db.vectors.analyze(db, number)
     return nums
 
 

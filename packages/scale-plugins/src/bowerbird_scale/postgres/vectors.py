@@ -109,6 +109,10 @@ class Tables:
         blocks = list(self.blocks(db, part, allowed=only, order="ORDER BY v.num"))
         return np.concatenate([block[0] for block in blocks]), np.concatenate([block[1] for block in blocks])
 
+    def analyze(self, db: Connection, number: int) -> None:
+        """Tell the planner how large the tables are; outside transactions."""
+        db.execute(f"ANALYZE {table_of(number)}, member, item")
+
     def blocks(
         self, db: Connection, part: PostgresPart, *, allowed: Filter | None = None, order: str = ""
     ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
@@ -140,9 +144,10 @@ class Tables:
         if allowed is not None:
             keep, parameters = f"AND v.num IN (SELECT num FROM item WHERE {allowed.clause})", allowed.parameters
         rows = db.execute(
-            f"SELECT v.num, ({stored} <#> %s::{asked}({part.space.dim})){exactly} AS product, {kind}_send(v.vec) "
+            f"SELECT num, product, {kind}_send(vec) FROM ("  # only the vectors of the nearest are sent
+            f"SELECT v.num, ({stored} <#> %s::{asked}({part.space.dim})){exactly} AS product, v.vec "
             f"FROM {table_of(part.number)} v JOIN member m ON m.num = v.num "
-            f"WHERE {part.condition} {keep} ORDER BY product LIMIT %s",
+            f"WHERE {part.condition} {keep} ORDER BY product LIMIT %s) nearest",
             (literal(query), *parameters, count),
             binary=True,
         ).fetchall()
