@@ -18,6 +18,7 @@ import numpy as np
 from bowerbird.errors import InputError
 from bowerbird.files import write_atomically
 from bowerbird.gallery.routing import Route, find_route
+from bowerbird.gallery.space import LIFTED
 from bowerbird.retrieval.intervals import bootstrap_interval
 
 if TYPE_CHECKING:
@@ -94,11 +95,14 @@ class Matrix:
     def names(self) -> list[str]:
         """A short name for each space: its encoder without what all have in common, and with digits of the fingerprint
         where that is not enough."""
-        encoders = [str(space["encoder"]) for space in self.spaces]
+        encoders = [str(space["encoder"]).removeprefix(LIFTED) for space in self.spaces]
         alike = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*encoders, strict=False))
-        common = "".join(letters[0] for letters in alike) if len(encoders) > 1 else ""
+        common = "".join(letters[0] for letters in alike) if len(set(encoders)) > 1 else ""
         cut = max((common.rfind(mark) for mark in "/?&:"), default=-1) + 1
-        names = [encoder[cut:] or encoder for encoder in encoders]
+        names = [
+            ("lifted " if space["encoder"].startswith(LIFTED) else "") + (encoder[cut:] or encoder)
+            for encoder, space in zip(encoders, self.spaces, strict=True)
+        ]
         return [
             f"{name} {space['fingerprint'][:6]}" if names.count(name) > 1 else name
             for name, space in zip(names, self.spaces, strict=True)
