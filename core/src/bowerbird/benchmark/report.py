@@ -98,7 +98,7 @@ def _summary(values: np.ndarray) -> dict[str, Any]:
 
 
 def compared(scenarios: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The scenarios over which rows can be averaged: those where every row could be measured, or all if there is none."""
+    """The scenarios that rows are averaged over: those where every row could be measured, or all if there is none."""
     whole = [name for name, rows in scenarios.items() if not any("unavailable" in row for row in rows.values())]
     return whole or list(scenarios)
 

@@ -51,4 +51,10 @@ class Perceptron(Encoder):
         return Features(pooled=self.layers(values.to(next(self.parameters()).dtype)))
 
     def frozen_trunk(self, batch: Batch) -> Tensor:
-        return batch["image"].mean(dim=1).flatten(1)
+        """``(B, S * S)`` grey values. Raises ``InputError`` without pictures, or for some of another shape."""
+        images = batch.get("image")
+        if images is None:
+            raise InputError(f"core:perceptron reads image or frozen_features; the batch has {', '.join(batch)}.")
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise InputError(f"core:perceptron takes images (batch, 3, size, size); found {tuple(images.shape)}.")
+        return images.mean(dim=1).flatten(1)
