@@ -50,7 +50,7 @@ class Part:
     def row_of(self) -> NDArray[np.int64]:
         """Row over all segments of every item number; -1 where the item is not in this part, and behind the last."""
         total = sum(segment.rows for segment, _ in self.segments)
-        rows = np.full(self.num_limit + 1, -1, np.int32 if total < 2**31 else np.int64)
+        rows: NDArray = np.full(self.num_limit + 1, -1, np.int32 if total < 2**31 else np.int64)
         offset = 0
         for segment, live in self.segments:
             alive = np.arange(segment.rows) if live is None else np.flatnonzero(live)
