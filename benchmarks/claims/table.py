@@ -28,7 +28,18 @@ hold at the paper's scale, and the other way round.
 
 
 def page(results: list[dict[str, Any]]) -> str:
-    return "\n".join([HEAD, *(section(result) for result in results)])
+    return "\n".join([HEAD, *overview(results), *(section(result) for result in results)])
+
+
+def overview(results: list[dict[str, Any]]) -> list[str]:
+    """One row per method: the ids of its claims by verdict."""
+    verdicts = ("shown", "not shown", "opposite")
+    lines = ["| methods | " + " | ".join(verdicts) + " |", "| --- | --- | --- | --- |"]
+    for result in results:
+        ids = [[claim["id"] for claim in result["claims"] if claim["verdict"] == verdict] for verdict in verdicts]
+        cells = " | ".join(f"{len(found)}: {'; '.join(found)}" if found else "0" for found in ids)
+        lines.append(f"| `{result['method']}` | {cells} |")
+    return [*lines, ""]
 
 
 def section(result: dict[str, Any]) -> str:
@@ -74,9 +85,7 @@ def claim_row(claim: dict[str, Any], seeds: int) -> str:
 
 
 def main() -> int:
-    results = [
-        json.loads(file.read_text()) for file in sorted((HERE / "results").glob("*.json")) if ".part" not in file.name
-    ]
+    results = [json.loads(file.read_text()) for file in sorted((HERE / "results").glob("*.json"))]
     text = page(results)
     if "--check" in sys.argv[1:]:
         if not PAGE.is_file() or PAGE.read_text() != text:
