@@ -227,7 +227,7 @@ def bt2(plan: Mapping[str, Any], seed: int) -> Values:
     for arm in plan["arms"][1:]:
         if "added_dim" in arm:
             assert star is not None
-            encoder: nn.Module = _basis_transform(plan, world, old, star, arm["added_dim"], seed)
+            encoder: nn.Module = _basis_transform(plan, world, old, star, arm, seed)
         else:
             weight = arm.get("influence_weight")
             extra = None if weight is None else _prototypes(old, world, weight, plan["influence"]["scale"])
@@ -240,15 +240,15 @@ def bt2(plan: Mapping[str, Any], seed: int) -> Values:
 
 
 def _basis_transform(
-    plan: Mapping[str, Any], world: World, old: nn.Module, star: nn.Module, added_dim: int, seed: int
+    plan: Mapping[str, Any], world: World, old: nn.Module, star: nn.Module, arm: Mapping[str, Any], seed: int
 ) -> nn.Module:
     size = plan["train"]["embed_dim"]
     trunk = mlp(plan["train"]["new_width"], 2 * size, seed + 10_000)
     torch.manual_seed(seed + 10_000)
     weights = {key: value for key, value in plan["bt2"].items() if key != "scale"}
-    head = BasisTransformHead(2 * size, size, size, added_dim, plan["bt2"]["scale"], num_classes=10, rectify=True)
+    head = BasisTransformHead(2 * size, size, size, arm["added_dim"], plan["bt2"]["scale"], num_classes=10)
     prototypes = build_prototypes(old, [(world.train, world.train_labels)], 10).weight
-    loss = BT2Loss(prototypes, **weights)
+    loss = BT2Loss(prototypes, **weights, influence_scale=arm.get("influence_scale", 1.0))
     with torch.no_grad():
         old_train, star_train = F.normalize(old(world.train)), F.normalize(star(world.train))
 
