@@ -281,7 +281,7 @@ def search(
 def index(path: str, kind: str | None, target_recall: float | None, as_json: bool) -> None:
     """Build the approximate index of the gallery PATH, or return to exact searches.
 
-    Items that are added later are searched exactly until this command is run again. Needs FAISS.
+    It keeps up with the gallery by itself, also during an upgrade. Needs FAISS.
     """
     from bowerbird.gallery import open_gallery
 
