@@ -14,7 +14,8 @@ standardised per query and pooled over the queries, which resolves the near tail
 sample. The number of sampled wrong items above is Poisson with a rate that is gamma distributed around the pooled one;
 its shape ``alpha``, how much queries differ, is estimated from the sample by moments. The unsampled ones then are
 negative binomial, and the expectation of the precision is an integral over [0, 1] in closed form. Where many sampled
-items are above, the count decides; with all weights 1 the result is the average precision itself.
+items are above, the count decides. Where right and wrong items were drawn alike (a few large classes) the errors of A
+and B cancel in the ratio, and the counts are used as they are; with all weights 1 that is the average precision itself.
 
 Q queries, N sampled items.
 """
@@ -26,6 +27,7 @@ from numpy.typing import NDArray
 
 TAIL = 3.0  # sampled items above, up to which alpha is estimated: where the prior has a say
 MANY = 40.0  # items above, from which the expectation is that of the ratio of expectations
+UNEVEN = 2.0  # the prior is used where wrong items stand for so many times more items than right ones
 POOL = 40_000  # standardised distances that are pooled at most
 _X, _W = np.polynomial.legendre.leggauss(16)
 _X, _W = (_X + 1) / 2, _W / 2
@@ -55,7 +57,9 @@ def average_precision_of_sample(
     above_right, above_wrong = _before(np.where(right, each, 0.0), order), _before(np.where(wrong, each, 0.0), order)
     query, item = np.nonzero(right)
     weight, a, b = each[query, item], above_right[query, item], above_wrong[query, item]
-    if weights.max() > 1 + 1e-9:
+    counted = (1 + a) / (1 + a + b)
+    rarer = _items_per_sampled(np.where(wrong, each, 0.0)) > UNEVEN * _items_per_sampled(np.where(right, each, 0.0))
+    if rarer.any():
         seen_right = _before(right.astype(np.float64), order)[query, item]
         seen_wrong = _before(wrong.astype(np.float64), order)[query, item]
         standard = _standardised(keys, np.where(wrong, each, 0.0))
@@ -68,8 +72,9 @@ def average_precision_of_sample(
         power = _X ** (a + seen_wrong)[few, None]
         spread = (1 + scale[few, None] * (1 - _X)) ** -shape[few, None]
         precision[few] = (1 + a[few]) * ((power * spread) @ _W)
+        precision = np.where(rarer[query], precision, counted)
     else:
-        precision = (1 + a) / (1 + a + b)
+        precision = counted
     expected = np.bincount(query, weight, len(keys))
     if depth is not None:
         stand_for = np.maximum(weight, 1)
@@ -117,7 +122,7 @@ def _posterior(
     """
     of_kind = np.where(kind, each, 0.0)
     totals = of_kind.sum(axis=1)
-    size = np.maximum((of_kind**2).sum(axis=1) / np.maximum(totals, 1e-12), 1.0)[query]  # items per sampled item
+    size = _items_per_sampled(of_kind)[query]
     pooled, mass = standard[kind], (of_kind / np.maximum(totals, 1e-12)[:, None])[kind]
     step = -(-len(pooled) // POOL) or 1
     pooled, mass = pooled[::step], mass[::step]
@@ -128,6 +133,11 @@ def _posterior(
     alpha = _alpha(observed, rate)
     shape, scale = alpha + observed, (size - 1) / (1 + alpha / np.maximum(rate, 1e-12))
     return np.where(size > 1 + 1e-9, seen + shape * scale, counted), shape, scale
+
+
+def _items_per_sampled(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """``(Q,)``: the weight of the item that a gallery's item stands behind, on average; at least 1."""
+    return np.maximum((weights**2).sum(axis=1) / np.maximum(weights.sum(axis=1), 1e-12), 1.0)
 
 
 def _alpha(observed: NDArray[np.float64], rate: NDArray[np.float64]) -> float:
