@@ -14,7 +14,7 @@ from bowerbird.errors import InputError, SpaceError, UpgradeError
 from bowerbird.gallery import Gallery
 from bowerbird.gallery.transform import VectorTransform
 from bowerbird.registry import get_registry
-from bowerbird.upgrade import ItemEncoder
+from bowerbird.upgrade import ItemEncoder, Upgrade
 from bowerbird.upgrade.lift import begin_lift, lifted_space, lifter
 from bowerbird.upgrade.run import begin, run
 from bowerbird.upgrade.serve import serve
@@ -283,3 +283,12 @@ def test_a_lift_on_top_needs_a_way_for_every_part(gallery):
     rollback(gallery)
     assert [part["items"] for part in status(gallery).parts] == [COUNT - 60, 60]
     assert len(numbers) == COUNT
+
+
+def test_the_whole_way_on_one_object(gallery):
+    with Upgrade(gallery, by_item(new_encoder())) as upgrade:
+        assert upgrade.lift(fitted(), strategy="world:two-queries", task_items=50, stop_after=100).encoded == 100
+        assert upgrade.lift().reason == "complete"
+        assert upgrade.run(strategy="compatible", on_top=True).reason == "complete"
+        upgrade.finish()
+    assert gallery.counts() == {NEW.fingerprint: COUNT}
