@@ -61,7 +61,8 @@ def fit_adapter(
         target: ``(N, Do)``; row i is the same item as row i of ``source``.
         kind: ``procrustes`` (orthogonal: keeps angles), ``ridge`` (affine), ``low-rank`` (affine through few
             directions), ``mlp`` (``ridge`` plus a small network). ``auto``: the one that retrieves best on a part of
-            the pairs that none was fitted on; the simplest of those within one standard error.
+            the pairs that none was fitted on; the simplest of those within one standard error. ``mlp`` is tried
+            with ``pairs_wanted`` pairs or more.
         source_space, target_space: The two spaces, or their fingerprints: the direction of the result. With spaces
             widths are checked.
         direction: What the map is for: ``query`` (source = new space, target = old) or ``gallery`` (source = old,
@@ -112,11 +113,13 @@ def fit_adapter(
     maps = _Maps(x, y, fitted, chosen, ridge, rank, hidden, steps, seed)
     evidence: dict[str, Any] = {}
     if kind == "auto":
-        scores = {name: judge(made_of(maps.make(name)[0]), chosen) for name in KINDS}
+        # A network with more weights than there are numbers to fit takes minutes and is never chosen.
+        tried = [name for name in KINDS if name != "mlp" or len(fitted) >= pairs_wanted(x.shape[1], y.shape[1])]
+        scores = {name: judge(made_of(maps.make(name)[0]), chosen) for name in tried}
         means = {name: verdict.kept[0] for name, verdict in scores.items()}
         best = max(means, key=lambda name: means[name])
         slack = (scores[best].kept[2] - scores[best].kept[1]) / 2 / 1.96  # an interval is 1.96 standard errors each way
-        kind = next(name for name in KINDS if means[name] >= means[best] - slack)
+        kind = next(name for name in tried if means[name] >= means[best] - slack)
         evidence["tried"] = {name: round(value, 4) for name, value in means.items()}
     steps_made, settings = maps.make(kind, everything=True)
     transform = made_of(steps_made)

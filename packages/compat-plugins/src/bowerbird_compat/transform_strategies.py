@@ -153,6 +153,8 @@ class Lift:
         rows, classes = _labelled(pairs, rows)
         # Some thousand vectors need few and large steps; the defaults of fit_forward_transform are for large sets.
         settings = ({"steps": 400, "lr": 3e-3} if len(rows) < 20_000 else {}) | settings
+        # A plan fits this on a sample: 4 times a width of 1280 would take minutes.
+        settings = {"hidden": min(4 * max(pairs.old.shape[1], pairs.new.shape[1]), 1024)} | settings
         psi = fit_forward_transform(pairs.old[rows], pairs.new[rows], classes, seed=seed, **settings)
         made = to_vector_transform(
             psi, source=pairs.old_space.fingerprint, target=pairs.new_space.fingerprint, method=self.name
