@@ -27,6 +27,7 @@ from bowerbird.testing.store_world import (
     SECOND,
     THIRD,
     Model,
+    Rush,
     WorkerProcess,
     begin,
     encode,
@@ -483,6 +484,29 @@ class StoreContract(Contract):
         with self.target.create(self.new_url(), SECOND) as direct:
             fill(direct, SECOND)
             same(gallery, direct, SECOND)
+
+    def test_readers_writers_and_workers_at_once_lose_and_double_nothing(self, gallery: Gallery, url: str) -> None:
+        """Fix: a search is of one epoch, whatever is committed between its parts; no two transactions deadlock."""
+        rush = Rush(url, self.target.open)
+        rush.start()
+        for target in (SECOND, FIRST, THIRD):
+            begin(gallery, target, seed=3, task_items=6)
+            while not gallery.store.progress().complete and not rush.errors:
+                time.sleep(0.02)
+            if target is FIRST and "rollback" in self.target.features:
+                gallery.store.rollback(encode_old=lambda items: encode(items, SECOND))
+                continue
+            while not rush.errors:
+                try:
+                    gallery.store.finish_upgrade(verified=True)
+                    break
+                except UpgradeError:  # an item came in the old space just now
+                    time.sleep(0.02)
+        rush.stop()
+        assert not rush.errors, rush.errors[0]
+        assert rush.searches > 0
+        assert {item.id for item in gallery.items()} == rush.names
+        assert gallery.verify().ok
 
     # ------------------------------------------------------------------------------------------------- features
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import subprocess
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from bowerbird.errors import SnapshotGoneError, SpaceError
 from bowerbird.gallery import Gallery, Item, Space, open_gallery
+from bowerbird.gallery.store import LeaseLostError
 
 FIRST = Space("contract-space-1", "contract:first", 12)
 SECOND = Space("contract-space-2", "contract:second", 20)
@@ -198,6 +203,75 @@ class Model:
                 distance = np.float32(1 - vector(name, space, content).astype(np.float64) @ query)
                 ranked.append((distance, space != newest, position, name))
             assert ids == [name for *_, name in sorted(ranked)[:5]], told
+
+
+class Rush:
+    """Threads that add, delete, work and search at once, each with a gallery of its own, until they are stopped.
+
+    Attributes:
+        names: Ids that should be there.
+        errors: What went wrong, as tracebacks.
+        searches: How many searches were checked: each must show every live item of its epoch, once.
+    """
+
+    def __init__(self, url: str, open_it: Any) -> None:
+        self.url, self.open = url, open_it
+        with open_it(url) as gallery:
+            self.names = {item.id for item in gallery.items()}
+        self.errors: list[str] = []
+        self.searches = self._added = 0
+        self._stopped = threading.Event()
+        jobs = (self._write, self._work, self._work, self._search)
+        self._threads = [threading.Thread(target=self._repeat, args=(job,)) for job in jobs]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _repeat(self, job: Any) -> None:
+        try:
+            with self.open(self.url, lock_timeout=60.0) as gallery:
+                while not self._stopped.is_set():
+                    job(gallery)
+        except Exception:
+            self.errors.append(traceback.format_exc())
+
+    def _write(self, gallery: Gallery) -> None:
+        names = [f"rush-{self._added + number}" for number in range(3)]
+        self._added += 3
+        space = gallery.snapshot().write_space
+        try:
+            gallery.add(names, vectors(names, space), space=space.fingerprint)
+        except SpaceError:  # the upgrade ended between the two lines
+            return
+        self.names.update(names)
+        gone = sorted(self.names)[:: len(self.names) // 3][:2]
+        gallery.delete(gone)
+        self.names.difference_update(gone)
+        time.sleep(0.01)
+
+    def _work(self, gallery: Gallery) -> None:
+        task = gallery.store.lease_task(threading.current_thread().name)
+        state = gallery.store.upgrade_state()
+        if task is None or state is None or task.upgrade != state.id:
+            time.sleep(0.01)
+            return
+        space = gallery.snapshot().spaces[state.new]
+        with contextlib.suppress(LeaseLostError):  # the upgrade ended
+            gallery.store.commit_task(task, task.nums, encode(task.items, space))
+
+    def _search(self, gallery: Gallery) -> None:
+        snapshot = gallery.snapshot()
+        given = {name: rows for name, rows in queries(2).items() if name in snapshot.spaces}
+        with contextlib.suppress(SnapshotGoneError):
+            for ids in gallery.search(given, 2000, snapshot=snapshot).ids:
+                assert len(set(ids)) == len(ids) == snapshot.live, (len(set(ids)), len(ids), snapshot.live)
+            self.searches += 1
 
 
 if __name__ == "__main__":
