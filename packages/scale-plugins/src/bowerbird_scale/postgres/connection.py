@@ -27,6 +27,14 @@ SECRETS = {"password", "passfile", "sslpassword", "sslkey", "qdrant_api_key"}
 OWN = ("gallery", "qdrant", "qdrant_api_key")  # parameters of the URL that libpq does not know
 # A worker whose machine vanished in the middle of a commit holds the lock of all commits for this long at most.
 IDLE_SECONDS = 60
+# A server that is gone is noticed within a minute; the URL may say otherwise.
+DEFAULTS: dict[str, Any] = {
+    "connect_timeout": 10,
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,
+}
 COMMIT_LOCK_SECONDS = 120  # a worker's commit waits behind a large add
 
 
@@ -194,15 +202,10 @@ def connect(address: Address) -> Connection:
     Raises:
         psycopg.OperationalError: If the server does not answer.
     """
+    given = psycopg.conninfo.conninfo_to_dict(address.conninfo)
+    defaults = {name: value for name, value in DEFAULTS.items() if name not in given}
     connection = Connection.connect(
-        address.conninfo,
-        autocommit=True,
-        connect_timeout=10,
-        keepalives_idle=30,
-        keepalives_interval=10,
-        keepalives_count=3,
-        tcp_user_timeout=30_000,
-        application_name=_application("idle"),
+        address.conninfo, autocommit=True, application_name=_application("idle"), **defaults
     )
     try:
         # pgvector's types may lie in any schema.
