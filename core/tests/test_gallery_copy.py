@@ -111,3 +111,14 @@ def test_the_command_copies_and_says_so(source: Gallery, tmp_path: Path) -> None
     assert result.exit_code == 2
     assert "its scheme is 'postgrsql'" in result.output
     assert "secret" not in result.output
+
+
+def test_a_lock_note_names_the_command_without_the_passwords_in_it(
+    source: Gallery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["bowerbird", "gallery", "copy", "postgresql://me:secret@db/x?password=hidden", "--to", "g"]
+    monkeypatch.setattr("sys.argv", command)
+    source.delete(["item-9"])
+    note = (Path(source.path) / "writer.lock").read_text()
+    assert "postgresql://me:***@db/x?password=***" in note
+    assert "secret" not in note and "hidden" not in note

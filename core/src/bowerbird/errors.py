@@ -72,6 +72,14 @@ class UpgradeError(GalleryError):
     """An upgrade step is not allowed in the present state."""
 
 
+def without_passwords(text: str) -> str:
+    """``text`` with the passwords and keys of the URLs in it left out, for messages and notes."""
+    import re
+
+    text = re.sub(r"((?:password|api_key)=)[^&\s'\"]*", r"\1***", text)
+    return re.sub(r"(?<=://)([^:/@\s]*):[^@/\s]*@", r"\1:***@", text)
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`` Did you mean 'x'?`` for the closest of ``known``, or an empty string."""
     import difflib  # only a mistake pays for it

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bowerbird.errors import CorruptionError, GalleryError, GalleryLockedError, StoreUnavailableError
+from bowerbird.errors import CorruptionError, GalleryError, GalleryLockedError, StoreUnavailableError, without_passwords
 
 APPLICATION_ID = 0x424F5742  # "BOWB": tells a gallery from any other SQLite file
 FORMAT = 1
@@ -316,7 +316,7 @@ def _owner(descriptor: int) -> str:
 
 
 def _command() -> str:
-    return shlex.join(sys.argv)[:200] or "python"
+    return without_passwords(shlex.join(sys.argv))[:200] or "python"
 
 
 def _not_a_gallery(path: Path) -> GalleryError:

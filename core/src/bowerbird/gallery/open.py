@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-from bowerbird.errors import InputError, did_you_mean
+from bowerbird.errors import InputError, did_you_mean, without_passwords
 from bowerbird.gallery.gallery import Gallery
 from bowerbird.gallery.storage import Storage
 
@@ -80,8 +80,7 @@ def _folder(url: str) -> Path:
 
 def safe_url(url: str | Path) -> str:
     """The URL without its passwords, for messages."""
-    url = re.sub(r"((?:password|api_key)=)[^&]*", r"\1***", str(url))
-    return re.sub(r"(?<=://)([^:/@]*):[^@/]*@", r"\1:***@", str(url))
+    return without_passwords(str(url))
 
 
 def _driver(url: str | Path) -> Any:
