@@ -754,7 +754,9 @@ class FaissIndex:
             hits = exact_search(self._flat_rows(), queries, neighbours)
             return (1 - hits.distances).astype(np.float32), hits.ids
 
-        cosines = nearest(self._sample, -(-most // 8))[0][:, -1:]  # of about the tenth neighbour
+        # Of about the neighbour wanted, but never a very near one: that would make the queries too easy.
+        column = min(max(wanted - 1, 4), neighbours - 1)
+        cosines = nearest(self._sample, -(-most // 8))[0][:, column, None]
         radius = 1.5 * np.sqrt(np.clip(2 - 2 * cosines, 0, 4))  # |a - b|^2 = 2 - 2 cosine
         direction = np.random.default_rng(self.seed).standard_normal(self._sample.shape)
         direction /= np.linalg.norm(direction, axis=1, keepdims=True)
