@@ -53,6 +53,10 @@ class TestUncertaintyOrder(OrderContract):
     name = "core:uncertainty"
 
 
+class TestClassDistanceOrder(OrderContract):
+    name = "core:class-distance"
+
+
 class TestDistanceMerger(MergerContract):
     name = "core:distance"
 
