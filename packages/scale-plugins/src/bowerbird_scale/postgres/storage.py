@@ -303,7 +303,10 @@ def active_upgrades(db: Connection) -> list[UpgradeState]:
         "SELECT id, old, new, state, strategy, merger, order_name, plan_rows, settings, started_at FROM upgrade "
         "WHERE state IN ('running', 'paused', 'covered') ORDER BY id"
     ).fetchall()
-    return [UpgradeState(*row[:8], json.loads(row[8]), row[9]) for row in rows]
+    return [
+        UpgradeState(number, old, new, state, strategy, merger, order, plan_rows, json.loads(settings), started_at)
+        for number, old, new, state, strategy, merger, order, plan_rows, settings, started_at in rows
+    ]
 
 
 def item_of_row(row: tuple[str, int, str | None, str | None, dict[str, Any] | None]) -> Item:
