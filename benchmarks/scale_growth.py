@@ -245,7 +245,7 @@ def steps_of(items: int, folder: Path, *, finished: bool) -> Iterator[tuple[str,
     done = json.loads(kept.read_text()) if kept.exists() else {}
     for name in STEPS:
         if name not in done and finished:
-            return
+            continue
         if name not in done:
             print(f"{time.strftime('%H:%M:%S')} {items} {name}", file=sys.stderr, flush=True)
             done[name] = run_step(name, items, folder)

@@ -132,7 +132,7 @@ def plan(s: Scenario, c: Constants) -> dict[str, float]:
 
 def measured_constants(growth: Mapping[str, Any], shards: Mapping[str, Any]) -> Constants:
     """From the results of scale_growth (its largest complete size) and scale_shards."""
-    complete = [int(items) for items, steps in growth["growth"].items() if "verify_half" in steps]
+    complete = [int(items) for items, steps in growth["growth"].items() if {"add", "index", "verify"} <= steps.keys()]
     items = max(complete)
     steps = growth["growth"][str(items)]
     joins = shards["joining"]
@@ -177,6 +177,12 @@ def growth_table(growth: Mapping[str, Any]) -> str:
     row("verify, CPU s (wall)", "verify", lambda s, n: f"{s['cpu_s']:.1f} ({s['wall_s']:.1f})")
     worst = [f"{max(step['outside_index_mb'] for step in steps.values()):,.0f}" for steps in growth["growth"].values()]
     lines.append("| largest memory outside the index, MB | " + " | ".join(worst) + " |")
+    exact = [f"{int(n):,}" for n, steps in growth["growth"].items() if steps.get("half", {}).get("index_mb") == 0]
+    if exact:
+        lines += [
+            "",
+            f"The upgrade of {' and '.join(exact)} items was run with exact search: an empty cell was not measured.",
+        ]
     return "\n".join(lines)
 
 
