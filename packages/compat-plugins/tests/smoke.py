@@ -8,7 +8,7 @@ out = subprocess.run(
     [str(Path(sys.executable).with_name("bowerbird")), "list"], capture_output=True, text=True, check=True
 )
 for name in (
-    "bct", "bt2", "ract", "bict", "unibct", "metric-compatible", "basis-transform", "rank-merge", "rank-merge-zscore",
+    "bct", "bt2", "ract", "bict", "unibct", "metric-compatible", "basis-transform", "rank-merge",
     "adapter", "reverse-transform", "lift",
 ):  # fmt: skip
     assert f"compat:{name}" in out.stdout, f"compat:{name} is not in\n{out.stdout}"

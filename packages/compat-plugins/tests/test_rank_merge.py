@@ -23,10 +23,6 @@ class TestContract(UpgradeContract):
     name = "compat:rank-merge"
 
 
-class TestContractOnOneScale(UpgradeContract):
-    name = "compat:rank-merge-zscore"
-
-
 def test_the_bare_name_is_enough():
     assert get_registry().get("retriever", "rank-merge", role="upgrade").name == "compat:rank-merge"
 

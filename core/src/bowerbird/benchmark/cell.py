@@ -176,11 +176,12 @@ class Cell:
         (query_old, gallery_old), (query_new, _) = self.vectors(old), self.vectors(new)
         if name == NAIVE:
             return forecast.switch_now(self.order), {}
-        full_name, strategy = load_strategy(name)
+        full_name, strategy = load_strategy(name.partition("+")[0])
         if full_name == FULL or switches_at_end(strategy):
             return forecast.full(), {}
         registry = get_registry()
-        merger = registry.load(registry.get("retriever", strategy.merger, role="merger"))
+        joined_by = name.partition("+")[2] or strategy.merger
+        merger = registry.load(registry.get("retriever", joined_by, role="merger"))
         old_space = Space(OLD, OLD, old.encoder.embed_dim)
         new_space = Space(NEW, NEW, new.encoder.embed_dim)
         queries = {OLD: query_old, NEW: query_new}
@@ -200,7 +201,7 @@ class Cell:
         else:
             old_part = strategy.old_part_queries(queries, old_space, new_space)
         curve = forecast.curve(
-            name, old_part, self.order, merger=merger, merger_name=strategy.merger, old_part_vectors=held
+            name, old_part, self.order, merger=merger, merger_name=joined_by, old_part_vectors=held
         )
         return curve, about
 

@@ -35,7 +35,10 @@ class Method:
 
 @dataclass(frozen=True)
 class Selection:
-    """Methods and strategies of a run, and what cannot take part (name -> why)."""
+    """Methods and strategies of a run, and what cannot take part (name -> why).
+
+    A strategy with another merger than its own is named ``STRATEGY+MERGER``.
+    """
 
     methods: tuple[Method, ...]
     strategies: tuple[str, ...]
@@ -73,6 +76,8 @@ def select(wanted: Sequence[str] | None = None, config: Path | None = None) -> S
             methods[record.name] = Method(record.name, record.name)
     strategies = [record.name for record in registry.records(kind="retriever", role="upgrade")]
     strategies = [NAIVE, *(name for name in strategies if name != COMPATIBLE)]
+    if "compat:rank-merge" in strategies:
+        strategies.insert(strategies.index("compat:rank-merge") + 1, "compat:rank-merge+zscore")
     for name in ("compat:rank-merge", "compat:adapter"):
         if name not in strategies:
             missing[name] = "comes with: pip install bowerbird-compat"

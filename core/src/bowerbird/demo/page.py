@@ -61,7 +61,7 @@ def verdict(result: Mapping[str, Any]) -> str:
     if dip > 0.005:
         findings.append(
             f"Rank merge falls {100 * dip:.1f} points below the old model when {shares[low]:.0%} is re-encoded: the "
-            "distances of the two models are not on one scale. Brought to one scale (strategy rank-merge-zscore) it "
+            "distances of the two models are not on one scale. Brought to one scale (`--merger zscore`) it "
             f"never falls below {100 * min(curves['zscore']['map']):.1f} %. `bowerbird upgrade plan` forecasts both "
             "before anything is moved."
         )

@@ -255,7 +255,7 @@ def _rank_merge(
         shares.append(upgrade.status().share)
         moved.append(_moved(gallery, new.fingerprint, items))
         arm.append(_judge(found, items, relevance))
-        on_one_scale = gallery.search(queries, DEPTH, merger=merge_by_zscore)  # what rank-merge-zscore serves
+        on_one_scale = gallery.search(queries, DEPTH, merger=merge_by_zscore)  # what `--merger zscore` serves
         scaled.append(_judge(on_one_scale, items, relevance))
     upgrade.finish()
     return shares, moved, arm, scaled, changed

@@ -87,14 +87,8 @@ def bowerbird_retrievers() -> Iterable[RetrieverRecord]:
         name="compat:rank-merge",
         target="bowerbird_compat.rank_merge:RankMerge",
         role="upgrade",
-        summary="Each part searched in its own space, merged by distance: no training, exact at both ends.",
+        summary="Each part searched in its own space, then merged: no training, exact at both ends.",
         paper="Online Backfilling with No Regret for Large-Scale Image Retrieval, WACV 2025, arXiv:2301.03767",
-    )
-    yield RetrieverRecord(
-        name="compat:rank-merge-zscore",
-        target="bowerbird_compat.rank_merge:RankMergeZScore",
-        role="upgrade",
-        summary="Rank merge with the distances of both models on one scale; for models that differ in it.",
     )
     yield RetrieverRecord(
         name="compat:adapter",

@@ -6,8 +6,8 @@ part with the new encoder's, and the two lists are joined by distance. Before th
 the old system, after the last one exactly the new system. The price is a second encoder pass per query in between.
 
 The two models' distances are compared as they are. Where they are not on one scale, the model with the smaller ones
-crowds the other's items out, and quality may fall below the old system's on the way: ``compat:rank-merge-zscore`` is
-for that, and ``bowerbird upgrade plan`` forecasts both.
+crowds the other's items out, and quality may fall below the old system's on the way: the merger ``core:zscore`` is for
+that (``--merger zscore``), and ``bowerbird upgrade plan`` forecasts every merger.
 
 No torch here: a process that serves a gallery loads this.
 """
@@ -48,9 +48,3 @@ class RankMerge:
                 f"(space {old.fingerprint[:12]}); got spaces {', '.join(f[:12] for f in queries) or 'none'}"
             )
         return queries[old.fingerprint]
-
-
-class RankMergeZScore(RankMerge):
-    """Rank merge by distances brought to one scale, per query and per model (our addition to the paper)."""
-
-    merger = "core:zscore"
