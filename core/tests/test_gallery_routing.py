@@ -47,6 +47,12 @@ def test_relations_have_a_direction_and_cycles_end():
     assert kinds([V4], V1, ring) is None
 
 
+def test_of_two_routes_that_are_alike_one_is_taken():
+    diamond = [transform(V4, V2), transform(V4, V3), transform(V2, V1), transform(V3, V1)]
+    assert kinds([V4], V1, diamond) == ("tests:v4", "transform", "transform")
+    assert kinds([V4], V1, diamond[::-1]) == ("tests:v4", "transform", "transform")
+
+
 def test_a_lifted_space_prefers_queries_of_the_space_that_it_stands_for():
     lifted = Space("lifted" * 4, LIFTED + V2.encoder, V2.dim)
     related = [transform(V1, lifted), compatible(V2, lifted)]

@@ -9,6 +9,7 @@ vectors of unrelated encoders give noise, also where their widths agree.
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -72,10 +73,11 @@ def find_route(
         if relation.kind in ("transform", "compatible"):
             into.setdefault(relation.old, []).append(relation)
     sources = set(available)
-    queue: list[tuple[int, int, str, tuple[Relation, ...]]] = [(0, 0, target, ())]
+    turn = itertools.count()  # of equal routes the one that was found first: relations have no order
+    queue: list[tuple[int, int, str, int, tuple[Relation, ...]]] = [(0, 0, target, next(turn), ())]
     done = set()
     while queue:  # backwards from the target
-        count, dearness, here, hops = heapq.heappop(queue)
+        count, dearness, here, _, hops = heapq.heappop(queue)
         if here in sources:
             return Route(here, target, hops)
         if here in done:
@@ -84,7 +86,7 @@ def find_route(
         for relation in into.get(here, ()):
             if relation.new not in done:
                 step = _dearness(relation, spaces)
-                heapq.heappush(queue, (count + 1, dearness + step, relation.new, (relation, *hops)))
+                heapq.heappush(queue, (count + 1, dearness + step, relation.new, next(turn), (relation, *hops)))
     return None
 
 
