@@ -299,6 +299,11 @@ class Limits:
         if self.rate is not None and not self.rate > 0:
             raise InputError(f"rate is {self.rate}; it must be above 0 items per second")
 
+    @property
+    def of_the_gallery(self) -> bool:
+        """Whether other workers' items count."""
+        return self.stop_at_items is not None or self.stop_at_share is not None
+
     def reached(self, done: int, now: UpgradeStatus) -> str | None:
         if self.stop_after is not None and done >= self.stop_after:
             return "stop-after"
@@ -308,9 +313,9 @@ class Limits:
             return "stop-at-share"
         return None
 
-    def others_will_reach(self, now: UpgradeStatus, task_items: int) -> bool:
-        """Whether what other workers have in hand is enough: one more task would go beyond the limit."""
-        expected = now.new_items + now.tasks.get("leased", 0) * task_items
+    def others_will_reach(self, now: UpgradeStatus, tasks: int, task_items: int) -> bool:
+        """Whether the ``tasks`` that other workers have in hand are enough: one more would go beyond the limit."""
+        expected = now.new_items + tasks * task_items
         if self.stop_at_items is not None and expected >= self.stop_at_items:
             return True
         searched = now.old_items + now.new_items
@@ -449,8 +454,14 @@ def run(
         while True:
             reason = "stopped" if stop is not None and stop() else limits.reached(encoded, now)
             task = None
-            if reason is None and not limits.others_will_reach(now, task_items):
+            if reason is None and not limits.others_will_reach(now, now.tasks.get("leased", 0), task_items):
                 task = patient(gallery.store.lease_task, owner, LEASE_SECONDS)
+            if task is not None and limits.of_the_gallery:  # two workers may have seen the same room for one more task
+                earlier = sum(lease.task < task.id for lease in patient(gallery.store.leases))
+                now = patient(_status_after, gallery, now)
+                if limits.others_will_reach(now, earlier, task_items):
+                    _give_back(gallery, task)
+                    continue
             if task is None:
                 reason = reason or patient(_why_no_task, gallery, state.id)
                 if reason == "leased":  # what is left is in the hands of other workers, who may die
