@@ -105,7 +105,7 @@ def plan(gallery: str, to: str, old: str | None, queries: str | None, split: str
 
     with _open(gallery, readonly=True) as opened:
         new_encoder = _encoder(to, batch_size, device)
-        old_encoder = _old_encoder(opened, old, batch_size, device, required=queries is not None)
+        old_encoder = _old_encoder(opened, old, batch_size, device, required=_as_images(queries))
         made = make_plan(
             opened,
             new_encoder,
@@ -267,7 +267,7 @@ def run(gallery: str, to: str | None, old: str | None, on_top: bool, compatible:
         if overrides:
             settings["order_settings"] = _settings(overrides)
         if begins:
-            old_encoder = _old_encoder(opened, old, batch_size, device, required=queries is not None)
+            old_encoder = _old_encoder(opened, old, batch_size, device, required=_as_images(queries))
             settings["on_top"] = on_top
             settings["accept_poor_transform"] = accept_poor_transform
             if queries is not None:
@@ -353,6 +353,9 @@ def watch(gallery: str, max_nfr: float | None, every: float | None, only_history
     with _open(gallery, readonly=only_history) as opened:
         if only_history:
             entries = history(opened)
+            if not entries and not as_json:
+                click.echo(f"nothing was measured in {opened.path} yet")
+                return
             click.echo(json.dumps(entries)) if as_json else show(watch_table(entries))
             return
         while True:
@@ -570,12 +573,24 @@ def _old_encoder(
     gallery: Gallery, ref: str | None, batch_size: int, device: str, *, required: bool
 ) -> ItemEncoder | None:
     """The encoder of the space that is written now. Where it is not named and not needed, its absence is only said."""
-    from bowerbird.errors import BowerbirdError, SpaceError
+    from bowerbird.errors import BowerbirdError, InputError, SpaceError
 
     snapshot = gallery.snapshot()
     space = snapshot.write_space
     if space.lifted and ref is None:
         return None  # its vectors come from a transform; no encoder makes them
+    if space.encoder.startswith("black-box:") and ref is None:
+        if required:
+            raise InputError(
+                f"queries that are images need the old encoder, and {space.encoder} is known by its vectors alone; "
+                "give the queries as vectors, --queries vectors:OLD_FILE,NEW_FILE"
+            )
+        click.echo(
+            f"note: {space.encoder} is known by its vectors alone, so nothing is compared with the stored ones "
+            "(--old vectors:FILE would be)",
+            err=True,
+        )
+        return None
     try:
         return _encoder(ref or space.encoder, batch_size, device, space)
     except BowerbirdError as exc:
@@ -604,6 +619,11 @@ def _what_to_ask(
         return tuple(old.ids), {"vectors": {snapshot.upgrade.old: old.vectors, snapshot.upgrade.new: new.vectors}}
 
     return ask
+
+
+def _as_images(queries: str | None) -> bool:
+    """Whether both encoders must encode the queries."""
+    return queries is not None and not queries.startswith("vectors:")
 
 
 def _queries(source: str | None, split: str | None) -> QuerySet | None:
@@ -659,8 +679,8 @@ def _print_results(images: tuple[str, ...], found: Any, state: Any, as_json: boo
     if as_json:
         click.echo(json.dumps(results))
         return
-    strategy = f", strategy {state.strategy}" if state.strategy else ""
-    click.echo(f"{state.share:.1%} of the gallery is new{strategy}")
+    under_way = f"{state.share:.1%} of the gallery is new, strategy {state.strategy}"
+    click.echo(under_way if state.strategy else "no upgrade is under way")
     for result in results:
         click.echo(result["image"])
         for rank, hit in enumerate(result["results"], start=1):
