@@ -229,7 +229,7 @@ class ProportionalMerge:
         keys = []
         for number, (hits, count) in enumerate(zip(parts, counts, strict=True)):
             ids, distances, one = _matrix(hits, "merged")
-            order = np.lexsort((ids, ids < 0, distances), axis=1)
+            order = _by_distance(ids, distances)
             each = np.ones(ids.shape[1]) if weights is None else np.asarray(weights[number], np.float64)
             up_to = np.cumsum(each[order], axis=1) - each[order] / 2
             rank = np.empty(ids.shape, np.float64)
@@ -266,6 +266,16 @@ def _matrix(hits: Hits, name: str) -> tuple[np.ndarray, np.ndarray, bool]:
     if np.isnan(distances).any():
         raise InputError(f"{name} hits have a NaN distance")
     return np.atleast_2d(ids), np.atleast_2d(distances), ids.ndim == 1
+
+
+def _by_distance(ids: np.ndarray, distances: np.ndarray) -> np.ndarray:
+    """``(Q, M)`` positions by distance, equal ones by lower id, padding last."""
+    order = np.argsort(distances, axis=1)
+    near = np.take_along_axis(distances, order, axis=1)
+    tied = (near[:, 1:] == near[:, :-1]).any(axis=1)
+    # Sorting by three keys costs ten times as much, and few rows need it.
+    order[tied] = np.lexsort((ids[tied], ids[tied] < 0, distances[tied]), axis=1)
+    return order
 
 
 def _older_copies(ids: np.ndarray, part: np.ndarray) -> np.ndarray:

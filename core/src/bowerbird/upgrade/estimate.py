@@ -52,22 +52,33 @@ def average_precision_of_sample(
         weights: ``(N,)``, at least 1.
         depth: Only right answers up to this rank count, and at most so many are expected (mAP@depth).
     """
-    each = np.where(own, 0.0, weights)
-    wrong = ~right & ~own
-    above_right, above_wrong = _before(np.where(right, each, 0.0), order), _before(np.where(wrong, each, 0.0), order)
-    query, item = np.nonzero(right)
-    weight, a, b = each[query, item], above_right[query, item], above_wrong[query, item]
+    # Everything below is by rank: column j of a row is the item that stands at rank j.
+    right = np.take_along_axis(right, order, axis=1)
+    each = np.asarray(weights, np.float64)[order]
+    if own.any():
+        own = np.take_along_axis(own, order, axis=1)
+        each[own] = 0.0
+        wrong = ~(right | own)
+    else:
+        wrong = ~right
+    query, rank = np.nonzero(right)
+    weight = each[query, rank]
+    of_right = np.where(right, each, 0.0)
+    upto = np.cumsum(each, axis=1)[query, rank] - weight
+    a = np.cumsum(of_right, axis=1)[query, rank] - weight
+    b = np.maximum(upto - a, 0.0)
     counted = (1 + a) / (1 + a + b)
-    rarer = _items_per_sampled(np.where(wrong, each, 0.0)) > UNEVEN * _items_per_sampled(np.where(right, each, 0.0))
+    of_wrong = each - of_right
+    rarer = _items_per_sampled(of_wrong) > UNEVEN * _items_per_sampled(of_right)
     if rarer.any():
-        seen_right = _before(right.astype(np.float64), order)[query, item]
-        seen_wrong = _before(wrong.astype(np.float64), order)[query, item]
-        standard = _standardised(keys, np.where(wrong, each, 0.0))
-        at = standard[query, item]
-        a, _, _ = _posterior(a, seen_right, at, standard, right, each, query, but=1)
-        b, shape, scale = _posterior(b, seen_wrong, at, standard, wrong, each, query)
+        seen_right = np.cumsum(right, axis=1, dtype=np.int32)[query, rank] - 1.0
+        seen_wrong = np.cumsum(wrong, axis=1, dtype=np.int32)[query, rank].astype(np.float64)
+        standard = _standardised(np.take_along_axis(keys, order, axis=1), of_wrong)
+        at = standard[query, rank]
+        a, _, _ = _posterior(a, seen_right, at, standard, right, of_right, query, but=1)
+        b, shape, scale = _posterior(b, seen_wrong, at, standard, wrong, of_wrong, query)
         precision = (1 + a) / (1 + a + b)
-        few = np.flatnonzero(a + seen_wrong < MANY)
+        few = np.flatnonzero((a + seen_wrong < MANY) & rarer[query])
         # E[1 / (c + X)] = integral of x^(c-1) E[x^X]; X is negative binomial: E[x^X] = (1 + scale (1 - x))^-shape.
         power = _X ** (a + seen_wrong)[few, None]
         spread = (1 + scale[few, None] * (1 - _X)) ** -shape[few, None]
@@ -84,20 +95,14 @@ def average_precision_of_sample(
     return total / np.where(expected > 0, expected, 1.0)
 
 
-def _before(values: NDArray[np.float64], order: NDArray[np.int64]) -> NDArray[np.float64]:
-    """``(Q, N)``: the sum of ``values`` over the items that stand before each item."""
-    ranked = np.take_along_axis(values, order, axis=1)
-    out = np.empty_like(values)
-    np.put_along_axis(out, order, np.cumsum(ranked, axis=1) - ranked, axis=1)
-    return out
-
-
 def _standardised(keys: NDArray[np.floating], weights: NDArray[np.float64]) -> NDArray[np.float64]:
     """Keys minus their weighted mean over their weighted deviation, by query."""
     total = np.maximum(weights.sum(axis=1, keepdims=True), 1e-12)
-    mean = (weights * keys).sum(axis=1, keepdims=True) / total
-    spread = np.sqrt((weights * (keys - mean) ** 2).sum(axis=1, keepdims=True) / total)
-    return (keys - mean) / np.where(spread > 0, spread, 1.0)
+    mean = np.einsum("qn,qn->q", weights, keys)[:, None] / total
+    centred = keys - mean
+    spread = np.sqrt(np.einsum("qn,qn,qn->q", weights, centred, centred)[:, None] / total)
+    centred /= np.where(spread > 0, spread, 1.0)
+    return centred
 
 
 def _posterior(
@@ -106,7 +111,7 @@ def _posterior(
     at: NDArray[np.float64],
     standard: NDArray[np.float64],
     kind: NDArray[np.bool_],
-    each: NDArray[np.float64],
+    of_kind: NDArray[np.float64],
     query: NDArray[np.int64],
     *,
     but: int = 0,
@@ -117,15 +122,18 @@ def _posterior(
         counted: Weights above.
         seen: Sampled items above.
         at: Its standardised key.
-        kind: ``(Q, N)``, which items are counted.
+        kind: ``(Q, N)``, which items are counted, and
+        of_kind: their weights; 0 elsewhere.
         but: Items of this kind that are not above it for certain (itself).
     """
-    of_kind = np.where(kind, each, 0.0)
     totals = of_kind.sum(axis=1)
     size = _items_per_sampled(of_kind)[query]
-    pooled, mass = standard[kind], (of_kind / np.maximum(totals, 1e-12)[:, None])[kind]
-    step = -(-len(pooled) // POOL) or 1
-    pooled, mass = pooled[::step], mass[::step]
+    places = np.flatnonzero(kind)
+    if len(places) > POOL:
+        # By chance: rows are sorted, and every n-th place could be the same rank in all of them.
+        places = places[np.random.default_rng(0).integers(len(places), size=POOL)]
+    pooled = standard.ravel()[places]
+    mass = of_kind.ravel()[places] / np.maximum(totals, 1e-12)[places // kind.shape[1]]
     by_key = np.argsort(pooled)
     upto = np.concatenate([[0.0], np.cumsum(mass[by_key])]) / max(mass.sum(), 1e-12)
     rate = upto[np.searchsorted(pooled[by_key], at)] * np.maximum(totals[query] - but, 0) / size
@@ -137,7 +145,8 @@ def _posterior(
 
 def _items_per_sampled(weights: NDArray[np.float64]) -> NDArray[np.float64]:
     """``(Q,)``: the weight of the item that a gallery's item stands behind, on average; at least 1."""
-    return np.maximum((weights**2).sum(axis=1) / np.maximum(weights.sum(axis=1), 1e-12), 1.0)
+    squares = np.einsum("qn,qn->q", weights, weights)
+    return np.maximum(squares / np.maximum(weights.sum(axis=1), 1e-12), 1.0)
 
 
 def _alpha(observed: NDArray[np.float64], rate: NDArray[np.float64]) -> float:

@@ -14,7 +14,7 @@ Shapes: Q queries, N gallery items of the sample, Do and Dn widths of the two sp
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -102,7 +102,10 @@ class ForecastCurve:
         area_interval, start_interval, end_interval: 95 % intervals over the queries.
         values: ``(S, Q)`` quality of each query, NaN where it does not count; for paired comparisons, not saved.
         trained_on: Pairs on which the strategy's transform was fitted; 0 where it has none.
-        needs: What it costs: see ``bowerbird.upgrade.plan.Costs``.
+        items: Sampled items of the forecast.
+        gain: Paired difference of the area to the old level: what the strategy brings over waiting until the end.
+        dip: Paired difference of the quality at the worst share to the old level.
+        costs: See ``bowerbird.upgrade.plan.Costs``.
     """
 
     name: str
@@ -117,6 +120,9 @@ class ForecastCurve:
     end_interval: Interval | None = None
     values: np.ndarray | None = None
     trained_on: int = 0
+    items: int = 0
+    gain: Interval | None = None
+    dip: Interval | None = None
     costs: Any = None
 
     @property
@@ -130,6 +136,10 @@ class ForecastCurve:
     @property
     def end(self) -> float:
         return self.quality[-1]
+
+    @property
+    def worst_share(self) -> float:
+        return self.shares[int(np.argmin(self.quality))]
 
     def share_at_gain(self, gain: float, old_level: float) -> float:
         """The first share (linear between the measured ones) at which ``gain`` (0 to 1) of what the upgrade brings over
@@ -163,12 +173,10 @@ class Forecaster:
         if not self.valid.any():
             raise InputError("no query has a right answer in the sample; are the labels of queries and items the same?")
         self._new_distances = 1 - similarity(paired.query_new, paired.gallery_new)
-        old_distances = 1 - similarity(paired.query_old, paired.gallery_old)
         self._mixed_queries = match_width(paired.query_new, paired.gallery_old.shape[1])
-        mixed_distances = 1 - similarity(self._mixed_queries, paired.gallery_old)
-        self.old_old, self._right_before = self._measure(old_distances)
-        self.new_new, self._right_after = self._measure(self._new_distances)
-        self.new_old, _ = self._measure(mixed_distances)
+        self.old_old, self._right_before = self._alone(1 - similarity(paired.query_old, paired.gallery_old))
+        self.new_new, self._right_after = self._alone(self._new_distances)
+        self.new_old, _ = self._alone(1 - similarity(self._mixed_queries, paired.gallery_old))
 
     def curve(
         self,
@@ -193,10 +201,16 @@ class Forecaster:
             old_part_vectors: ``(N, D)``, what the items hold before they are moved. Default: their old vectors.
         """
         held = self.paired.gallery_old if old_part_vectors is None else old_part_vectors
-        old_distances = 1 - similarity(old_part_queries, held)
         moved_at = _moved_at(order, self.items)
         grid = Curve(shares, np.zeros(len(shares))).betas  # checks it
-        results = [self._measure(*self._merged(old_distances, moved_at <= share + 1e-9, merger)) for share in grid]
+        # Columns stand in the order in which they move, so that both parts are slices at every share.
+        columns = np.argsort(moved_at, kind="stable")
+        counts = np.searchsorted(moved_at[columns], grid + 1e-9, side="right")
+        parts = _Parts(
+            columns, 1 - similarity(old_part_queries, held[columns]), self._new_distances[:, columns],
+            self._weights[columns], self._right[:, columns], self._self[:, columns],
+        )  # fmt: skip
+        results = [self._measure(parts, *self._merged(parts, int(moved), merger)) for moved in counts]
         return self._made(name, grid, results, merger_name, trained_on)
 
     def switch_now(self, order: np.ndarray, shares: Sequence[float] = DEFAULT_BETAS) -> ForecastCurve:
@@ -209,7 +223,8 @@ class Forecaster:
         made = self._made("full", shares, [*before, (self.new_new, self._right_after)])
         # The step is at 1 exactly, so that the area is that of the old level and not of a ramp on the last interval.
         old = self._interval(self.old_old.values)
-        return ForecastCurve(**{**made.__dict__, "area": old.mean, "area_interval": old})
+        nothing = Interval(0.0, 0.0, 0.0, old.level)
+        return replace(made, area=old.mean, area_interval=old, gain=nothing, dip=nothing)
 
     def do_nothing(self, shares: Sequence[float] = DEFAULT_BETAS) -> ForecastCurve:
         """The old system for ever."""
@@ -225,7 +240,9 @@ class Forecaster:
     ) -> ForecastCurve:
         values = np.stack([quality.values for quality, _ in results])
         steps = np.diff(np.asarray(shares, np.float64))
-        area = self._interval((steps[:, None] * (values[1:] + values[:-1]) / 2).sum(axis=0))
+        areas = (steps[:, None] * (values[1:] + values[:-1]) / 2).sum(axis=0)
+        area = self._interval(areas)
+        worst = int(np.argmin(values[:, self.valid].mean(axis=1)))
         return ForecastCurve(
             name=name,
             shares=tuple(float(share) for share in shares),
@@ -238,78 +255,113 @@ class Forecaster:
             end_interval=self._interval(values[-1]),
             values=np.where(self.valid, values, np.nan),
             trained_on=trained_on,
+            items=self.items,
+            gain=self._interval(areas - self.old_old.values),
+            dip=self._interval(values[worst] - self.old_old.values),
         )
 
     def _interval(self, values: np.ndarray) -> Interval:
         return bootstrap_interval(PerQuery(values, self.valid), seed=self.seed)
 
-    def _merged(
-        self, old_distances: np.ndarray, moved: np.ndarray, merger: Merger
-    ) -> tuple[np.ndarray, np.ndarray | None]:
-        """``(keys (Q, N), order)``: how near the merger thinks each item is, and the items as serving shows them."""
-        rows = [np.flatnonzero(~moved), np.flatnonzero(moved)]
-        if not len(rows[0]):
-            return self._new_distances, None
-        if not len(rows[1]):
-            return old_distances, None
-        distances = [old_distances[:, rows[0]], self._new_distances[:, rows[1]]]
-        count = len(old_distances)
-        parts = [
-            Hits(np.broadcast_to(part, (count, len(part))), near) for part, near in zip(rows, distances, strict=True)
-        ]
-        background = self._backgrounds(rows, distances, getattr(merger, "background_items", 0))
-        counts = [int(self._weights[part].sum().round()) for part in rows]
+    def _alone(self, distances: np.ndarray) -> tuple[PerQuery, PerQuery]:
+        """``_measure`` of one system."""
+        columns = np.arange(self.items)
+        parts = _Parts(columns, distances, distances, self._weights, self._right, self._self)
+        return self._measure(parts, distances, _ranked(distances, 0, columns))
+
+    def _merged(self, parts: _Parts, moved: int, merger: Merger) -> tuple[np.ndarray, np.ndarray]:
+        """``(keys (Q, N), order)``: how near the merger thinks each item is, and the items as serving shows them.
+
+        ``moved``: the first so many columns are in the new part.
+        """
+        sides = [slice(moved, None), slice(0, moved)]
+        if moved in (0, self.items):
+            keys = parts.new if moved else parts.old
+            return keys, _ranked(keys, moved, parts.columns)
+        distances = [parts.old[:, moved:], parts.new[:, :moved]]
+        shape = parts.old.shape
+        keys = np.empty(shape)
         bring_to_one_scale: Any = getattr(merger, "keys", None)
         if merger is merge_by_distance:
-            keys = distances
-        elif bring_to_one_scale is not None:
-            told: dict[str, Any] = {"background": background, "counts": counts}
-            if getattr(merger, "needs_counts", False) and not self._uniform:
-                told["weights"] = [self._weights[part] for part in rows]
-            keys = bring_to_one_scale(parts, **told)
+            scaled = distances
         else:
-            ordered = [_sorted(hits) for hits in parts]
-            order = merge_many(merger, ordered, self.items, background=background, counts=counts).ids
-            ranks = np.empty(order.shape)
-            np.put_along_axis(ranks, order, np.broadcast_to(np.arange(self.items, dtype=float), order.shape), axis=1)
-            return ranks, order
-        by_item = np.empty((count, self.items))
-        for part, key in zip(rows, keys, strict=True):
-            by_item[:, part] = key
-        # The tie rule: new first, then the lower id. A stable sort keeps the columns in the order in which they stand.
-        columns = np.concatenate(rows[::-1])
-        return by_item, columns[np.argsort(by_item[:, columns], axis=1, kind="stable")]
+            hits = [
+                Hits(np.broadcast_to(parts.columns[side], near.shape), near)
+                for side, near in zip(sides, distances, strict=True)
+            ]
+            wanted = getattr(merger, "background_items", 0)
+            told: dict[str, Any] = {
+                "background": [self._background(parts, s, d, wanted) for s, d in zip(sides, distances, strict=True)]
+                if wanted else None,
+                "counts": [int(parts.weights[side].sum().round()) for side in sides],
+            }  # fmt: skip
+            if bring_to_one_scale is None:
+                shown = merge_many(merger, [_sorted(part) for part in hits], self.items, **told).ids
+                place = np.empty(self.items, np.int64)
+                place[parts.columns] = np.arange(self.items)
+                order = place[shown]
+                np.put_along_axis(keys, order, np.broadcast_to(np.arange(self.items, dtype=float), shape), axis=1)
+                return keys, order
+            if getattr(merger, "needs_counts", False) and not self._uniform:
+                told["weights"] = [parts.weights[side] for side in sides]
+            scaled = bring_to_one_scale(hits, **told)
+        for side, key in zip(sides, scaled, strict=True):
+            keys[:, side] = key
+        return keys, _ranked(keys, moved, parts.columns)
 
-    def _backgrounds(
-        self, rows: Sequence[np.ndarray], distances: Sequence[np.ndarray], wanted: int
-    ) -> list[np.ndarray] | None:
-        """What serving would draw from parts of the gallery's size: evenly spaced items."""
-        if not wanted:
-            return None
-        samples = []
-        for part, near in zip(rows, distances, strict=True):
-            weights = self._weights[part]
-            size = min(wanted, max(1, int(weights.sum().round())))
-            if self._uniform:
-                chosen = np.linspace(0, len(part) - 1, size, dtype=np.int64)
-            else:
-                upto = np.cumsum(weights)
-                chosen = np.searchsorted(upto, (np.arange(size) + 0.5) * upto[-1] / size)
-            samples.append(near[:, chosen])
-        return samples
+    def _background(self, parts: _Parts, side: slice, near: np.ndarray, wanted: int) -> np.ndarray:
+        """What serving would draw from a part of the gallery's size: evenly spaced items."""
+        by_item = np.argsort(parts.columns[side])
+        weights = parts.weights[side][by_item]
+        size = min(wanted, max(1, int(weights.sum().round())))
+        if self._uniform:
+            chosen = np.linspace(0, len(by_item) - 1, size, dtype=np.int64)
+        else:
+            upto = np.cumsum(weights)
+            chosen = np.searchsorted(upto, (np.arange(size) + 0.5) * upto[-1] / size)
+        return near[:, by_item[chosen]]
 
-    def _measure(self, keys: np.ndarray, order: np.ndarray | None = None) -> tuple[PerQuery, PerQuery]:
+    def _measure(self, parts: _Parts, keys: np.ndarray, order: np.ndarray) -> tuple[PerQuery, PerQuery]:
         """``(quality, right at rank 1)`` of each query; ``keys`` ``(Q, N)``, smaller = nearer."""
-        order = np.argsort(keys, axis=1, kind="stable") if order is None else order
         top = order[:, :2]
-        right, own = (np.take_along_axis(flags, top, axis=1) for flags in (self._right, self._self))
+        right, own = (np.take_along_axis(flags, top, axis=1) for flags in (parts.right, parts.own))
         # The first two are enough to know the first result, also where the very first is the query itself.
         at_one = PerQuery(np.where(own[:, 0], right[:, -1], right[:, 0]).astype(np.float64), self.valid)
         if self.metric == "r1":
             return at_one, at_one
         depth = DEPTH if self.metric == "map@100" else None
-        values = average_precision_of_sample(keys, order, self._right, self._self, self._weights, depth=depth)
+        values = average_precision_of_sample(keys, order, parts.right, parts.own, parts.weights, depth=depth)
         return PerQuery(values, self.valid), at_one
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """One strategy's view of the sample. Column j of every array is the item ``columns[j]``.
+
+    Attributes:
+        columns: int64 ``(N,)``, a permutation.
+        old, new: ``(Q, N)`` distances of the queries before and after an item is moved.
+        weights: ``(N,)``.
+        right, own: bool ``(Q, N)``.
+    """
+
+    columns: np.ndarray
+    old: np.ndarray
+    new: np.ndarray
+    weights: np.ndarray
+    right: np.ndarray
+    own: np.ndarray
+
+
+def _ranked(keys: np.ndarray, moved: int, columns: np.ndarray) -> np.ndarray:
+    """int64 ``(Q, N)``: columns by key; of equal keys the first ``moved`` columns stand first, then the lower item."""
+    order = np.argsort(keys, axis=1)
+    near = np.take_along_axis(keys, order, axis=1)
+    tied = np.flatnonzero((near[:, 1:] == near[:, :-1]).any(axis=1))
+    if len(tied):  # sorting stably costs several times as much, and few rows need it
+        first = np.lexsort((columns, np.arange(len(columns)) >= moved))
+        order[tied] = first[np.argsort(keys[np.ix_(tied, first)], axis=1, kind="stable")]
+    return order
 
 
 def _relevance(paired: PairedVectors) -> tuple[np.ndarray, np.ndarray]:
