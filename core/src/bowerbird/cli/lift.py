@@ -63,7 +63,7 @@ def lift(gallery: str, transform_file: str | None, to: str | None, old_pairs: st
     from bowerbird.cli.upgrade import _bar, _encoder, _open
     from bowerbird.gallery.transform import VectorTransform
     from bowerbird.upgrade.fitting import fit_transform
-    from bowerbird.upgrade.lift import TASK_ITEMS, begin_lift, lifter, refuse_without_images
+    from bowerbird.upgrade.lift import TASK_ITEMS, begin_lift, lifter, refuse_second_lift, refuse_without_images
     from bowerbird.upgrade.run import run as work
 
     with _open(gallery) as opened:
@@ -75,6 +75,7 @@ def lift(gallery: str, transform_file: str | None, to: str | None, old_pairs: st
             else:
                 assert new is not None
                 refuse_without_images(opened, new)
+                refuse_second_lift(opened, new.space)  # before a sample is encoded
                 transform = fit_transform(opened, new, "lift", label_key=label_key, pairs=pair_count)
             begin_lift(
                 opened, transform, new, strategy=strategy, pairs=pairs, task_items=task_items or TASK_ITEMS,
