@@ -200,9 +200,7 @@ class Cell:
             old_part = strategy.old_part_queries(queries, old_space, new_space, transform)
         else:
             old_part = strategy.old_part_queries(queries, old_space, new_space)
-        curve = forecast.curve(
-            name, old_part, self.order, merger=merger, merger_name=joined_by, old_part_vectors=held
-        )
+        curve = forecast.curve(name, old_part, self.order, merger=merger, merger_name=joined_by, old_part_vectors=held)
         return curve, about
 
     def pairs(self, old: Model, new: Model, old_space: Space, new_space: Space) -> TrainingPairs:

@@ -15,6 +15,7 @@ COMPATIBLE = "core:compatible"
 FREE = "free"  # the new model that was trained without regard to the old one
 NAIVE = "no-strategy"  # its queries on old vectors as they are
 FULL = "core:full"
+RANK_MERGE = "compat:rank-merge"  # the strategy in which the merger decides
 _KEYS = ("name", "objective", "settings", "encoder", "serve")
 
 
@@ -76,9 +77,11 @@ def select(wanted: Sequence[str] | None = None, config: Path | None = None) -> S
             methods[record.name] = Method(record.name, record.name)
     strategies = [record.name for record in registry.records(kind="retriever", role="upgrade")]
     strategies = [NAIVE, *(name for name in strategies if name != COMPATIBLE)]
-    if "compat:rank-merge" in strategies:
-        strategies.insert(strategies.index("compat:rank-merge") + 1, "compat:rank-merge+zscore")
-    for name in ("compat:rank-merge", "compat:adapter"):
+    if RANK_MERGE in strategies:
+        place = strategies.index(RANK_MERGE) + 1
+        mergers = [record.name for record in registry.records(kind="retriever", role="merger")]
+        strategies[place:place] = [f"{RANK_MERGE}+{_short(name)}" for name in mergers if name != "core:distance"]
+    for name in (RANK_MERGE, "compat:adapter"):
         if name not in strategies:
             missing[name] = "comes with: pip install bowerbird-compat"
     if wanted is None:
@@ -107,6 +110,10 @@ def _chosen(
             chosen.append(full)
     left_out = {name: missing[name] for name in (known[w] for w in wanted) if name in missing}
     return Selection(tuple(chosen_methods.values()), tuple(dict.fromkeys(chosen)), left_out)
+
+
+def _short(merger: str) -> str:
+    return merger.removeprefix("core:")
 
 
 def _read(file: Path) -> list[Method]:
