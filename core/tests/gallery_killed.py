@@ -47,7 +47,7 @@ def _upgrade(gallery: Gallery) -> None:
         gallery.store.begin_upgrade(NEW, strategy="test", order_name="core:random", task_items=32)
     late = "late"
     if late not in gallery:
-        gallery.add([late], vectors([late], NEW))
+        gallery.add([late], vectors([late], NEW), space=NEW.fingerprint)
     while (task := gallery.store.lease_task("worker", 0.0)) is not None:  # a dead worker's lease has run out already
         gallery.store.commit_task(task, task.nums, encode(task.items, NEW))
         print(f"migrated {task.items[0].num}", flush=True)

@@ -179,7 +179,7 @@ def server(path: str, pause: float) -> None:
             else:
                 space = OLD if kind == "add-old" else NEW
                 add(gallery, given, space, replace=True)
-            gallery.add([marker], vectors({marker: ""}, NEW), content_hashes=[""], replace=True)
+            gallery.add([marker], vectors({marker: ""}, NEW), content_hashes=[""], space=NEW.fingerprint, replace=True)
             everything(gallery, queries)
             time.sleep(pause)
     Path(path).with_suffix(".served").touch()

@@ -116,7 +116,7 @@ def test_results_depend_on_which_items_moved_and_not_on_the_order(tmp_path: Path
 
 def test_new_items_go_straight_to_the_new_space_and_old_space_items_are_queued(gallery: Gallery) -> None:
     begin(gallery)
-    gallery.add(["fresh"], vectors(["fresh"], NEW))
+    gallery.add(["fresh"], vectors(["fresh"], NEW), space=NEW.fingerprint)
     gallery.add(["late"], vectors(["late"], OLD), space=OLD.fingerprint)
     assert gallery.counts() == {OLD.fingerprint: 201, NEW.fingerprint: 1}
     assert work(gallery) == 8  # seven tasks of the plan, one for the late item
@@ -140,7 +140,7 @@ def test_an_edit_puts_a_migrated_item_back_into_the_queue(gallery: Gallery) -> N
 def test_an_edit_while_a_worker_encodes_is_not_overwritten_by_the_stale_vector(gallery: Gallery) -> None:
     begin(gallery, order=np.arange(200))
     task = gallery.store.lease_task("worker")
-    gallery.add(["item-0000"], vectors(["edited"], NEW), replace=True)
+    gallery.add(["item-0000"], vectors(["edited"], NEW), space=NEW.fingerprint, replace=True)
     gallery.delete(["item-0001"])
     gallery.store.commit_task(task, task.nums, encode(task.items, NEW))
     assert np.array_equal(gallery.vectors_of(["item-0000"]), vectors(["edited"], NEW))
@@ -188,7 +188,7 @@ def test_threads_of_one_process_may_add_delete_search_and_migrate_at_once(galler
 
     def ingest() -> None:
         for i in range(8):
-            gallery.add([f"fresh-{i}"], vectors([f"fresh-{i}"], NEW))
+            gallery.add([f"fresh-{i}"], vectors([f"fresh-{i}"], NEW), space=NEW.fingerprint)
             gallery.delete([NAMES[i]])
 
     def search() -> None:
@@ -290,7 +290,7 @@ def test_rollback_restores_the_exact_old_state(gallery: Gallery) -> None:
 def test_rollback_asks_for_the_old_encoder_where_items_came_during_the_upgrade(gallery: Gallery) -> None:
     begin(gallery)
     work(gallery, tasks=2)
-    gallery.add(["fresh", "item-0009"], vectors(["fresh", "item-0009"], NEW), replace=True)
+    gallery.add(["fresh", "item-0009"], vectors(["fresh", "item-0009"], NEW), space=NEW.fingerprint, replace=True)
     gallery.delete(["item-0010"])
     with pytest.raises(UpgradeError, match="2 items were added or edited"):
         gallery.store.rollback()
@@ -301,7 +301,7 @@ def test_rollback_asks_for_the_old_encoder_where_items_came_during_the_upgrade(g
 
 def test_or_rollback_leaves_them_pending_when_told_so(gallery: Gallery) -> None:
     begin(gallery)
-    gallery.add(["fresh"], vectors(["fresh"], NEW))
+    gallery.add(["fresh"], vectors(["fresh"], NEW), space=NEW.fingerprint)
     assert gallery.store.rollback(leave_pending=True) == 1
     assert [item.id for item in gallery.pending()] == ["fresh"] and len(gallery) == 201 and gallery.verify().ok
     begin(gallery)  # a pending item is queued by the next upgrade

@@ -94,7 +94,7 @@ def test_what_cannot_be_copied_is_refused_with_what_to_do(source: Gallery, tmp_p
     with pytest.raises(GalleryError, match="finish it or roll it back first"):
         copy_gallery(source, str(tmp_path / "copy"))
     assert not (tmp_path / "copy").exists()
-    source.add(["late"], vectors(["late"], NEW))
+    source.add(["late"], vectors(["late"], NEW), space=NEW.fingerprint)
     source.store.rollback(leave_pending=True)
     with pytest.raises(GalleryError, match=r"1 items of .* have no readable vector"):
         copy_gallery(source, str(tmp_path / "copy"))

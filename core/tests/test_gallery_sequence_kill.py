@@ -27,7 +27,7 @@ def test_a_process_that_dies_at_any_step_leaves_the_state_before_or_after(tmp_pa
         if operation != "begin":
             begin(gallery, V3)
             work(gallery, 3 if operation == "rollback" else 1000)
-            gallery.add(["late"], vectors(["late"], V3))
+            gallery.add(["late"], vectors(["late"], V3), space=V3.fingerprint)
         before, stack = stored(gallery), gallery.snapshot().stack
     (tmp_path / "killed").mkdir()
     subprocess.run([sys.executable, str(SCRIPT), source, tmp_path / "killed", operation], check=True)

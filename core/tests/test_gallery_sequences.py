@@ -114,7 +114,7 @@ def test_uploads_edits_and_deletes_during_a_stack_survive_its_rollback(gallery):
     work(gallery, 5)
     begin(gallery, V3)
     work(gallery, 3)
-    gallery.add(["new-3"], vectors(["new-3"], V3))
+    gallery.add(["new-3"], vectors(["new-3"], V3), space=V3.fingerprint)
     gallery.add(["new-1"], vectors(["new-1"], V1), space=V1.fingerprint)
     gallery.add([NAMES[0]], [vector(NAMES[0], V2, "b")], content_hashes=["b"], space=V2.fingerprint, replace=True)
     gallery.delete(NAMES[-3:])
@@ -131,7 +131,7 @@ def test_uploads_edits_and_deletes_during_a_stack_survive_its_rollback(gallery):
 def test_items_that_are_left_pending_are_encoded_by_the_upgrade_below(gallery):
     begin(gallery, V2)
     begin(gallery, V3)
-    gallery.add(["new-3"], vectors(["new-3"], V3))
+    gallery.add(["new-3"], vectors(["new-3"], V3), space=V3.fingerprint)
     assert gallery.store.rollback(leave_pending=True) == 1
     gallery.store.resume()
     assert "new-3" in work(gallery, 1000)

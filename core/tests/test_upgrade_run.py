@@ -255,7 +255,7 @@ class TestRun:
         def encode(items):
             if 1000 not in added:
                 added.append(1000)
-                gallery.add([item_id(1000)], new.vectors([1000]))
+                gallery.add([item_id(1000)], new.vectors([1000]), space=new.fingerprint)
                 gallery.delete([item_id(8)])
             return new(items)
 
@@ -388,7 +388,7 @@ class TestEnds:
 
     def test_rollback_needs_the_old_encoder_for_what_came_meanwhile(self, gallery):
         begin(gallery, new_encoder().space(), strategy=STRATEGY)
-        gallery.add([item_id(777)], new_encoder().vectors([777]))
+        gallery.add([item_id(777)], new_encoder().vectors([777]), space=new_encoder().fingerprint)
         with pytest.raises(UpgradeError, match="added or edited"):
             rollback(gallery)
         with pytest.raises(UpgradeError, match="old space"):

@@ -260,14 +260,14 @@ def test_items_that_are_deleted_while_a_rollback_encodes_them_stay_deleted_and_l
     gallery: Gallery, url: str
 ) -> None:
     begin(gallery, SECOND)
-    gallery.add(["late", "later"], vectors(["late", "later"], SECOND))
+    gallery.add(["late", "later"], vectors(["late", "later"], SECOND), space=SECOND.fingerprint)
     seen: list[str] = []
 
     def slowly(items):
         if not seen:  # another program goes on meanwhile: a rollback keeps nobody from writing while it encodes
             with open_gallery(url) as other:
                 other.delete(["late"])
-                other.add(["last"], vectors(["last"], SECOND))
+                other.add(["last"], vectors(["last"], SECOND), space=SECOND.fingerprint)
         seen.extend(item.id for item in items)
         return encode(items, FIRST)
 

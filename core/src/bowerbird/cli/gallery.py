@@ -111,6 +111,9 @@ def create(
     "--ids", "ids_file", type=click.Path(exists=True, dir_okay=False), help="Their ids: a text file, one per line."
 )
 @click.option(
+    "--space", metavar="FINGERPRINT", help="Space of the vectors, or its first letters; needed during an upgrade."
+)
+@click.option(
     "--metadata",
     type=click.Path(exists=True, dir_okay=False),
     help="Metadata for search --where: .csv or .jsonl with a column or key `id`.",
@@ -128,7 +131,7 @@ def create(
 @json_option
 def add(
     path: str, images: tuple[str, ...], folder: str | None, dataset: str | None, split: str | None, vectors: str | None,
-    ids_file: str | None, metadata: str | None, existing: str | None, on_error: str, batch_size: int,
+    ids_file: str | None, space: str | None, metadata: str | None, existing: str | None, on_error: str, batch_size: int,
     lock_timeout: float, device: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Add images (files, a folder, a data set) or ready vectors to the gallery PATH.
@@ -143,13 +146,17 @@ def add(
         raise InputError("say what to add, one of: image files, --folder, --dataset, --vectors with --ids")
     if (vectors is None) != (ids_file is None) or (split is not None and dataset is None):
         raise InputError("--vectors and --ids go together, and --split goes with --dataset")
+    if space is not None and vectors is None:
+        raise InputError("--space goes with --vectors; images are encoded by the encoder of the space that is written")
     with open_gallery(path, lock_timeout=lock_timeout) as gallery:
         if vectors is not None:
             assert ids_file is not None
             ids = _lines(ids_file)
             rows = _metadata(metadata, ids, None)
             with _progress("adding", len(ids), "vectors", as_json) as progress:
-                result: Added = _add_vectors(gallery, vectors, ids, rows, existing or "error", progress)
+                result: Added = _add_vectors(
+                    gallery, vectors, ids, rows, _space(gallery, space), existing or "error", progress
+                )
         else:
             ids, sources, labels = _images(images, folder, dataset, split)
             rows = _metadata(metadata, ids, labels)
@@ -495,6 +502,7 @@ def _add_vectors(
     file: str,
     ids: list[str],
     metadata: Sequence[Mapping[str, Any] | None] | None,
+    space: str | None,
     existing: str,
     progress: Callable[[int], None] | None,
 ) -> Any:
@@ -517,7 +525,8 @@ def _add_vectors(
             f"{', ...' if len(known) > 5 else ''}); nothing was added. Leave them out, or say what to do with them: "
             "--existing skip, or --existing update"
         )
-    dim = gallery.snapshot().write_space.dim
+    snapshot = gallery.snapshot()
+    dim = (snapshot.spaces[space] if space else snapshot.write_space).dim
     for start in range(0, len(ids), CALL_ITEMS):
         unit_vectors(vectors[start : start + CALL_ITEMS], dim, what=f"the vectors of {file}", first_row=start)
     result = Added()
@@ -530,6 +539,7 @@ def _add_vectors(
             [ids[start + i] for i in keep.tolist()],
             rows,
             metadata=None if metadata is None else [metadata[start + i] for i in keep.tolist()],
+            space=space,
             replace=existing == "update",
         )
         replaced = int(there.sum()) if there is not None and existing == "update" else 0
@@ -539,6 +549,20 @@ def _add_vectors(
         if progress is not None:
             progress(len(ids[chunk]))
     return result
+
+
+def _space(gallery: Gallery, named: str | None) -> str | None:
+    """The fingerprint that begins with ``named``."""
+    from bowerbird.errors import SpaceError
+
+    if named is None:
+        return None
+    spaces = gallery.spaces()
+    found = [space.fingerprint for space in spaces if space.fingerprint.startswith(named)]
+    if len(found) != 1:
+        listed = ", ".join(map(str, spaces))
+        raise SpaceError(f"--space {named!r} names {len(found)} spaces of {gallery.path}; it has {listed}")
+    return found[0]
 
 
 def _there_already(gallery: Gallery, ids: list[str]) -> list[str]:

@@ -25,7 +25,7 @@ from bowerbird.gallery.space import Item, Relation, Space
 from bowerbird.gallery.storage import Storage
 from bowerbird.gallery.store import Store
 from bowerbird.gallery.transform import VectorTransform, check_direction
-from bowerbird.gallery.vectors import unit_vectors
+from bowerbird.gallery.vectors import checked_ids, unit_vectors
 from bowerbird.retrieval.index import Hits
 
 if TYPE_CHECKING:
@@ -148,28 +148,35 @@ class Gallery:
             uris: Where the content is (a path). Needed to encode the items again in an upgrade.
             metadata: One JSON object per item, for ``search(where=...)``.
             content_hashes: Digest of the content per item.
-            space: Fingerprint of the vectors' space. Default: the space that is written now, during an upgrade the new
-                one. Old-space vectors may be added during an upgrade; the upgrade then encodes these items as well. A
-                lifted space takes vectors of the space that it was lifted from, and maps them; it has no default.
+            space: Fingerprint of the vectors' space. Default: the serving space; during an upgrade there is none,
+                because vectors of the old encoder would pass for new ones wherever widths agree. Old-space vectors may
+                be added during an upgrade; the upgrade then encodes these items as well. A lifted space takes vectors
+                of the space that it was lifted from, and maps them; it has no default either.
             replace: Replace ids that exist already (their content was edited) instead of refusing them.
 
         Raises:
             InputError: For ids that are not text, too long, given twice, or in the gallery already.
             DataError: For a row with NaN, infinity or length zero; names it.
-            SpaceError: For a wrong width or a space that is not written now.
+            SpaceError: For a wrong width, a space that is not written now, or none during an upgrade.
             GalleryLockedError: If another writer is busy for longer than ``lock_timeout``; names it.
             GalleryError: If the disk is full; the gallery is unchanged.
         """
         snapshot = self.snapshot()
         if snapshot.write_space.lifted and space not in snapshot.stack:
             vectors, space = self._lifted(snapshot, vectors, space), snapshot.write_space.fingerprint
+        elif space is None and snapshot.upgrade is not None:
+            raise SpaceError(
+                f"{self.path} is being upgraded from {snapshot.spaces[snapshot.upgrade.old]} to "
+                f"{snapshot.write_space}: say which space the vectors are of (space=FINGERPRINT; --space on the "
+                "command line)"
+            )
         self.store.add_items(
             ids,
             vectors,
             uris=uris,
             metadata=metadata,
             content_hashes=content_hashes,
-            space=space,
+            space=space or snapshot.serving,  # not what serves by the time that the writers' lock is free
             replace=replace,
         )
 
@@ -277,7 +284,8 @@ class Gallery:
         return self._transforms[name]
 
     def fill(self, ids: Sequence[str], vectors: Any) -> None:
-        """Give pending items (see ``pending``) their vectors of the serving space."""
+        """Give pending items (see ``pending``) their vectors of the serving space. All of them, or none."""
+        ids = checked_ids(ids)
         waiting = {item.id: item.num for item in self.pending()}
         for name in ids:
             if name not in waiting:

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bowerbird.errors import CorruptionError, InputError, UpgradeError
+from bowerbird.errors import CorruptionError, InputError, UnknownNameError, UpgradeError
 from bowerbird.gallery import ingest
 from bowerbird.gallery.catalog import DISK_FULL, disk_full
 from bowerbird.gallery.segments import IDS, Batch, SegmentInfo, SegmentWriter, crc_of, sync_folder
@@ -131,9 +131,17 @@ class Store:
         return ingest.compact(self.storage)
 
     def fill(self, nums: NDArray[np.int64], vectors: Any) -> None:
-        """Give pending items their vectors of the serving space."""
+        """Give pending items their vectors of the serving space.
+
+        Raises:
+            UnknownNameError: If one of them is not pending (any more): it would have two vectors.
+        """
         with self.catalog.exclusive("fill pending items"):
             snapshot = self.snapshot()
+            done = np.setdiff1d(nums, [item.num for item in self.storage.pending()])
+            if len(done):
+                names = [item.id for item in self.items(done[:5]).values()]
+                raise UnknownNameError(f"{len(done)} items are not pending any more: {', '.join(map(repr, names))}")
             self.storage.append_rows(snapshot.spaces[snapshot.serving], nums, vectors)
 
     def upgrade_state(self) -> UpgradeState | None:

@@ -330,7 +330,7 @@ class StoreContract(Contract):
         self.needs("rollback")
         begin(gallery, SECOND)
         work(gallery, tasks=1)
-        gallery.add(["late"], vectors(["late"], SECOND))
+        gallery.add(["late"], vectors(["late"], SECOND), space=SECOND.fingerprint)
         gallery.add(["old-late"], vectors(["old-late"], FIRST), space=FIRST.fingerprint)
         gallery.delete(["id-039"])
         with pytest.raises(UpgradeError):
@@ -343,7 +343,7 @@ class StoreContract(Contract):
         gallery.fill(["late"], vectors(["late"], FIRST))
         assert gallery.search(vector("late", FIRST), 1).ids == [["late"]]
         begin(gallery, SECOND)
-        gallery.add(["later"], vectors(["later"], SECOND))
+        gallery.add(["later"], vectors(["later"], SECOND), space=SECOND.fingerprint)
         assert gallery.store.rollback(encode_old=lambda items: encode(items, FIRST)) == 0
         assert gallery.search(vector("later", FIRST), 1).ids == [["later"]]
         assert gallery.verify().ok

@@ -10,8 +10,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from bowerbird.errors import InputError, SpaceError, UpgradeError
-from bowerbird.gallery.transform import VectorTransform
+from bowerbird.gallery.transform import MIN_PAIRS, VectorTransform, check_direction
 from bowerbird.upgrade.sample import take_sample
 from bowerbird.upgrade.strategies import Strategy, load_strategy, transform_direction
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from bowerbird.upgrade.encoding import ItemEncoder
 
 PAIRS = 2000  # items that are encoded to fit a map
+CHECK_PAIRS = 256  # items that are encoded by the new encoder to check a direction, where it is at hand
 
 
 def needs_transform(gallery: Gallery, strategy: str, new: Space) -> bool:
@@ -73,32 +76,36 @@ def use_transform(
     new: Space,
     transform: VectorTransform | str | Path | None,
     *,
+    encoder: ItemEncoder | None = None,
     accept_poor: bool = False,
 ) -> None:
     """Register the transform with which ``strategy`` will serve an upgrade from ``old`` to ``new``, if it needs one.
 
+    Args:
+        encoder: The new encoder; where given, the direction is also measured, on items that it encodes.
+
     Raises:
         UpgradeError: If it needs one and there is none, it is not usable by its own verdict, the strategy takes none,
             or it is a lift, which has a verb of its own.
-        SpaceError: If the transform goes another way.
+        SpaceError: If the transform goes another way, by name or by measurement.
     """
     direction = transform_direction(strategy)
     if direction == "gallery":
         raise UpgradeError(
-            f"strategy {name!r} maps stored vectors: `bowerbird upgrade lift {gallery.path} --transform FILE` does "
-            "that, and `bowerbird upgrade run --on-top` re-encodes what was lifted"
+            f"strategy {name!r} maps stored vectors: `bowerbird upgrade lift {gallery.path} --to ENCODER` does that, "
+            "and `bowerbird upgrade run --on-top` re-encodes what was lifted"
         )
     if direction is None:
         if transform is not None:
             raise UpgradeError(f"strategy {name!r} uses no transform; leave it out")
         return
     if transform is None:
-        if gallery.transform(new.fingerprint, old.fingerprint) is None:
+        transform = gallery.transform(new.fingerprint, old.fingerprint)
+        if transform is None:
             raise UpgradeError(
                 f"strategy {name!r} needs a transform from {new} to {old}: give one (--transform FILE), or let "
                 "`bowerbird upgrade run` fit it on a paired sample"
             )
-        return
     if not isinstance(transform, VectorTransform):
         transform = VectorTransform.load(transform)
     if (transform.source, transform.target) != (new.fingerprint, old.fingerprint):
@@ -113,5 +120,25 @@ def use_transform(
             f"{transform.evidence.get('sentence', 'its evidence says so')} Use another strategy, for example "
             "rank-merge, or accept it (--accept-poor-transform)"
         )
+    pairs = None if encoder is None else encoded_pairs(gallery, encoder)
+    if pairs is not None:
+        check_direction(transform, pairs[1], pairs[0])
     gallery.register_space(new)
     gallery.register_transform(transform)
+
+
+def encoded_pairs(gallery: Gallery, encoder: ItemEncoder) -> tuple[Any, Any] | None:
+    """``(stored vectors, vectors by the new encoder)`` of some items; ``None`` where too few can be encoded."""
+    part = gallery.snapshot().new
+    nums = np.sort(part.nums)
+    if not len(nums):
+        return None
+    chosen = nums[np.unique(np.linspace(0, len(nums) - 1, CHECK_PAIRS).astype(np.int64))]
+    found = gallery.store.items(chosen)
+    items = [found[num] for num in chosen.tolist() if not encoder.reads_images or found[num].uri]
+    if len(items) < MIN_PAIRS:
+        return None
+    encoded = encoder.items(items)
+    if len(encoded.positions) < MIN_PAIRS:
+        return None
+    return part.vectors_of(np.array([items[row].num for row in encoded.positions])), encoded.vectors

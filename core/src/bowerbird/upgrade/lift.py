@@ -23,8 +23,9 @@ import numpy as np
 from bowerbird.errors import SpaceError, UpgradeError
 from bowerbird.gallery.routing import Route, find_route
 from bowerbird.gallery.space import LIFTED, Space
-from bowerbird.gallery.transform import MIN_PAIRS, VectorTransform, check_direction
+from bowerbird.gallery.transform import VectorTransform, check_direction
 from bowerbird.upgrade.encoding import ItemEncoder
+from bowerbird.upgrade.fitting import encoded_pairs
 from bowerbird.upgrade.strategies import load_strategy
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from bowerbird.gallery.space import Item
 
 TASK_ITEMS = 65_536  # a transform is cheap: what costs is the commit
-PAIRS = 256  # items that are encoded by the new encoder to check the direction, where it is at hand
 
 
 def lifted_space(transform: VectorTransform, new: Space) -> Space:
@@ -102,6 +102,7 @@ def begin_lift(
                 "a lift needs one from there. It can map queries instead (strategy reverse-transform or adapter)"
             )
         raise SpaceError(f"the transform {transform} takes vectors of another space than the stored ones, {old}")
+    refuse_second_lift(gallery, target)
     lifted = lifted_space(transform, target)
     if transform.evidence.get("usable") is False and not accept_poor:
         raise UpgradeError(
@@ -110,7 +111,7 @@ def begin_lift(
             "(accept_poor=True, --accept-poor-transform)"
         )
     if pairs is None and isinstance(new, ItemEncoder):
-        pairs = _encoded_pairs(gallery, snapshot, new)
+        pairs = encoded_pairs(gallery, new)
     if pairs is not None:
         check_direction(transform, *pairs)
     name, chosen = load_strategy(strategy)
@@ -169,6 +170,16 @@ def lifter(gallery: Gallery) -> ItemEncoder:
     return ItemEncoder(lift_items, space=lifted, batch_size=TASK_ITEMS)
 
 
+def refuse_second_lift(gallery: Gallery, new: Space) -> None:
+    """Raise ``UpgradeError`` where the stored vectors were lifted to the space ``new`` already."""
+    now = gallery.snapshot().write_space
+    if now.lifted and gallery.compatible(new.fingerprint, now.fingerprint):
+        raise UpgradeError(
+            f"the vectors of {gallery.path} were lifted to {new} already; a second map would only add its error. "
+            f"`bowerbird upgrade run {gallery.path} --to ENCODER` replaces them by the encoder's own"
+        )
+
+
 def refuse_without_images(gallery: Gallery, encoder: ItemEncoder) -> None:
     """Raise ``UpgradeError`` where an encoder reads images and the items have none; says what to do instead."""
     if not encoder.reads_images:
@@ -184,22 +195,6 @@ def refuse_without_images(gallery: Gallery, encoder: ItemEncoder) -> None:
             f"{gallery.path} --transform FILE`), or give ready vectors of the new space in the place of the encoder "
             "(vectors:FILE)"
         )
-
-
-def _encoded_pairs(gallery: Gallery, snapshot: Snapshot, encoder: ItemEncoder) -> tuple[Any, Any] | None:
-    """Stored vectors of some items beside their vectors by the new encoder; ``None`` where too few can be read."""
-    nums = np.sort(snapshot.new.nums)
-    if not len(nums):
-        return None
-    chosen = nums[np.unique(np.linspace(0, len(nums) - 1, PAIRS).astype(np.int64))]
-    found = gallery.store.items(chosen)
-    items = [found[num] for num in chosen.tolist() if not encoder.reads_images or found[num].uri]
-    if len(items) < MIN_PAIRS:
-        return None
-    encoded = encoder.items(items)
-    if len(encoded.positions) < MIN_PAIRS:
-        return None
-    return snapshot.new.vectors_of(np.array([items[row].num for row in encoded.positions])), encoded.vectors
 
 
 def _routes(snapshot: Snapshot, lifted: str, parts: Sequence[Any]) -> list[Route | None]:

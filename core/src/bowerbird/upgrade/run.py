@@ -24,6 +24,7 @@ from bowerbird.errors import InputError, PluginError, SpaceError, StoreUnavailab
 from bowerbird.gallery.store import LeaseLostError
 from bowerbird.registry import get_registry
 from bowerbird.upgrade.canary import check_canary
+from bowerbird.upgrade.encoding import ItemEncoder
 from bowerbird.upgrade.fitting import use_transform
 from bowerbird.upgrade.lift import refuse_without_images
 from bowerbird.upgrade.orders import class_means
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from bowerbird.gallery.space import Space
     from bowerbird.gallery.store import Lease
     from bowerbird.gallery.transform import VectorTransform
-    from bowerbird.upgrade.encoding import ItemEncoder
 
 LEASE_SECONDS = 120.0
 TASK_ITEMS = 512
@@ -109,7 +109,7 @@ class RunReport:
 
 def begin(
     gallery: Gallery,
-    new: Space,
+    new: Space | ItemEncoder,
     *,
     strategy: str = "rank-merge",
     order: str = "core:random",
@@ -125,9 +125,10 @@ def begin(
     transform: VectorTransform | str | Path | None = None,
     accept_poor_transform: bool = False,
 ) -> UpgradeState:
-    """Start an upgrade to the space ``new``. Search results do not change by it.
+    """Start an upgrade. Search results do not change by it.
 
     Args:
+        new: The new space, or its encoder; then a transform's direction is also measured, on items that it encodes.
         strategy: Name of an ``upgrade`` record.
         merger: Name of a ``merger`` record that joins the hits of the parts. Default: the strategy's.
         transform: For a strategy that maps queries (adapter, reverse-transform): its map, or the file of one. It is
@@ -149,6 +150,7 @@ def begin(
         UpgradeError: If an upgrade is under way (without ``on_top``), or the strategy cannot serve this pair of spaces.
         UnknownNameError: If there is no such strategy or order; suggests close names.
     """
+    encoder, new = (new, new.space) if isinstance(new, ItemEncoder) else (None, new)
     snapshot = gallery.snapshot()
     if snapshot.upgrade is not None:
         if not on_top:
@@ -169,7 +171,7 @@ def begin(
     plan = backfill_plan(gallery, order, settings=order_settings, seed=seed, centers=centers, label_key=label_key)
     order_name = get_registry().get("retriever", order, role="order").name
     frozen = freeze_watch(gallery, watch_set, old, new) if watch_set is not None else None
-    use_transform(gallery, name, chosen, old, new, transform, accept_poor=accept_poor_transform)
+    use_transform(gallery, name, chosen, old, new, transform, encoder=encoder, accept_poor=accept_poor_transform)
     items_per_task = task_items or min(TASK_ITEMS, max(4, -(-len(plan) // 50)))
     state = gallery.store.begin_upgrade(
         new,
@@ -385,7 +387,7 @@ def join(gallery: Gallery, encoder: ItemEncoder, *, upgrade: int | None = None, 
     another = state is not None and state.new != encoder.space.fingerprint
     if state is None or (another and begin_settings.get("on_top")):
         refuse_without_images(gallery, encoder)
-        return begin(gallery, encoder.space, **begin_settings)
+        return begin(gallery, encoder, **begin_settings)
     _check_same_upgrade(gallery, state, encoder, begin_settings)
     check_canary(gallery, encoder)
     return state

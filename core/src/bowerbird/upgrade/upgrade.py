@@ -74,7 +74,7 @@ class Upgrade:
 
     def begin(self, **settings: Any) -> UpgradeState:
         """Start the upgrade without moving an item; see ``bowerbird.upgrade.run.begin``."""
-        return _run.begin(self.gallery, self._needs_new("begin").space, **self._begin_settings(settings))
+        return _run.begin(self.gallery, self._needs_new("begin"), **self._begin_settings(settings))
 
     def run(self, **settings: Any) -> _run.RunReport:
         """Work on the upgrade; begins it where none is under way; see ``bowerbird.upgrade.run``.
