@@ -220,7 +220,8 @@ class ProportionalMerge:
     ) -> list[np.ndarray]:
         """Of each part an array of the shape of its distances; on all of them a smaller number is nearer.
 
-        ``weights``: of each part ``(M,)``, how many items each hit stands for, where the hits are a sample (a forecast).
+        ``weights``: of each part ``(M,)``, how many items each hit stands for, where the hits are a sample, as in a
+        forecast.
         """
         if counts is None:
             return [np.asarray(hits.distances) for hits in parts]

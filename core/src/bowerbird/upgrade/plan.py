@@ -3,14 +3,14 @@
 A sample of the gallery is encoded by the new encoder; its old vectors are the stored ones. Labelled queries then
 measure the old and the new system on the sample, and each strategy's curve is computed as serving would do it
 (``forecast``), with each merger. Strategies that fit a map are fitted on one half of the sample and forecast on the
-other.
+other, those that fit nothing on all of it; each is compared with the old level on its own items.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ from bowerbird.retrieval.intervals import Interval, bootstrap_interval, paired_d
 from bowerbird.upgrade.canary import check_canary
 from bowerbird.upgrade.forecast import ForecastCurve, Forecaster, PairedVectors
 from bowerbird.upgrade.queries import QuerySet, no_label
-from bowerbird.upgrade.run import backfill_plan, order_positions
+from bowerbird.upgrade.run import backfill_plan, check_store, order_positions
 from bowerbird.upgrade.sample import Sample, take_sample
 from bowerbird.upgrade.state import space_dict
 from bowerbird.upgrade.strategies import (
@@ -36,7 +36,7 @@ from bowerbird.upgrade.strategies import (
     switches_at_end,
     transform_direction,
 )
-from bowerbird.upgrade.verdict import FEWEST_QUERIES, Recommendation, recommend
+from bowerbird.upgrade.verdict import FEWEST_QUERIES, Recommendation, recommend, short_name
 
 if TYPE_CHECKING:
     from bowerbird.gallery.gallery import Gallery
@@ -169,6 +169,7 @@ class Plan:
 class SavedPlan:
     """What ``run`` takes from a plan that was saved: see ``load_plan``."""
 
+    old: str
     new: str
     strategy: str
     merger: str | None
@@ -179,6 +180,8 @@ class SavedPlan:
     transform: VectorTransform | None
     curve: ForecastCurve | None
     old_level: float | None
+    new_level: float | None = None
+    metric: str = "map"
 
     def begin_settings(self) -> dict[str, Any]:
         """Arguments of ``begin``."""
@@ -206,6 +209,7 @@ def load_plan(path: str | Path) -> SavedPlan:
         verdict, curves = saved["recommendation"], saved["curves"]
         strategy, merger = verdict["strategy"], verdict.get("merger") or None
         decision, reason = verdict["decision"], verdict["reason"]
+        old = saved["old"]["fingerprint"]
         new, order, seed = saved["new"]["fingerprint"], verdict.get("order") or saved["order"], int(saved["seed"])
     except OSError as exc:
         raise DataError(f"{path} cannot be read: {exc}") from exc
@@ -226,11 +230,11 @@ def load_plan(path: str | Path) -> SavedPlan:
     curve = chosen and ForecastCurve(
         chosen["name"], tuple(chosen["shares"]), tuple(chosen["quality"]), tuple(chosen["nfr"]), chosen["area"]
     )
-    level = saved.get("old_old")
+    levels = [None if (level := saved.get(name)) is None else float(level["mean"]) for name in ("old_old", "new_new")]
     settings = dict(saved.get("order_settings") or {}) if order == saved["order"] else {}
     return SavedPlan(
-        new, strategy, merger, order, settings, seed, saved.get("label_key"), transform, curve or None,
-        None if level is None else float(level["mean"]),
+        old, new, strategy, merger, order, settings, seed, saved.get("label_key"), transform, curve or None,
+        *levels, str(saved.get("metric", "map")),
     )  # fmt: skip
 
 
@@ -267,6 +271,7 @@ def plan(
     metric: str = "map",
     price_per_hour: float | None = None,
     seed: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Plan:
     """Measure, forecast, recommend. Changes nothing.
 
@@ -289,9 +294,10 @@ def plan(
         metric: ``map``, ``map@100`` (what ``watch`` measures) or ``r1``.
         price_per_hour: Of the machine that encodes, in any currency.
         seed: Of sample, queries, order and bootstrap.
+        progress: Called with (what is done now, steps done, steps in all).
 
     Raises:
-        UpgradeError: If an upgrade is under way, or the gallery is empty.
+        UpgradeError: If an upgrade is under way, the gallery is empty, or its store cannot run an upgrade.
         SpaceError: If the old encoder does not reproduce the gallery's vectors, or the new one is the old one.
         InputError: If labels or an encoder are missing, or an order lacks what it needs.
         UnknownNameError: If there is no such strategy, merger or order; suggests close names.
@@ -299,6 +305,7 @@ def plan(
     snapshot = gallery.snapshot()
     if snapshot.upgrade is not None:
         raise UpgradeError(f"an upgrade of {gallery.path} is {snapshot.upgrade.state}; see `bowerbird upgrade status`")
+    check_store(gallery)
     if snapshot.new.count == 0:
         raise UpgradeError(f"gallery {gallery.path} is empty: there is nothing to plan for")
     if sample < 1 or num_queries < 1:
@@ -338,15 +345,16 @@ def plan(
         taken = take_sample(
             gallery, new, old, old_encoder=old_encoder, label_key=label_key, queries=queries, num_queries=num_queries,
             size=sample, fit=fit and label_key is not None, seed=seed,
+            progress=progress and (lambda done, total: progress("encoding a sample", done, total)),
         )  # fmt: skip
         moved = {name: shares[taken.nums] for name, shares in moves.items()}
     else:
-        given, training = _split(paired, old, new_space, seed) if fit else (paired, None)
-        taken = Sample(given, np.arange(len(given.gallery_old)), training, len(paired.gallery_old), 0, None)
-        moved = {
-            name: order_positions(name, taken.nums, given.gallery_old, settings=settings, seed=seed)
-            for name, settings in zip(orders, per_order, strict=True)
-        }
+        taken = _split(paired, old, new_space, seed, fit=fit)
+        moved = {}
+        for name, settings in zip(orders, per_order, strict=True):
+            positions = order_positions(name, taken.nums, paired.gallery_old, settings=settings, seed=seed)
+            moved[name] = np.empty(len(positions))
+            moved[name][positions] = (np.arange(len(positions)) + 1) / len(positions)
     rate = taken.items_per_second
     hours = snapshot.live / rate / 3600 if rate else None
     price = hours * price_per_hour if hours is not None and price_per_hour is not None else None
@@ -360,7 +368,7 @@ def plan(
     compared: list[OrderForecast] = []
     transforms: dict[str, VectorTransform] = {}
     counted = 0
-    if taken.paired is None:
+    if taken.everything is None or taken.held is None:
         verdict = Recommendation(
             "no-verdict",
             None,
@@ -369,24 +377,32 @@ def plan(
             FEWEST_QUERIES,
         )
     else:
-        forecaster = Forecaster(taken.paired, metric, seed=seed)
-        ways = {
-            name: _Way(gallery, name, strategy, forecaster, old, new_space, taken.training, seed, nothing_to_encode)
-            for name, strategy in chosen.items()
-            if not switches_at_end(strategy)
-        }
+        forecaster = Forecaster(taken.everything, metric, seed=seed)
+        held = forecaster if taken.held is taken.everything else Forecaster(taken.held, metric, seed=seed)
+        ways: dict[str, _Way] = {}
         first = moved[orders[0]]
-        for way in ways.values():
+        asked = {name: strategy for name, strategy in chosen.items() if not switches_at_end(strategy)}
+        for number, (name, strategy) in enumerate(asked.items()):
+            if progress is not None:
+                progress(f"forecasting {short_name(name)}", number, len(asked))
+            fits = transform_direction(strategy) is not None
+            way = _Way(
+                gallery, name, strategy, held if fits else forecaster, taken.held_rows if fits else None, old,
+                new_space, taken.training, seed, nothing_to_encode,
+            )  # fmt: skip
+            ways[name] = way
             made = [way.curve(first, merger) for merger in _own_first(way.strategy, joined)]
             curves += made[:1] if made[0].unavailable else made
             if way.transform is not None:
                 transforms[way.name] = way.transform
+        if progress is not None:
+            progress("forecasting", len(asked), len(asked))
         curves += [forecaster.full(), forecaster.do_nothing(), forecaster.switch_now(first)]
         curves = [
             replace(curve, costs=_costs(curve, chosen.get(curve.name), hours, price, peak_bytes, vector_bytes))
             for curve in curves
         ]
-        gain, verdict = recommend(forecaster.old_old, forecaster.new_new, curves, seed=seed)
+        gain, verdict = recommend(forecaster.old_old, forecaster.new_new, curves, order=orders[0], seed=seed)
         interval = {
             "old_old": bootstrap_interval(forecaster.old_old, seed=seed),
             "new_new": bootstrap_interval(forecaster.new_new, seed=seed),
@@ -394,7 +410,6 @@ def plan(
             "gain": gain,
         }
         counted = verdict.queries
-        verdict = replace(verdict, order=orders[0] if verdict.strategy is not None else "")
         if len(orders) > 1 and verdict.strategy in ways:
             best = next(c for c in curves if (c.name, c.merger) == (verdict.strategy, verdict.merger))
             compared = _compare_orders(ways[verdict.strategy], best, {name: moved[name] for name in orders}, seed)
@@ -434,9 +449,10 @@ def plan(
 class _Way:
     """One strategy on one sample: fitted once, forecast with any order and merger."""
 
-    def __init__(self, gallery: Gallery, name: str, strategy: Strategy, forecaster: Forecaster, old: Space, new: Space,
-                 training: TrainingPairs | None, seed: int, no_images: bool) -> None:  # fmt: skip
-        self.name, self.strategy, self.transform = name, strategy, None
+    def __init__(self, gallery: Gallery, name: str, strategy: Strategy, forecaster: Forecaster,
+                 rows: np.ndarray | None, old: Space, new: Space, training: TrainingPairs | None, seed: int,
+                 no_images: bool) -> None:  # fmt: skip
+        self.name, self.strategy, self.transform, self._rows = name, strategy, None, rows
         self._forecaster, self._reason = forecaster, ""
         self._queries: Any = None
         self._held: Any = None
@@ -471,6 +487,8 @@ class _Way:
             return ForecastCurve(self.name, (), (), (), float("nan"), self._reason)
         registry = get_registry()
         target = registry.load(registry.get("retriever", merger, role="merger"))
+        if self._rows is not None:
+            moved = moved[self._rows]
         return self._forecaster.curve(
             self.name, self._queries, moved, merger=target, merger_name=merger, old_part_vectors=self._held,
             trained_on=self._trained_on,
@@ -549,9 +567,13 @@ def _has_images(gallery: Gallery) -> bool:
     return any(item.uri for item in gallery.items())
 
 
-def _split(paired: PairedVectors, old: Space, new: Space, seed: int) -> tuple[PairedVectors, TrainingPairs]:
-    """``(to forecast on, to fit on)``: disjoint halves of the items; queries of the training half are left out."""
+def _split(paired: PairedVectors, old: Space, new: Space, seed: int, *, fit: bool) -> Sample:
+    """A given sample. Where something is fitted: disjoint halves of the items; queries of the training half are left
+    out."""
     count = len(paired.gallery_old)
+    everyone = np.arange(count)
+    if not fit:
+        return Sample(paired, everyone, paired, everyone, None, count, 0, None)
     held = np.zeros(count, bool)
     held[np.random.default_rng([seed, 1]).permutation(count)[: -(-count // 2)]] = True
     rows, rest = np.flatnonzero(held), np.flatnonzero(~held)
@@ -566,20 +588,21 @@ def _split(paired: PairedVectors, old: Space, new: Space, seed: int) -> tuple[Pa
                 "every query of the sample is an item that is needed for fitting; give queries of their own"
             )
     assert paired.gallery_weights is not None
-    weights = paired.gallery_weights * paired.gallery_weights.sum()
-    weights = weights[rows] / weights[rows].sum() * paired.gallery_weights.sum()
+    weights = paired.gallery_weights[rows]
+    weights = weights / weights.sum() * paired.gallery_weights.sum()
 
     def take(values: Any, at: np.ndarray) -> Any:
         return None if values is None else [values[row] for row in at.tolist()]
 
-    return (
-        PairedVectors(
+    def part(rows: np.ndarray, weights: np.ndarray) -> PairedVectors:
+        return PairedVectors(
             paired.gallery_old[rows], paired.gallery_new[rows], paired.query_old[asked], paired.query_new[asked],
             take(paired.gallery_labels, rows), take(paired.query_labels, asked), take(paired.gallery_ids, rows),
-            take(paired.query_ids, asked), np.maximum(weights, 1.0),
-        ),
-        training,
-    )  # fmt: skip
+            take(paired.query_ids, asked), weights,
+        )  # fmt: skip
+
+    everything = part(everyone, paired.gallery_weights)
+    return Sample(everything, everyone, part(rows, np.maximum(weights, 1.0)), rows, training, count, 0, None)
 
 
 def _transform_file(plan_path: Path, strategy: str) -> Path:

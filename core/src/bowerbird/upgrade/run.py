@@ -12,7 +12,7 @@ import secrets
 import socket
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -151,6 +151,7 @@ def begin(
         UnknownNameError: If there is no such strategy or order; suggests close names.
     """
     encoder, new = (new, new.space) if isinstance(new, ItemEncoder) else (None, new)
+    check_store(gallery)
     snapshot = gallery.snapshot()
     if snapshot.upgrade is not None:
         if not on_top:
@@ -158,10 +159,7 @@ def begin(
                 f"an upgrade of {gallery.path} to {snapshot.spaces[snapshot.upgrade.new]} is {snapshot.upgrade.state}; "
                 "finish it or roll it back before another one, or begin this one on top of it (--on-top)"
             )
-        if "sequences" not in gallery.features:
-            raise UpgradeError(
-                f"the store of {gallery.path} cannot begin an upgrade on top of another; finish it first"
-            )
+        check_store(gallery, also=("sequences",))
     old = snapshot.write_space
     name, chosen = load_strategy(strategy)
     chosen.check(gallery, old, new)
@@ -196,6 +194,26 @@ def begin(
             gallery.store.rollback()  # nothing has moved; an upgrade that was to be watched is watched, or not begun
             raise
     return state
+
+
+def check_store(gallery: Gallery, *, also: Sequence[str] = ()) -> None:
+    """Refuse early what the store cannot do: an upgrade that could not be taken back is not begun.
+
+    Args:
+        also: Further features that are needed, of ``bowerbird.gallery.protocol.FEATURES``.
+
+    Raises:
+        UpgradeError: Names the features that are missing.
+    """
+    from bowerbird.gallery.protocol import FEATURES
+
+    missing = [name for name in ("rollback", *also) if name not in gallery.features]
+    if missing:
+        raise UpgradeError(
+            f"the store of {gallery.path} cannot run this upgrade. It lacks "
+            + ", ".join(f"{name!r} ({FEATURES[name]})" for name in missing)
+            + ". Copy the gallery to another store first: `bowerbird gallery copy`"
+        )
 
 
 def backfill_plan(
@@ -418,8 +436,9 @@ def run(
         encoder: Of the new space.
         rate: At most so many items per second.
         stop_after: End once this call has committed so many items (at the end of the task that reaches it).
-        stop_at_items: End once so many items of the gallery are in the new space, whoever moved them.
-        stop_at_share: End once this share of the live items is new.
+        stop_at_items: End once so many items of the gallery are in the new space, whoever moved them. Tasks are
+            committed whole and workers decide each for itself: at most one task per worker goes beyond.
+        stop_at_share: End once this share of the live items is new; as exact as ``stop_at_items``.
         watch_every: Measure the watch set after each such share of the gallery; 0.05 where only ``max_nfr`` is given.
         max_nfr: Pause the upgrade once a measurement shows a higher rate of negative flips against the old system.
         progress: Called after every batch with (items of this batch, status at the last commit), and after every commit

@@ -3,7 +3,8 @@
 With labels the draw is stratified. A uniform sample of a gallery of many small classes has hardly a right answer in it;
 here about half of the items share a label with a query, the others are drawn from all the rest, and each item's weight
 says how many it stands for (``bowerbird.upgrade.estimate``). Where a strategy is fitted, half of the sample is drawn
-first, uniformly, for that alone: a forecast on the pairs that a map was fitted on would flatter it.
+first, uniformly, for that alone: a forecast on the pairs that a map was fitted on would flatter it. Strategies that
+fit nothing are forecast on both halves.
 
 N items.
 """
@@ -11,9 +12,10 @@ N items.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,7 +26,7 @@ from bowerbird.upgrade.strategies import TrainingPairs
 
 if TYPE_CHECKING:
     from bowerbird.gallery.gallery import Gallery
-    from bowerbird.gallery.space import Item, Space
+    from bowerbird.gallery.space import Space
     from bowerbird.upgrade.encoding import ItemEncoder
 
 
@@ -33,15 +35,19 @@ class Sample:
     """Encoded items.
 
     Attributes:
-        paired: To forecast on; ``None`` without labels.
-        nums: int64 ``(N,)`` item numbers of ``paired``'s gallery.
-        training: To fit on, disjoint from ``paired``; ``None`` where nothing is fitted.
+        everything: All of them, to forecast on what fits nothing; ``None`` without labels.
+        nums: int64 ``(N,)`` item numbers of ``everything``'s gallery.
+        held: To forecast on what was fitted on ``training``: ``everything`` without those; the same queries.
+        held_rows: Positions of ``held``'s gallery in ``everything``'s.
+        training: To fit on; ``None`` where nothing is fitted.
         taken, failed: Items that were encoded, and those that could not be.
         items_per_second: Of the new encoder.
     """
 
-    paired: PairedVectors | None
+    everything: PairedVectors | None
     nums: np.ndarray
+    held: PairedVectors | None
+    held_rows: np.ndarray
     training: TrainingPairs | None
     taken: int
     failed: int
@@ -50,12 +56,16 @@ class Sample:
 
 @dataclass(frozen=True)
 class Draw:
-    """Item numbers: ``training``; ``gallery`` with ``weights``; ``queries`` among the gallery's."""
+    """Item numbers: ``training``; ``gallery`` with ``weights``; ``queries`` among the gallery's.
+
+    ``weights_together`` are those of training and gallery, one after the other, where both are one sample.
+    """
 
     training: np.ndarray
     gallery: np.ndarray
     weights: np.ndarray
     queries: np.ndarray
+    weights_together: np.ndarray
 
 
 def draw(
@@ -103,22 +113,32 @@ def draw(
     most = max((len(group) for group in members.values()), default=0)
     cap = next((c for c in range(most, 1, -1) if sum(min(len(m), c) for m in members.values()) <= room), 2)
     chosen: list[int] = []
-    weights: list[float] = []
+    taken: dict[str, int] = {}
     for label, group in members.items():
         take = min(len(group), cap)
         if take and len(chosen) + take <= room:
             chosen += group[:take]
-            weights += [everyone[label] / take] * take
+            taken[label] = take
         else:
             # A class for which there is no room is left out; its queries with it.
             others += group if asked is not None else []
             everyone.pop(label)
     left = rng.permutation(np.array(others, np.int64))[: budget - len(chosen)]
-    strangers = len(labels) - sum(everyone.values())
-    gallery = np.concatenate([np.array(chosen, np.int64), left])
-    weight = np.concatenate([weights, np.full(len(left), max(strangers / max(len(left), 1), 1.0))])
-    by_num = np.argsort(gallery)
-    return Draw(np.sort(training), gallery[by_num], np.maximum(weight[by_num], 1.0), queries[np.isin(queries, chosen)])
+    gallery = np.sort(np.concatenate([np.array(chosen, np.int64), left]))
+    training = np.sort(training)
+
+    def weights(nums: np.ndarray) -> np.ndarray:
+        """Of each: items of its class in the gallery, over those in the sample; what is in no class of a query is one.
+        """
+        classes = [label if (label := labels[num]) in taken else None for num in nums.tolist()]
+        drawn = Counter(classes)
+        all_of = {**everyone, None: len(labels) - sum(everyone[label] for label in taken)}
+        return np.maximum([all_of[label] / drawn[label] for label in classes], 1.0) if len(nums) else np.empty(0)
+
+    return Draw(
+        training, gallery, weights(gallery), queries[np.isin(queries, chosen)],
+        weights(np.concatenate([training, gallery])),
+    )  # fmt: skip
 
 
 def take_sample(
@@ -134,11 +154,13 @@ def take_sample(
     fit: bool = False,
     only_pairs: bool = False,
     seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Sample:
     """Draw items of the space ``old`` that is written, encode them by ``new``, and pair them with their stored vectors.
 
     Args:
         only_pairs: Nothing is to be forecast: take half of ``size`` items, all of them to fit on.
+        progress: Called with (items encoded, items to encode).
 
     Raises:
         InputError: If the queries have no labels, or no item can be encoded.
@@ -160,12 +182,13 @@ def take_sample(
     drawn = draw(labels, size, asked=asked, num_queries=num_queries, fit=fit, seed=seed)
     if only_pairs:
         chosen = np.random.default_rng([seed, 1]).permutation(np.array(sorted(live), np.int64))[: size // 2]
-        drawn = Draw(np.sort(chosen), np.empty(0, np.int64), np.empty(0), np.empty(0, np.int64))
+        none, nothing = np.empty(0, np.int64), np.empty(0)
+        drawn = Draw(np.sort(chosen), none, nothing, none, nothing)
 
-    clock = _Clock()
     wanted = np.concatenate([drawn.training, drawn.gallery])
     found = gallery.store.items(wanted)
     items = [found[num] for num in wanted.tolist()]
+    clock = _Clock(len(items), progress)
     result = new.items(items, clock)
     if not len(result.positions):
         raise InputError(
@@ -178,50 +201,54 @@ def take_sample(
         rows = np.flatnonzero(is_training)
         known = None if label_key is None else [labels[int(wanted[result.positions[row]])] for row in rows]
         training = TrainingPairs(old_rows[rows], result.vectors[rows], known, old, new.space)
-    rows = np.flatnonzero(~is_training)
-    positions = result.positions[rows] - len(drawn.training)
-    paired = None
-    if label_key is not None and len(rows):
-        paired = _paired(gallery, new, old, old_encoder, queries, drawn, items, labels, rows, positions,
-                         old_rows, result.vectors)  # fmt: skip
-    return Sample(paired, drawn.gallery[positions], training, len(result.positions), len(result.failures), clock.rate)
-
-
-def _paired(gallery: Gallery, new: ItemEncoder, old: Space, old_encoder: ItemEncoder | None,
-            queries: QuerySet | None, drawn: Draw, items: Sequence[Item], labels: Mapping[int, str | None],
-            rows: np.ndarray, positions: np.ndarray, old_rows: np.ndarray, new_rows: np.ndarray,
-            ) -> PairedVectors | None:  # fmt: skip
-    kept = [items[len(drawn.training) + position] for position in positions.tolist()]
-    names = [labels[item.num] for item in kept]
+    held_rows = np.flatnonzero(~is_training)
+    positions = result.positions[held_rows] - len(drawn.training)
+    nums = wanted[result.positions]
+    about: dict[str, Any] = {
+        "nums": nums, "held_rows": held_rows, "training": training, "taken": len(result.positions),
+        "failed": len(result.failures), "items_per_second": clock.rate,
+    }  # fmt: skip
+    if label_key is None or not len(held_rows):
+        return Sample(everything=None, held=None, **about)
     # An item without a label is a distractor: relevant to no query.
-    shown = [f"no label {item.num}" if name is None else name for item, name in zip(kept, names, strict=True)]
-    ids = [item.id for item in kept]
+    shown = [f"no label {num}" if (name := labels[num]) is None else name for num in nums.tolist()]
+    ids = [found[num].id for num in nums.tolist()]
     if queries is None:
-        asking = set(drawn.queries.tolist())
-        at = [at for at, item in enumerate(kept) if item.num in asking]
-        if not at:
-            return None
-        one = rows[at]
-        queries = QuerySet([shown[a] for a in at], None, [ids[a] for a in at], old_rows[one], new_rows[one])
+        asking = np.flatnonzero(np.isin(nums, drawn.queries))
+        if not len(asking):
+            return Sample(everything=None, held=None, **about)
+        at = asking.tolist()
+        asked_by = QuerySet([shown[a] for a in at], None, [ids[a] for a in at], old_rows[at], result.vectors[at])
     else:
-        queries = queries.encode(gallery, old, new, old_encoder)
-    assert queries.labels is not None
-    return PairedVectors(
-        old_rows[rows], new_rows[rows], queries.old, queries.new, shown, [str(label) for label in queries.labels],
-        ids, queries.ids, drawn.weights[positions],
-    )  # fmt: skip
+        asked_by = queries.encode(gallery, old, new, old_encoder)
+
+    def paired(rows: np.ndarray, weights: np.ndarray) -> PairedVectors:
+        at = rows.tolist()
+        return PairedVectors(
+            old_rows[rows], result.vectors[rows], asked_by.old, asked_by.new, [shown[a] for a in at],
+            [str(label) for label in asked_by.labels or []], [ids[a] for a in at], asked_by.ids, weights,
+        )  # fmt: skip
+
+    held = paired(held_rows, drawn.weights[positions])
+    if not len(drawn.training):
+        return Sample(everything=held, held=held, **about)
+    everything = paired(np.arange(len(nums)), drawn.weights_together[result.positions])
+    return Sample(everything=everything, held=held, **about)
 
 
 class _Clock:
     """Items per second over the batches after the first, which pays for warming up; over a single one if need be."""
 
-    def __init__(self) -> None:
+    def __init__(self, total: int, progress: Callable[[int, int], None] | None) -> None:
         self.times = [time.perf_counter()]
         self.counts = [0]
+        self.total, self.progress = total, progress
 
     def __call__(self, count: int) -> None:
         self.times.append(time.perf_counter())
         self.counts.append(count)
+        if self.progress is not None:
+            self.progress(sum(self.counts), self.total)
 
     @property
     def rate(self) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,10 +10,14 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from bowerbird.upgrade.verdict import short_name
+
 if TYPE_CHECKING:
     from bowerbird.retrieval.intervals import Interval
+    from bowerbird.upgrade.forecast import ForecastCurve
     from bowerbird.upgrade.plan import Plan
     from bowerbird.upgrade.state import UpgradeStatus
+    from bowerbird.upgrade.verdict import Recommendation
     from bowerbird.upgrade.watch import WatchEntry
 
 METRIC_NAMES = {"map": "mAP", "map@100": "mAP@100", "r1": "R@1"}
@@ -65,35 +70,38 @@ def plan_table(plan: Plan) -> RenderableType:
         for name, interval in rows:
             if interval is not None:
                 quality.add_row(name, f"{interval.mean:.4f}", f"{interval.low:.4f}", f"{interval.high:.4f}")
-        curves = Table(title=f"forecast of {metric} by share of moved items, order {plan.order}", title_justify="left")
-        curves.add_column("strategy", no_wrap=True)
-        curves.add_column("merger")
-        for share in SHOWN_SHARES:
-            curves.add_column(f"{share:.0%}", justify="right")
-        for column in ("area", "95 %", "flips", "passes"):
-            curves.add_column(column, justify="right")
-        refused = []
-        for curve in plan.curves:
-            if curve.unavailable:
-                refused.append(Text(f"{curve.name}: {curve.unavailable}", style="dim"))
-                continue
+        title = f"forecast of {metric} by share of moved items, order {short_name(plan.order)}"
+        curves = Table(title=title, title_justify="left")
+        for column in ("strategy", "merger"):
+            curves.add_column(column, no_wrap=True)
+        for column in (*(f"{share:.0%}" for share in SHOWN_SHARES), "area", "over waiting", "flips", "passes"):
+            curves.add_column(column, justify="right", no_wrap=True)
+        name_of = unique_names([curve.name for curve in plan.curves])
+        merger_of = unique_names([curve.merger for curve in plan.curves])
+        refused = [
+            Text(f"not possible: {name_of[curve.name]}: {_first_sentence(curve.unavailable)}", style="dim")
+            for curve in plan.curves
+            if curve.unavailable
+        ]
+        for curve in sorted((c for c in plan.curves if not c.unavailable), key=_by_gain):
             values = dict(zip(curve.shares, curve.quality, strict=True))
             shown = [f"{values[share]:.3f}" if share in values else "" for share in SHOWN_SHARES]
             best = (curve.name, curve.merger) == (plan.recommendation.strategy, plan.recommendation.merger)
-            area = curve.area_interval
+            gain = curve.gain
             curves.add_row(
-                curve.name,
-                curve.merger.partition(":")[2],
+                name_of[curve.name] + ("*" if curve.trained_on else ""),
+                merger_of[curve.merger],
                 *shown,
-                f"{curve.area:.4f}",
-                "" if area is None else f"{area.low:.3f}..{area.high:.3f}",
+                f"{curve.area:.3f}",
+                "" if gain is None else f"{gain.mean:+.3f} ({gain.low:+.3f}..{gain.high:+.3f})",
                 f"{curve.max_nfr:.1%}",
                 "" if curve.costs is None else str(curve.costs.encoder_passes),
                 style="bold" if best else None,
             )
         parts += [quality, Text(), curves, *refused, Text()]
         if plan.trained_on:
-            parts += [Text(f"maps were fitted on {plan.trained_on} pairs that the forecast did not see"), Text()]
+            held = next((curve.items for curve in plan.curves if curve.trained_on), 0)
+            parts += [Text(f"* fitted on {plan.trained_on} items, forecast on the other {held}"), Text()]
         if plan.orders:
             orders = Table(title=f"orders of the backfill, {plan.recommendation.strategy}", title_justify="left")
             for column in ("order", "area", "against the first", "worst flips"):
@@ -109,7 +117,7 @@ def plan_table(plan: Plan) -> RenderableType:
             parts += [orders, Text()]
     verdict = plan.recommendation
     headline = {
-        "upgrade": f"upgrade by {verdict.strategy}",
+        "upgrade": f"upgrade by {_how(verdict)}",
         "do-not-upgrade": "do not upgrade",
         "no-verdict": "no verdict",
     }
@@ -118,12 +126,32 @@ def plan_table(plan: Plan) -> RenderableType:
     return Group(*parts)
 
 
+def unique_names(names: Sequence[str]) -> dict[str, str]:
+    """Each name without the plugin before its colon, where that leaves no two alike."""
+    short = {name: short_name(name) for name in names}
+    seen = list(short.values())
+    return {name: cut if seen.count(cut) == 1 else name for name, cut in short.items()}
+
+
+def _by_gain(curve: ForecastCurve) -> float:
+    return -(curve.area if curve.gain is None else curve.gain.mean)
+
+
+def _first_sentence(text: str) -> str:
+    return re.split(r"(?<=[.!?;]) |; |, and ", text, maxsplit=1)[0].rstrip(".;")
+
+
+def _how(verdict: Recommendation) -> str:
+    with_merger = f", merger {short_name(verdict.merger)}" if verdict.merger else ""
+    return f"{short_name(verdict.strategy or '')}{with_merger}"
+
+
 def status_text(status: UpgradeStatus) -> RenderableType:
     facts = Table.grid(padding=(0, 2))
     facts.add_row("upgrade", f"{status.id}, {status.state}{', every task done' if status.complete else ''}")
     for name, space in (("from", status.old), ("to", status.new)):
         facts.add_row(name, f"{space['encoder']} ({space['dim']}-d, {space['fingerprint'][:12]})")
-    facts.add_row("strategy", f"{status.strategy}, order {status.order}")
+    facts.add_row("strategy", f"{status.strategy}, merger {status.merger}, order {status.order}")
     facts.add_row("moved", f"{status.new_items} of {status.items} items ({status.share:.1%})")
     if status.covered:
         facts.add_row("on top of", f"{status.covered} other upgrade{'s' * (status.covered > 1)}; items by space:")

@@ -17,7 +17,9 @@ from bowerbird.upgrade.forecast import ForecastCurve
 
 FEWEST_QUERIES = 30  # below this a bootstrap interval is not worth showing as a verdict
 SMALLEST_GAIN = 0.01  # the difference in quality that a larger sample should be able to settle
-NO_REGRET = 0.01  # how far below the old level a curve may fall and still be recommended
+NO_REGRET = 0.01  # a curve that is shown to fall further below the old level is unsafe
+LARGE_DIP = 0.03  # and so is one that seems to fall so far, though the queries are too few to show it
+SAME = 0.005  # areas that differ by less are settled by flips
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def queries_needed(differences: np.ndarray, *, gain: float = SMALLEST_GAIN) -> i
 
 
 def recommend(
-    old: PerQuery, new: PerQuery, curves: Sequence[ForecastCurve], *, seed: int = 0
+    old: PerQuery, new: PerQuery, curves: Sequence[ForecastCurve], *, order: str = "", seed: int = 0
 ) -> tuple[Interval, Recommendation]:
     """``(paired difference new - old, recommendation)``.
 
@@ -59,6 +61,12 @@ def recommend(
         new: The same queries under the new one.
         curves: Forecasts; those with ``unavailable`` set, ``full``, ``do-not-upgrade`` and ``switch-now`` are not
             recommended unless nothing else is left, and then ``full``.
+        order: Of the backfill in the forecasts.
+
+    A strategy is unsafe where the interval of (quality at its worst share minus old level), paired by query, lies below
+    ``-NO_REGRET``, or the difference itself is below ``-LARGE_DIP`` and the queries are too few to tell. Of the others
+    the one with the largest area over the old level is recommended; within ``SAME`` the one with fewer flips; ``full``
+    where none has a larger area than waiting until the end.
     """
     interval = paired_difference(old, new, seed=seed)
     differences = (new.values - old.values)[old.valid & new.valid]
@@ -86,19 +94,61 @@ def recommend(
         )
         return interval, Recommendation("do-not-upgrade", None, reason, count, max(needed, count + 1))
 
-    old_level = old.mean()
     usable = [c for c in curves if not c.unavailable and c.name not in ("full", "switch-now", "do-not-upgrade")]
-    safe = [c for c in usable if min(c.quality) >= old_level - NO_REGRET]
+    safe = [c for c in usable if _unsafe(c) is None]
+    begins = f"new/new minus old/old is {gain}"
     if not safe:
+        least = max(usable, key=lambda c: _over(c.dip), default=None)
+        why = "no strategy that is installed can serve this pair" if least is None else (
+            f"every strategy falls below the old level on the way, {_called(least)} least: {_unsafe(least)}"
+        )  # fmt: skip
+        reason = f"{begins}, but {why}. Encode everything, then switch."
+        return interval, Recommendation("upgrade", "full", reason, count)
+    most = max(_over(c.gain) for c in safe)
+    best = min((c for c in safe if _over(c.gain) >= most - SAME), key=lambda c: (c.max_nfr, -_over(c.gain)))
+    if most <= 0:
         reason = (
-            f"new/new minus old/old is {gain}, but no strategy that is installed and can serve this pair keeps the "
-            "old level on the way. Encode everything into a second gallery, then switch."
+            f"{begins}, but no strategy is better on the way than waiting until the end; {_called(best)} comes "
+            f"closest, with an area of {_signed(best.gain)} over the old level. Encode everything, then switch."
         )
         return interval, Recommendation("upgrade", "full", reason, count)
-    best = max(safe, key=lambda c: (round(c.area, 3), -c.max_nfr))
-    merged = f" merged by {best.merger}" if best.merger else ""
+    assert best.gain is not None
+    doubt = "" if best.gain.low > 0 else ", which these queries do not show for certain"
+    ordered = f", order {short_name(order)}" if order else ""
     reason = (
-        f"new/new minus old/old is {gain}; {best.name}{merged} never falls below the old level, has the largest area "
-        f"({best.area:.4f}; waiting until the end gives {old_level:.4f}) and at most {best.max_nfr:.1%} negative flips."
+        f"{begins}. {_called(best)}{ordered}: area {best.area:.4f}, {_signed(best.gain)} over waiting until the end"
+        f"{doubt}; at its worst ({best.worst_share:.0%} moved) {_signed(best.dip)} against the old level; at most "
+        f"{best.max_nfr:.1%} negative flips."
     )
-    return interval, Recommendation("upgrade", best.name, reason, count, merger=best.merger)
+    return interval, Recommendation("upgrade", best.name, reason, count, merger=best.merger, order=order)
+
+
+def short_name(name: str) -> str:
+    """``rank-merge`` for ``compat:rank-merge``."""
+    return name.partition(":")[2] or name
+
+
+def _called(curve: ForecastCurve) -> str:
+    return short_name(curve.name) + (f" merged by {short_name(curve.merger)}" if curve.merger else "")
+
+
+def _over(interval: Interval | None) -> float:
+    """Of a curve that a ``Forecaster`` made."""
+    assert interval is not None
+    return interval.mean
+
+
+def _signed(interval: Interval | None) -> str:
+    assert interval is not None
+    return f"{interval.mean:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]"
+
+
+def _unsafe(curve: ForecastCurve) -> str | None:
+    """Why the curve must not be relied on, or ``None``."""
+    assert curve.dip is not None
+    at = f"{_signed(curve.dip)} at {curve.worst_share:.0%} moved"
+    if curve.dip.high < -NO_REGRET:
+        return at
+    if curve.dip.mean < -LARGE_DIP:
+        return f"{at}, which more queries might clear"
+    return None
