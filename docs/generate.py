@@ -22,10 +22,20 @@ KINDS = {
     "modifier": "Modifiers",
     "evaluator": "Evaluators",
 }
+# Records that share a page with their paper.
+PAGES = {
+    "adapter": "adapters",
+    "lift": "bict",
+    "metric-compatible": "online-backfilling",
+    "rank-merge": "online-backfilling",
+    "reverse-transform": "online-backfilling",
+}
+# The README has what people look for first; the rest is on the page of methods.
+IN_README = {"objective": "Training", "retriever upgrade": "Ways to upgrade", "retriever store": "Galleries in"}
 
 
-def method_table(*, with_links: str) -> str:
-    """All records of the packages here, one Markdown table per kind. ``with_links``: prefix to docs/."""
+def method_table(kinds: dict[str, str], *, with_links: str) -> str:
+    """Records of the packages here, one Markdown table per kind (and role). ``with_links``: prefix to docs/."""
     from bowerbird.registry import get_registry
 
     registry = get_registry()
@@ -33,13 +43,14 @@ def method_table(*, with_links: str) -> str:
     if bad:
         sys.exit(f"cannot generate: plugin {bad[0].name} is {bad[0].state}: {bad[0].detail}")
     lines = []
-    for kind, title in KINDS.items():
-        records = registry.records(kind)
+    for kind, title in kinds.items():
+        records = registry.records(*kind.split())
         if not records:
             continue
         lines += [f"| {title} | what it is | paper |", "|---|---|---|"]
         for record in records:
-            slug = record.name.split(":")[1]
+            method = record.name.split(":")[1]
+            slug = PAGES.get(method, method)
             page = ROOT / "docs" / "methods" / f"{slug}.md"
             name = f"[`{record.name}`]({with_links}methods/{slug}.md)" if page.exists() else f"`{record.name}`"
             lines.append(f"| {name} | {record.summary} | {record.paper or ''} |")
@@ -80,8 +91,8 @@ def generated() -> dict[Path, str]:
         "`bowerbird show NAME` prints the settings of each.\n\n"
     )
     return {
-        readme: replace_between(readme.read_text(), "methods", method_table(with_links="docs/")),
-        ROOT / "docs/methods/index.md": intro + method_table(with_links="").replace("(methods/", "("),
+        readme: replace_between(readme.read_text(), "methods", method_table(IN_README, with_links="docs/")),
+        ROOT / "docs/methods/index.md": intro + method_table(KINDS, with_links="").replace("(methods/", "("),
         ROOT / "docs/reference/cli.md": command_reference(),
         ROOT / "docs/plugin-authors/hooks.md": hooks_page(),
     }
