@@ -119,7 +119,7 @@ def test_rollback_of_items_that_came_meanwhile_takes_their_old_vectors_from_a_fi
     to = f"vectors:{files / 'new.safetensors'}"
     invoke("run", files / "g", "--to", to, "--strategy", "two-queries", "--task-items", 50, "--stop-after", 50)
     with Gallery.open(files / "g") as gallery:
-        gallery.add([item_id(900)], new_encoder().vectors([900]))
+        gallery.add([item_id(900)], new_encoder().vectors([900]), space=gallery.snapshot().write_space.fingerprint)
     ids = [*(item_id(n) for n in range(COUNT)), item_id(900)]
     write(files / "more.npy", ids, old_encoder().vectors([*range(COUNT), 900]))
     invoke("rollback", files / "g", "--old", f"vectors:{files / 'more.npy'}")

@@ -137,7 +137,8 @@ def plan(gallery: str, to: str, old: str | None, queries: str | None, split: str
 @gallery_argument
 @click.option("--image", "images", multiple=True, type=click.Path(exists=True, dir_okay=False),
               help="A query image.")  # fmt: skip
-@click.option("--queries", metavar="VECTORS", help="Query vectors instead: vectors:OLD_FILE,NEW_FILE.")
+@click.option("--queries", metavar="VECTORS", help="Query vectors instead: vectors:OLD_FILE,NEW_FILE, "
+              "or vectors:NEW_FILE where the strategy encodes a query once.")  # fmt: skip
 @click.option("--k", "-k", type=click.IntRange(min=1), default=10, show_default=True, help="Results per query.")
 @click.option("--where", multiple=True, metavar="KEY=VALUE", help="Only items with this metadata.")
 @click.option("--old", metavar="ENCODER", help="The old encoder; default: what its space names.")
@@ -606,17 +607,27 @@ def _what_to_ask(
     """``(names of the queries, arguments of a search)``, by the spaces of the gallery at that moment."""
     if queries is None:
         return lambda: (images, {"images": list(images)})
-    from bowerbird.upgrade.vectors_encoder import query_vectors
+    from bowerbird.errors import InputError
+    from bowerbird.upgrade.vectors_encoder import query_tables
 
-    old, new = query_vectors(queries)
+    tables = query_tables(queries)
 
     def ask() -> tuple[tuple[str, ...], dict[str, Any]]:
         snapshot = gallery.snapshot()
-        if snapshot.upgrade is None:
+        spaces, given = snapshot.stack, tables
+        if len(tables) == 1:
+            spaces = spaces[-1:]  # of the newest space: enough where the strategy encodes a query once
+        elif snapshot.upgrade is None:
             ended = gallery.store.history()
-            table = new if ended and ended[-1]["state"] == "finished" else old
-            return tuple(old.ids), {"vectors": {snapshot.serving: table.vectors}}
-        return tuple(old.ids), {"vectors": {snapshot.upgrade.old: old.vectors, snapshot.upgrade.new: new.vectors}}
+            given = tables[-1:] if ended and ended[-1]["state"] == "finished" else tables[:1]
+        elif len(tables) != len(spaces):
+            listed = ", ".join(snapshot.spaces[name].encoder for name in spaces)
+            raise InputError(
+                f"{queries!r} names {len(tables)} files, and {gallery.path} has vectors of {len(spaces)} encoders, the "
+                f"oldest first: {listed}. Give one file of each, or that of the newest alone"
+            )
+        vectors = {name: table.vectors for name, table in zip(spaces, given, strict=True)}
+        return tuple(tables[0].ids), {"vectors": vectors}
 
     return ask
 

@@ -26,6 +26,7 @@ class UpgradeStatus:
         parts: Every space in which items are searched, the oldest first: fingerprint, encoder, dim, items. Two of them,
             more where upgrades stack.
         covered: How many upgrades this one is on top of.
+        merger: What joins the hits of the parts.
         items: Live items; ``old_items`` of them are searched in older spaces, ``new_items`` in the newest.
         share: ``new_items / items``; 1 for an empty gallery.
         failures: ``(id, attempts, error)``; with three attempts an item is left on its old vector.
@@ -49,6 +50,7 @@ class UpgradeStatus:
     started_at: float
     parts: tuple[Mapping[str, Any], ...] = ()
     covered: int = 0
+    merger: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -86,6 +88,7 @@ def status(gallery: Gallery) -> UpgradeStatus:
             {**space_dict(snapshot.spaces[name]), "items": progress.by_space.get(name, 0)} for name in snapshot.stack
         ),
         covered=max(0, len(snapshot.upgrades) - 1),
+        merger=state.merger,
     )
 
 
@@ -94,7 +97,8 @@ def no_upgrade(gallery: Gallery) -> str:
     text = f"no upgrade is under way in {gallery.path}"
     history = gallery.store.history()
     if history:
-        text += f" (the last one, number {history[-1]['id']}, was {history[-1]['state']})"
+        no_way_back = ", which cannot be undone" if history[-1]["state"] == "finished" else ""
+        text += f" (the last one, number {history[-1]['id']}, was {history[-1]['state']}{no_way_back})"
     return f"{text}; `bowerbird upgrade run {gallery.path} --to ENCODER` begins one"
 
 
@@ -158,7 +162,7 @@ def finish(gallery: Gallery, *, encoder: ItemEncoder | None = None, accept_faile
     if not report.ok:
         raise UpgradeError(f"the gallery does not pass its verification, so nothing is dropped: {report}")
     gallery.store.finish_upgrade(verified=True, leave_pending=accept_failed)
-    return {"items": now.items, "pending": waiting if accept_failed else 0, "canary": cosine}
+    return {"items": now.items, "pending": len(gallery.pending()), "canary": cosine}
 
 
 def rollback(gallery: Gallery, *, encode_old: Any = None, leave_pending: bool = False) -> int:

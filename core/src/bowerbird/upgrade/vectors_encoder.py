@@ -166,19 +166,37 @@ def query_vectors(ref: str) -> tuple[VectorTable, VectorTable]:
         InputError: If there are not two files.
         DataError: If their ids are not the same; names the first that differ.
     """
-    files = ref.removeprefix(SCHEME).split(",")
-    if len(files) != 2 or not all(files):
+    tables = query_tables(ref)
+    if len(tables) != 2:
         raise InputError(f"{ref!r}: query vectors are two files of the same ids, vectors:OLD_FILE,NEW_FILE")
-    old, new = (read_vectors(file) for file in files)
-    for one, other in ((old, new), (new, old)):
-        missing = [name for name in one.ids if name not in other.rows]
-        if missing:
-            raise DataError(
-                f"{other.source} lacks {len(missing)} queries of {one.source}; the first: {', '.join(missing[:5])}"
-            )
-    rows = [new.rows[name] for name in old.ids]
-    labels = new.labels if new.labels is None else [new.labels[row] for row in rows]
-    return old, VectorTable(new.source, old.ids, new.vectors[rows], labels)
+    return tables[0], tables[1]
+
+
+def query_tables(ref: str) -> list[VectorTable]:
+    """Vectors of the same queries in one space or several, of ``vectors:OLDEST_FILE,...,NEWEST_FILE``.
+
+    All have the ids of the first, in its order.
+
+    Raises:
+        InputError: If the ref names no file.
+        DataError: If the ids are not the same; names the first that differ.
+    """
+    files = ref.removeprefix(SCHEME).split(",")
+    if not is_vectors_ref(ref) or not all(files):
+        raise InputError(f"{ref!r}: query vectors are files of the same ids, vectors:OLD_FILE,NEW_FILE")
+    first, *others = (read_vectors(file) for file in files)
+    tables = [first]
+    for table in others:
+        for one, other in ((first, table), (table, first)):
+            missing = [name for name in one.ids if name not in other.rows]
+            if missing:
+                raise DataError(
+                    f"{other.source} lacks {len(missing)} queries of {one.source}; the first: {', '.join(missing[:5])}"
+                )
+        rows = [table.rows[name] for name in first.ids]
+        labels = None if table.labels is None else [table.labels[row] for row in rows]
+        tables.append(VectorTable(table.source, first.ids, table.vectors[rows], labels))
+    return tables
 
 
 def read_vectors(path: str | Path) -> VectorTable:
