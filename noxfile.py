@@ -163,6 +163,13 @@ def claims(session: nox.Session) -> None:
 
 
 @nox.session
+def promises(session: nox.Session) -> None:
+    """The promises of an upgrade at full length: 200 kills, 10,000 operations, 1,000 queries (about ten minutes)."""
+    install(session, f"{CORE}[faiss-cpu,testing]")
+    session.run("python", "benchmarks/promises.py", "--output", "benchmarks/results/promises.json", env=QUIET)
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """Measure speed and memory against their limits and write benchmarks/results (takes long)."""
     install(session, *EVERYTHING)
