@@ -42,10 +42,11 @@ def command() -> None:
         "bowerbird gallery create photos --encoder runs/old",
         "bowerbird gallery create photos --encoder 'core:efficientnet-lite?model=lite0' --dtype float16",
         "bowerbird gallery create vectors --dim 768 --name hosted-model-v2",
+        "bowerbird gallery create vectors --encoder 'vectors:v2.parquet?space=hosted-model-v2'",
     )
 )
 @gallery_argument
-@click.option("--encoder", metavar="ENCODER", help="A run, an exported folder, or a name with settings.")
+@click.option("--encoder", metavar="ENCODER", help="A run, an exported folder, a name with settings, or vectors:FILE.")
 @click.option("--dim", type=click.IntRange(min=1), help="Width of vectors that come from elsewhere.")
 @click.option("--name", help="Identity of the encoder that makes them; vectors of another name are another space.")
 @click.option("--dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True)
@@ -70,9 +71,7 @@ def create(
     if folder is not None:
         refuse_occupied(folder)  # before the encoder is loaded, which takes seconds
     if encoder is not None:
-        from bowerbird.encoders import load_encoder
-
-        space = load_encoder(encoder, device=device).space()
+        space, _ = _described(encoder, device)
     else:
         assert dim is not None
         name = name or "vectors"
@@ -95,6 +94,7 @@ def create(
         "bowerbird gallery add photos --folder ~/Pictures --on-error skip --metadata labels.csv",
         "bowerbird gallery add styles --dataset emoji:styles --split unseen-gallery",
         "bowerbird gallery add vectors --vectors vectors.npy --ids ids.txt",
+        "bowerbird gallery add vectors --vectors vectors.parquet",
     )
 )
 @gallery_argument
@@ -106,10 +106,10 @@ def create(
 )
 @click.option("--dataset", help="A data set by name, or with settings: 'core:market-1501?root=FOLDER'.")
 @click.option("--split", help="Split of the data set.")
-@click.option("--vectors", type=click.Path(exists=True, dir_okay=False), help="Ready vectors: .npy of shape (N, D).")
-@click.option(
-    "--ids", "ids_file", type=click.Path(exists=True, dir_okay=False), help="Their ids: a text file, one per line."
-)
+@click.option("--vectors", type=click.Path(exists=True, dir_okay=False), help="Ready vectors: .npy of shape "
+              "(N, D), or with their ids .parquet, .safetensors, or .npy beside NAME.ids.txt.")  # fmt: skip
+@click.option("--ids", "ids_file", type=click.Path(exists=True, dir_okay=False), help="Their ids: a text file, one per "
+              "line. Default: those of the file; then its labels become the metadata `label`.")  # fmt: skip
 @click.option(
     "--space", metavar="FINGERPRINT", help="Space of the vectors, or its first letters; needed during an upgrade."
 )
@@ -143,19 +143,25 @@ def add(
     from bowerbird.gallery.images import Added, add_images
 
     if sum([bool(images), folder is not None, dataset is not None, vectors is not None]) != 1:
-        raise InputError("say what to add, one of: image files, --folder, --dataset, --vectors with --ids")
-    if (vectors is None) != (ids_file is None) or (split is not None and dataset is None):
-        raise InputError("--vectors and --ids go together, and --split goes with --dataset")
+        raise InputError("say what to add, one of: image files, --folder, --dataset, --vectors")
+    if (ids_file is not None and vectors is None) or (split is not None and dataset is None):
+        raise InputError("--ids goes with --vectors, and --split goes with --dataset")
     if space is not None and vectors is None:
         raise InputError("--space goes with --vectors; images are encoded by the encoder of the space that is written")
     with open_gallery(path, lock_timeout=lock_timeout) as gallery:
         if vectors is not None:
-            assert ids_file is not None
-            ids = _lines(ids_file)
-            rows = _metadata(metadata, ids, None)
+            if ids_file is not None:
+                ids, array, own = _lines(ids_file), _npy(vectors), None
+            else:
+                from bowerbird.upgrade.vectors_encoder import read_vectors
+
+                table = read_vectors(vectors)
+                ids, array = list(table.ids), table.vectors
+                own = None if table.labels is None else [{"label": label} for label in table.labels]
+            rows = _metadata(metadata, ids, own)
             with _progress("adding", len(ids), "vectors", as_json) as progress:
                 result: Added = _add_vectors(
-                    gallery, vectors, ids, rows, _space(gallery, space), existing or "error", progress
+                    gallery, vectors, array, ids, rows, _space(gallery, space), existing or "error", progress
                 )
         else:
             ids, sources, labels = _images(images, folder, dataset, split)
@@ -437,14 +443,12 @@ def info(path: str, item: str | None, as_json: bool) -> None:
 @device_option
 def relate(path: str, new: str, evidence: str | None, device: str) -> None:
     """Register that queries of an encoder may be compared with the vectors that the gallery serves."""
-    from bowerbird.encoders import load_encoder
     from bowerbird.gallery import open_gallery
 
-    encoder = load_encoder(new, device=device)
-    space = encoder.space()
+    space, relations = _described(new, device)
     with open_gallery(path) as gallery:
         serving = gallery.snapshot().serving
-        recorded: dict[str, Any] = next((r["evidence"] for r in encoder.spec.relations if r["to"] == serving), {})
+        recorded: dict[str, Any] = next((r["evidence"] for r in relations if r["to"] == serving), {})
         gallery.register_space(space)
         gallery.relate(space.fingerprint, serving, evidence=_json_object(evidence) if evidence else recorded)
     click.echo(f"registered: {space} is compatible with {serving[:12]}")
@@ -454,6 +458,18 @@ command.add_command(matrix)
 
 
 # ------------------------------------------------------------------------------------------------------- helpers
+
+
+def _described(ref: str, device: str) -> tuple[Any, Sequence[Any]]:
+    """Space of an encoder, and the relations that its training recorded."""
+    from bowerbird.upgrade.vectors_encoder import is_vectors_ref, load_vectors_encoder
+
+    if is_vectors_ref(ref):
+        return load_vectors_encoder(ref).space, ()
+    from bowerbird.encoders import load_encoder
+
+    encoder = load_encoder(ref, device=device)
+    return encoder.space(), encoder.spec.relations
 
 
 def _encoder_of(gallery: Gallery, device: str) -> Any:
@@ -467,7 +483,7 @@ def _encoder_of(gallery: Gallery, device: str) -> Any:
             f"Search with images through `bowerbird upgrade serve {gallery.path}`; to add images, begin an upgrade to "
             f"the new encoder, `bowerbird upgrade run {gallery.path} --to ENCODER`"
         )
-    if space.encoder.startswith("black-box:"):
+    if space.encoder.startswith(("black-box:", "vectors:")):
         raise SpaceError(
             f"gallery {gallery.path} holds vectors of {space.encoder}, which cannot be loaded here; use vectors"
         )
@@ -500,13 +516,14 @@ def _images(
 def _add_vectors(
     gallery: Gallery,
     file: str,
+    vectors: Any,
     ids: list[str],
     metadata: Sequence[Mapping[str, Any] | None] | None,
     space: str | None,
     existing: str,
     progress: Callable[[int], None] | None,
 ) -> Any:
-    """Add the rows of ``file``. Everything is checked first: a file is added as a whole or not at all, unless the
+    """Add ``vectors``, the rows of ``file``. Everything is checked first: all are added or none, unless the
     process or the disk fails."""
     import numpy as np
 
@@ -514,7 +531,6 @@ def _add_vectors(
     from bowerbird.gallery.images import Added
     from bowerbird.gallery.vectors import checked_ids, unit_vectors
 
-    vectors = _npy(file)
     if vectors.ndim != 2 or len(vectors) != len(ids):
         raise InputError(f"{file} has shape {vectors.shape}; {len(ids)} ids need ({len(ids)}, D)")
     checked_ids(ids)
