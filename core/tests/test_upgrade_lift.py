@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import upgrade_world
+from click.testing import CliRunner
 from upgrade_world import by_item, item_id, make_gallery, new_encoder, old_encoder, query_vectors, stored
 
+from bowerbird.cli import main
 from bowerbird.errors import InputError, SpaceError, UpgradeError
 from bowerbird.gallery import Gallery
 from bowerbird.gallery.transform import VectorTransform
@@ -292,3 +295,19 @@ def test_the_whole_way_on_one_object(gallery):
         assert upgrade.run(strategy="compatible", on_top=True).reason == "complete"
         upgrade.finish()
     assert gallery.counts() == {NEW.fingerprint: COUNT}
+
+
+def test_several_processes_share_a_lift(gallery, tmp_path):
+    """Through the command line: the map and the vectors are all that a worker needs."""
+    map_file = tmp_path / "forward.safetensors"
+    fitted().save(map_file)
+    command = ["upgrade", "lift", str(gallery.path), "--transform", str(map_file), "--strategy", "world:two-queries"]
+    done = CliRunner().invoke(main, [*command, "--workers", "2", "--task-items", "20", "--json"])
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert (report["reason"], report["encoded"]) == ("complete", COUNT)
+    assert len(report["workers"]) == 2
+    finish(gallery, encoder=lifter(gallery))
+    assert np.allclose(
+        gallery.vectors_of([item_id(n) for n in range(COUNT)]), fitted()(old_encoder().vectors(range(COUNT))), atol=1e-6
+    )

@@ -229,12 +229,15 @@ class TestStores:
         assert all_new(gallery)
         assert gallery.verify().ok
 
-    def test_an_interrupt_while_the_store_is_away_is_obeyed(self, gallery, monkeypatch):
+    def test_an_interrupt_while_the_store_is_away_is_obeyed(self, gallery, monkeypatch, request):
         def away(*args, **options):
             raise sqlite3.OperationalError("disk I/O error")
 
         monkeypatch.setattr(gallery.store, "commit_task", away)
         monkeypatch.setattr(gallery.store, "release_task", away)
+        # The default handler: a test run that was started with `&` has none.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
         monkeypatch.setattr("bowerbird.upgrade.patience.time.sleep", lambda seconds: signal.raise_signal(signal.SIGINT))
         with pytest.warns(RuntimeWarning), pytest.raises(KeyboardInterrupt):
             run(gallery, by_item(new_encoder()))

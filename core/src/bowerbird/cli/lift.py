@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         "bowerbird upgrade lift photos --transform forward.safetensors",
         "bowerbird upgrade lift photos --transform forward.safetensors --to runs/new",
         "bowerbird upgrade lift photos --transform forward.safetensors --old-pairs old.npy --new-pairs new.npy",
+        "bowerbird upgrade lift photos --transform forward.safetensors --workers 4",
         "bowerbird upgrade lift photos      (goes on with the lift under way)",
     )
 )
@@ -42,7 +43,8 @@ if TYPE_CHECKING:
     "--strategy", default="rank-merge", show_default=True, help="How the part that is not lifted is searched."
 )
 @click.option("--on-top", is_flag=True, help="Begin on top of an upgrade that is under way.")
-@click.option("--task-items", type=click.IntRange(min=1), help="Items per commit. [default: 65536]")
+@click.option("--task-items", type=click.IntRange(min=1), help="Items per commit. [default: 65536, fewer for workers]")
+@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes that share it.")
 @click.option("--stop-after", type=int, help="End once so many items are lifted.")
 @click.option("--stop-at-share", type=float, help="End once this share of the gallery is lifted, 0 to 1.")
 @click.option(
@@ -52,21 +54,28 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")
 def lift(gallery: str, transform_file: str | None, to: str | None, old_pairs: str | None, new_pairs: str | None,
          label_key: str | None, pair_count: int, accept_poor_transform: bool, strategy: str, on_top: bool,
-         task_items: int | None, stop_after: int | None, stop_at_share: float | None, batch_size: int, device: str,
-         as_json: bool) -> None:  # fmt: skip
+         task_items: int | None, workers: int, stop_after: int | None, stop_at_share: float | None, batch_size: int,
+         device: str, as_json: bool) -> None:  # fmt: skip
     """Map the stored vectors of GALLERY towards a new encoder; no image is read. Begins the lift if none is under way.
 
     New queries search what is lifted; what is not is served by the strategy. Resumable and exactly reversible like any
     upgrade: `bowerbird upgrade status`, `rollback` and `finish` work on it. Afterwards, where there are images,
     `bowerbird upgrade run --to ENCODER` replaces lifted vectors by real ones.
     """
-    from bowerbird.cli.upgrade import _bar, _encoder, _open
+    from bowerbird.cli.upgrade import _bar, _encoder, _executor, _exit_if_failed, _open, _terminated_like_ctrl_c
     from bowerbird.gallery.transform import VectorTransform
     from bowerbird.upgrade.fitting import fit_transform
-    from bowerbird.upgrade.lift import TASK_ITEMS, begin_lift, lifter, refuse_second_lift, refuse_without_images
+    from bowerbird.upgrade.lift import (
+        TASK_ITEMS,
+        WORKER_LOADER,
+        begin_lift,
+        lifter,
+        refuse_second_lift,
+        refuse_without_images,
+    )
     from bowerbird.upgrade.run import run as work
 
-    with _open(gallery) as opened:
+    with _open(gallery) as opened, _terminated_like_ctrl_c():
         pairs = _pairs(old_pairs, new_pairs)
         if _begins(opened, transform_file, to, on_top):
             new = None if to is None else _encoder(to, batch_size, device)
@@ -77,19 +86,37 @@ def lift(gallery: str, transform_file: str | None, to: str | None, old_pairs: st
                 refuse_without_images(opened, new)
                 refuse_second_lift(opened, new.space)  # before a sample is encoded
                 transform = fit_transform(opened, new, "lift", label_key=label_key, pairs=pair_count)
+            # Several tasks for each worker, so that they end together.
+            each = TASK_ITEMS if workers == 1 else min(TASK_ITEMS, max(1024, -(-len(opened) // (4 * workers))))
             begin_lift(
-                opened, transform, new, strategy=strategy, pairs=pairs, task_items=task_items or TASK_ITEMS,
-                on_top=on_top, accept_poor=accept_poor_transform,
+                opened, transform, new, strategy=strategy, pairs=pairs, task_items=task_items or each, on_top=on_top,
+                accept_poor=accept_poor_transform,
             )  # fmt: skip
+        limits: dict[str, Any] = {"stop_after": stop_after, "stop_at_share": stop_at_share}
         with _bar(show_it=sys.stderr.isatty() and not as_json) as progress:
-            report = work(opened, lifter(opened), stop_after=stop_after, stop_at_share=stop_at_share, progress=progress)
+            executor = _executor("local", workers)
+            encoder = lifter(opened)  # refused here where what is under way is no lift
+            if executor is None:
+                report = work(opened, encoder, progress=progress, **limits)
+            else:
+                from bowerbird.upgrade.engines import make_job, run_workers
+
+                state = opened.snapshot().upgrade
+                assert state is not None
+                job = make_job(opened, gallery, state, WORKER_LOADER, {}, **limits)
+                report = run_workers(opened, lambda: job, executor, progress=progress)
     if as_json:
         click.echo(json.dumps(report.to_dict()))
+        _exit_if_failed(report)
         return
     click.echo(
         f"{report.reason}: lifted {report.encoded} items in {report.seconds:.1f} s ({report.rate:.0f} items/s); "
         f"{report.share:.1%} of the gallery is lifted"
     )
+    for share in report.workers:
+        if share.error is not None:
+            click.echo(f"worker {share.index} failed: {share.error}", err=True)
+    _exit_if_failed(report)
     if report.reason == "complete":
         click.echo(
             f"next: bowerbird upgrade finish {opened.path}, or "

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from bowerbird.errors import CorruptionError, GalleryError, InputError, SpaceError
 from bowerbird.files import write_atomically
 from bowerbird.gallery import ann, ingest
-from bowerbird.gallery.catalog import DISK_FULL, Catalog, create_catalog, says_full
+from bowerbird.gallery.catalog import DISK_FULL, Catalog, create_catalog, numbers, says_full
 from bowerbird.gallery.part import Part
 from bowerbird.gallery.segments import (
     Batch,
@@ -149,13 +149,13 @@ class Storage:
                     for row in db.execute("SELECT sid, space, dtype, dim, rows FROM segment ORDER BY rowid")
                 ]
                 since, known = self._tombstones
-                fresh = np.array(db.execute("SELECT num FROM tombstone WHERE epoch > ?", (since,)).fetchall(), np.int64)
+                fresh = numbers(db, "SELECT num FROM tombstone WHERE epoch > ?", since)
             segments = [self.map_segment(info) for info in infos]
             if any(segment.problem for segment in segments) and self.catalog.data_version() != version:
                 continue  # the files were replaced by a repack after the catalogue was read
             break
         if len(fresh):
-            known = np.concatenate([known, fresh.ravel()])
+            known = np.concatenate([known, fresh])
         self._tombstones = (epoch, known)
         self._mapped = {segment.info.sid: segment for segment in segments}
         self._indexes.keep(indexes.values())
@@ -242,13 +242,16 @@ class Storage:
         """What ``Part.search`` takes to look only at items whose metadata match: bool by item number."""
         clause, parameters = filter_clause(where)
         with self.catalog.reading() as db:
-            nums = db.execute(
+            nums = numbers(
+                db,
                 f"SELECT num FROM item WHERE added_epoch <= ? AND (deleted_epoch = 0 OR deleted_epoch > ?) AND "
                 f"{clause}",
-                (snapshot.epoch, snapshot.epoch, *parameters),
-            ).fetchall()
+                snapshot.epoch,
+                snapshot.epoch,
+                *parameters,
+            )
         allowed = np.zeros(snapshot.num_limit, bool)
-        allowed[np.array(nums, np.int64).ravel()] = True
+        allowed[nums] = True
         return allowed
 
     def build_index(

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from bowerbird.errors import CorruptionError, InputError, UnknownNameError, UpgradeError
 from bowerbird.gallery import ingest
-from bowerbird.gallery.catalog import DISK_FULL, disk_full
+from bowerbird.gallery.catalog import DISK_FULL, disk_full, numbers
 from bowerbird.gallery.segments import IDS, Batch, SegmentInfo, SegmentWriter, crc_of, sync_folder
 from bowerbird.gallery.snapshot import Snapshot, UpgradeState
 from bowerbird.gallery.space import Item, Space
@@ -237,7 +237,7 @@ class Store:
         by_default = np.concatenate([np.sort(part.nums) for part in parts])
         queue = complete_order(order, by_default, snapshot.num_limit)
         with self.catalog.reading() as db:
-            pending = np.array(db.execute("SELECT num FROM pending ORDER BY num").fetchall(), np.int64).ravel()
+            pending = numbers(db, "SELECT num FROM pending ORDER BY num")
         plan = np.concatenate([queue, pending])
         plan_file = f"{secrets.token_hex(6)}.i64"
         _write_durably(self.path / "plan" / plan_file, plan)
@@ -465,7 +465,6 @@ class Store:
         Raises:
             UpgradeError: If none is under way.
         """
-        snapshot = self.snapshot()
         with self.catalog.reading() as db:
             upgrade = _require_upgrade(db)
             tasks = dict(
@@ -482,7 +481,8 @@ class Store:
                 "0 ORDER BY num",
                 (upgrade.id,),
             ).fetchall()
-        by_space = {part.space.fingerprint: part.count for part in snapshot.parts}
+        # After the tasks: a commit between the two looks must not seem complete before its items have moved.
+        by_space = {part.space.fingerprint: part.count for part in self.snapshot().parts}
         return Progress(by_space, tasks, queued, failures)
 
     def finish_upgrade(self, *, verified: bool, leave_pending: bool = False) -> None:
@@ -649,20 +649,15 @@ class Store:
         ).fetchall():
             segment = self.storage.map_segment(SegmentInfo(*row))
             has[segment.nums] = True
-        live = np.array(
-            db.execute("SELECT num FROM item WHERE deleted_epoch = 0 ORDER BY num").fetchall(), np.int64
-        ).ravel()
+        live = numbers(db, _LIVE)
         return live[~has[live]].tolist()
 
     def _without_old_vector(self, snapshot: Snapshot) -> NDArray[np.int64]:
         has = np.zeros(snapshot.num_limit, bool)
-        for segment in snapshot.segments:
-            if segment.info.space in snapshot.stack[:-1]:
-                has[segment.nums] = True
+        for part in snapshot.parts_below:
+            has[part.nums] = True
         with self.catalog.reading() as db:
-            live = np.array(
-                db.execute("SELECT num FROM item WHERE deleted_epoch = 0 ORDER BY num").fetchall(), np.int64
-            ).ravel()
+            live = numbers(db, _LIVE)
         return live[~has[live]]
 
     def _remove_plans(self) -> None:
@@ -676,6 +671,7 @@ class Store:
                     file.unlink(missing_ok=True)
 
 
+_LIVE = "SELECT num FROM item WHERE deleted_epoch = 0 ORDER BY num"
 _ITEM_IDS = "SELECT id FROM item WHERE num IN (SELECT value FROM json_each(?)) ORDER BY num"
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bowerbird.gallery import ann
+from bowerbird.gallery.catalog import numbers
 from bowerbird.gallery.segments import IDS, SUFFIX, MappedSegment, crc_of
 
 if TYPE_CHECKING:
@@ -69,14 +70,13 @@ def verify(storage: Storage) -> Report:
 def _verify(storage: Storage, snapshot: Snapshot) -> Report:
     with storage.catalog.reading() as db:
         quick = [row[0] for row in db.execute("PRAGMA quick_check(5)")]
-        live = np.array(
-            db.execute(
-                "SELECT num FROM item WHERE added_epoch <= ? AND (deleted_epoch = 0 OR deleted_epoch > ?)",
-                (snapshot.epoch, snapshot.epoch),
-            ).fetchall(),
-            np.int64,
-        ).ravel()
-        pending = np.array(db.execute("SELECT num FROM pending").fetchall(), np.int64).ravel()
+        live = numbers(
+            db,
+            "SELECT num FROM item WHERE added_epoch <= ? AND (deleted_epoch = 0 OR deleted_epoch > ?)",
+            snapshot.epoch,
+            snapshot.epoch,
+        )
+        pending = numbers(db, "SELECT num FROM pending")
         tasks = db.execute(
             "SELECT plan_file, lo, hi, crc FROM task JOIN upgrade ON upgrade.id = task.upgrade "
             "WHERE upgrade.state IN ('running', 'paused', 'covered') ORDER BY upgrade, lo"

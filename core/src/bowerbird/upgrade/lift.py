@@ -14,7 +14,7 @@ N items, D width of a space.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from bowerbird.gallery.space import Item
 
 TASK_ITEMS = 65_536  # a transform is cheap: what costs is the commit
+WORKER_LOADER = "bowerbird.upgrade.lift:lift_in_worker"
 
 
 def lifted_space(transform: VectorTransform, new: Space) -> Space:
@@ -178,6 +179,11 @@ def refuse_second_lift(gallery: Gallery, new: Space) -> None:
             f"the vectors of {gallery.path} were lifted to {new} already; a second map would only add its error. "
             f"`bowerbird upgrade run {gallery.path} --to ENCODER` replaces them by the encoder's own"
         )
+
+
+def lift_in_worker(settings: Mapping[str, Any], gallery: Gallery, space: Space, index: int) -> ItemEncoder:
+    """The encoder of a worker process (``Job.loader``)."""
+    return lifter(gallery)
 
 
 def refuse_without_images(gallery: Gallery, encoder: ItemEncoder) -> None:

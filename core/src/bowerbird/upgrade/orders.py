@@ -13,7 +13,8 @@ regularization for compatible representation learning" (arXiv 2509.16664) does. 
 requests: what people ask for most is new first.
 
 An order is a function of item numbers and old vectors. One that needs more says so by an attribute: ``needs_labels``
-(it is called with ``labels=``, one per item, ``None`` without one) and ``needs_names`` (``names=``, the item ids).
+(it is called with ``labels=``, one per item, ``None`` without one) and ``needs_names`` (``names=``, the item ids). One
+that does not look at vectors says ``needs_vectors = False``, and is called with ``None`` in their place.
 
 Shapes: N items, D width of the old vectors, C classes.
 """
@@ -47,6 +48,9 @@ def random_order(ids: Any, old_vectors: Any = None, *, seed: int = 0, centers: A
         int64 ``(N,)``, a permutation of 0..N-1: what is moved first stands first.
     """
     return np.random.default_rng(seed).permutation(len(ids)).astype(np.int64)
+
+
+random_order.needs_vectors = False  # type: ignore[attr-defined]
 
 
 def uncertainty_order(
@@ -192,6 +196,7 @@ def traffic_order(
 
 
 traffic_order.needs_names = True  # type: ignore[attr-defined]
+traffic_order.needs_vectors = False  # type: ignore[attr-defined]
 
 
 def read_traffic(path: str) -> dict[str, float]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import secrets
 import socket
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,13 +37,14 @@ from bowerbird.upgrade.watch import WatchEntry, WatchSet, freeze_watch, watch
 if TYPE_CHECKING:
     from bowerbird.gallery.gallery import Gallery
     from bowerbird.gallery.snapshot import UpgradeState
-    from bowerbird.gallery.space import Space
+    from bowerbird.gallery.space import Item, Space
     from bowerbird.gallery.store import Lease
     from bowerbird.gallery.transform import VectorTransform
 
 LEASE_SECONDS = 120.0
 TASK_ITEMS = 512
 WATCH_EVERY = 0.05
+ITEMS_AT_ONCE = 50_000  # whose ids or metadata are in hand at once
 STORE_PATIENCE = 300.0  # seconds for which a store may stay away
 IDLE_SECONDS = 0.1  # between two looks, while the rest is in the hands of other workers
 
@@ -233,20 +235,48 @@ def backfill_plan(
     parts = [part for part in gallery.snapshot().parts if part.count]
     if centers is not None and len(parts) > 1:
         raise InputError("an upgrade on top of another has old vectors of several spaces; give label_key, not centers")
+    registry = get_registry()
+    target = registry.load(registry.get("retriever", order, role="order"))
     plan = [np.empty(0, np.int64)]
     for part in parts:  # the oldest space first: those items gain most
         nums = np.sort(part.nums)  # the plan must not depend on where rows happen to lie
-        around = _centers(gallery, nums, part, centers, label_key)
-        rows = part.vectors_of(nums)
-        more = _what_it_needs(gallery, order, nums, label_key)
+        around, more, rows = centers, {}, None
+        if getattr(target, "needs_vectors", True):
+            # Not a copy of a whole gallery, where its rows lie in this order and precision anyway.
+            as_stored = gallery.storage.dtype == "float32" and np.array_equal(nums, part.nums)
+            rows = part.vectors() if as_stored else part.vectors_of(nums)
+            labels = None if label_key is None else _labels(gallery, nums, label_key)
+            if labels is not None and getattr(target, "needs_labels", False):
+                more["labels"] = labels
+            if labels is not None and centers is None:
+                around = class_means(rows, labels)
+        if getattr(target, "needs_names", False):
+            more["names"] = [item.id for item in _items(gallery, nums)]
         plan.append(nums[order_positions(order, nums, rows, settings=settings, seed=seed, centers=around, **more)])
     return np.concatenate(plan)
+
+
+def _items(gallery: Gallery, nums: np.ndarray) -> Iterator[Item]:
+    for start in range(0, len(nums), ITEMS_AT_ONCE):
+        found = gallery.store.items(nums[start : start + ITEMS_AT_ONCE])
+        yield from (found[num] for num in nums[start : start + ITEMS_AT_ONCE].tolist())
+
+
+def _labels(gallery: Gallery, nums: np.ndarray, label_key: str) -> list[Any]:
+    found = (item.metadata.get(label_key) for item in _items(gallery, nums))
+    # One object per class, not one per item.
+    labels = [sys.intern(label) if isinstance(label, str) else label for label in found]
+    if all(label is None for label in labels):
+        raise InputError(
+            f"no item of {gallery.path} has the metadata key {label_key!r}, from which classes were to be read"
+        )
+    return labels
 
 
 def order_positions(
     order: str,
     ids: np.ndarray,
-    old_vectors: np.ndarray,
+    old_vectors: np.ndarray | None,
     *,
     settings: Mapping[str, Any] | None = None,
     seed: int = 0,
@@ -255,7 +285,8 @@ def order_positions(
 ) -> np.ndarray:
     """Positions 0..N-1 in the order of the record ``order``, checked to be a permutation.
 
-    ``more``: what the order says it needs, ``labels`` or ``names`` (see ``bowerbird.upgrade.orders``).
+    ``old_vectors`` may be ``None`` for an order that says it needs none. ``more``: what else it says it needs,
+    ``labels`` or ``names`` (see ``bowerbird.upgrade.orders``).
     """
     registry = get_registry()
     record = registry.get("retriever", order, role="order")
@@ -273,30 +304,6 @@ def order_positions(
             f"order {record.name!r} ({record.target}) returned no permutation of 0..{len(ids) - 1}: {positions.shape}"
         )
     return positions.astype(np.int64)
-
-
-def _what_it_needs(gallery: Gallery, order: str, nums: np.ndarray, label_key: str | None) -> dict[str, Any]:
-    registry = get_registry()
-    target = registry.load(registry.get("retriever", order, role="order"))
-    wants_labels = getattr(target, "needs_labels", False) and label_key is not None
-    if not wants_labels and not getattr(target, "needs_names", False):
-        return {}
-    items = gallery.store.items(nums)
-    if label_key is not None and wants_labels:
-        return {"labels": [items[num].metadata.get(label_key) for num in nums.tolist()]}
-    return {"names": [items[num].id for num in nums.tolist()]}
-
-
-def _centers(gallery: Gallery, nums: np.ndarray, part: Any, centers: Any, label_key: str | None) -> Any:
-    if centers is not None or label_key is None:
-        return centers
-    items = gallery.store.items(nums)
-    labels = [items[num].metadata.get(label_key) for num in nums.tolist()]
-    if all(label is None for label in labels):
-        raise InputError(
-            f"no item of {gallery.path} has the metadata key {label_key!r}, from which classes were to be read"
-        )
-    return class_means(part.vectors_of(nums), labels)
 
 
 @dataclass
@@ -437,7 +444,7 @@ def run(
         rate: At most so many items per second.
         stop_after: End once this call has committed so many items (at the end of the task that reaches it).
         stop_at_items: End once so many items of the gallery are in the new space, whoever moved them. Tasks are
-            committed whole and workers decide each for itself: at most one task per worker goes beyond.
+            committed whole: the task that reaches it may go beyond, and no other, however many workers there are.
         stop_at_share: End once this share of the live items is new; as exact as ``stop_at_items``.
         watch_every: Measure the watch set after each such share of the gallery; 0.05 where only ``max_nfr`` is given.
         max_nfr: Pause the upgrade once a measurement shows a higher rate of negative flips against the old system.

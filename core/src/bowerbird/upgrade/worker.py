@@ -113,7 +113,8 @@ def main() -> int:
     It ends when it is done, on SIGINT and SIGTERM (the task in hand is given back), and when its input is closed: then
     the process that started it is gone, and nobody would see what this one does.
     """
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: whoever starts a command with `&` has it ignored
+        signal.signal(number, _interrupt)
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # for people
     # Libraries print what they like; standard output is for events alone.
     events = os.fdopen(os.dup(1), "w", encoding="utf-8")
