@@ -14,7 +14,7 @@ No torch but in ``residual_mlp``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -39,17 +39,18 @@ class Moments:
     xx: Matrix
     yx: Matrix
     yy: float
+    width: int = 0  # of the source before it was reduced (``row_space``); 0: it was not
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(
             self.count + other.count, self.x + other.x, self.y + other.y, self.xx + other.xx, self.yx + other.yx,
-            self.yy + other.yy,
+            self.yy + other.yy, self.width,
         )  # fmt: skip
 
     def __sub__(self, other: Moments) -> Moments:
         return Moments(
             self.count - other.count, self.x - other.x, self.y - other.y, self.xx - other.xx, self.yx - other.yx,
-            self.yy - other.yy,
+            self.yy - other.yy, self.width,
         )  # fmt: skip
 
 
@@ -83,6 +84,38 @@ def moments(source: NDArray, target: NDArray, rows: NDArray[np.int64]) -> list[M
             )  # fmt: skip
         made.append(total)
     return made
+
+
+def row_space(vectors: NDArray, rows: NDArray[np.int64]) -> NDArray[np.float32] | None:
+    """Orthonormal columns ``(D, R)`` that span the vectors at ``rows``, where those are fewer than D; else ``None``.
+
+    Ridge regression on fewer pairs than dimensions has its answer in there, and R x R matrices cost a fraction.
+    """
+    if len(rows) >= vectors.shape[1]:
+        return None
+    return np.linalg.qr(unit(vectors[rows]).T.astype(np.float64))[0].astype(np.float32)
+
+
+class Reduced:
+    """Pairs in the spaces that those at ``rows`` span, and the way back of a map that was fitted there."""
+
+    def __init__(self, source: NDArray, target: NDArray, rows: NDArray[np.int64]) -> None:
+        self.width = source.shape[1]
+        self.from_x, self.from_y = row_space(source, rows), row_space(target, rows)
+        self.x = source if self.from_x is None else unit(source) @ self.from_x
+        self.y = target if self.from_y is None else unit(target) @ self.from_y
+
+    def moments(self, rows: NDArray[np.int64]) -> list[Moments]:
+        """Of pairs that are among those of the spaces."""
+        return [replace(part, width=self.width) for part in moments(self.x, self.y, rows)]
+
+    def lift(self, made: LinearMap) -> LinearMap:
+        weight, bias = made.weight, made.bias
+        if self.from_x is not None:
+            weight = weight @ self.from_x.T
+        if self.from_y is not None:
+            weight, bias = self.from_y @ weight, None if bias is None else self.from_y @ bias
+        return LinearMap(weight, bias, made.settings)
 
 
 def unit(rows: NDArray) -> NDArray[np.float32]:
@@ -150,7 +183,7 @@ class _Ridge:
         self.cross = total.yx / n - np.outer(self.mean_y, self.mean_x)
         values, self.basis = np.linalg.eigh(covariance)
         self.values = np.maximum(values, 0)
-        self.unit = max(float(self.values.mean()), 1e-12)
+        self.unit = max(float(self.values.sum()) / (total.width or len(self.values)), 1e-12)
 
     def solve(self, strength: float) -> tuple[Matrix, Matrix]:
         weight = (self.cross @ self.basis / (self.values + strength * self.unit)) @ self.basis.T

@@ -9,6 +9,7 @@ N pairs, Di and Do widths of the source and of the target. No torch, but for ``k
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
@@ -20,9 +21,9 @@ from bowerbird.errors import DataError, InputError, SpaceError, did_you_mean
 from bowerbird.gallery.space import Space
 from bowerbird.gallery.transform import Step, VectorTransform, check_direction
 from bowerbird_compat import adapter_maps
-from bowerbird_compat.adapter_verdict import Direction, Verdict, judge_transform
+from bowerbird_compat.adapter_verdict import MIN_HELD_OUT, Direction, Verdict, judge_transform
 
-__all__ = ["Direction", "Kind", "Verdict", "check_direction", "fit_adapter", "judge_transform"]
+__all__ = ["Direction", "Kind", "Verdict", "check_direction", "fit_adapter", "judge_transform", "split_pairs"]
 
 Kind = Literal["auto", "procrustes", "low-rank", "ridge", "mlp"]
 KINDS: tuple[Kind, ...] = (
@@ -33,6 +34,7 @@ KINDS: tuple[Kind, ...] = (
 )  # the simpler first: it wins where the better one is not clearly so
 
 MIN_PAIRS = 50
+MIN_FITTED = 30  # of them to fit on
 MAX_JUDGED = 10_000  # held-out pairs beyond that tell nothing more
 MAX_CHOSEN = 5_000
 
@@ -57,7 +59,8 @@ def fit_adapter(
     """Fit a map from the source space to the target space, and measure it on held-out pairs.
 
     Args:
-        source: ``(N, Di)`` vectors, in any scale; at least 50 pairs.
+        source: ``(N, Di)`` vectors, in any scale; at least 50 pairs. Of equal vectors only the first counts: a copy
+            that is held out would be measured on what the map was fitted on.
         target: ``(N, Do)``; row i is the same item as row i of ``source``.
         kind: ``procrustes`` (orthogonal: keeps angles), ``ridge`` (affine), ``low-rank`` (affine through few
             directions), ``mlp`` (``ridge`` plus a small network). ``auto``: the one that retrieves best on a part of
@@ -90,17 +93,11 @@ def fit_adapter(
     _check_settings(kind, held_out, ridge, rank, hidden, steps)
     if len(x) != len(y):
         raise InputError(f"{len(x)} source and {len(y)} target vectors do not pair: one of each item is needed.")
-    if len(x) < MIN_PAIRS:
-        raise InputError(
-            f"{len(x)} pairs are too few to fit a map and to judge it; at least {MIN_PAIRS} are needed, and "
-            f"{pairs_wanted(x.shape[1], y.shape[1])} or more for these widths."
-        )
     if labels is not None and len(labels) != len(x):
         raise InputError(f"{len(labels)} labels for {len(x)} pairs.")
-
-    order = np.random.default_rng(seed).permutation(len(x))
-    judged, rest = np.split(order, [min(round(held_out * len(x)), MAX_JUDGED)])
-    chosen, fitted = np.split(rest, [min(len(rest) // 5, MAX_CHOSEN)])
+    wanted = pairs_wanted(x.shape[1], y.shape[1])
+    judged, rest = split_pairs(x, y, held_out=held_out, seed=seed)
+    chosen, fitted = np.split(rest, [min(max(len(rest) // 5, MIN_HELD_OUT), MAX_CHOSEN)])
     ends = {"source": _fingerprint(source_space), "target": _fingerprint(target_space)}
 
     def made_of(steps: tuple[Step, ...]) -> VectorTransform:
@@ -114,7 +111,7 @@ def fit_adapter(
     evidence: dict[str, Any] = {}
     if kind == "auto":
         # A network with more weights than there are numbers to fit takes minutes and is never chosen.
-        tried = [name for name in KINDS if name != "mlp" or len(fitted) >= pairs_wanted(x.shape[1], y.shape[1])]
+        tried = [name for name in KINDS if name != "mlp" or len(fitted) >= wanted]
         scores = {name: judge(made_of(maps.make(name)[0]), chosen) for name in tried}
         means = {name: verdict.kept[0] for name, verdict in scores.items()}
         best = max(means, key=lambda name: means[name])
@@ -124,7 +121,6 @@ def fit_adapter(
     steps_made, settings = maps.make(kind, everything=True)
     transform = made_of(steps_made)
     verdict = judge(transform, judged)
-    wanted = pairs_wanted(x.shape[1], y.shape[1])
     evidence |= {"kind": kind, "settings": settings, "fitted_on": len(rest), "seed": seed, **verdict.evidence()}
     if len(rest) < wanted:
         evidence["sentence"] += (
@@ -132,6 +128,38 @@ def fit_adapter(
             "better."
         )
     return replace(transform, evidence=evidence)
+
+
+def split_pairs(
+    source: NDArray, target: NDArray, *, held_out: float = 0.25, seed: int = 0
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Positions of the pairs to judge by, and of those to fit on, drawn with ``seed``; copies are in neither.
+
+    Args:
+        source: ``(N, Di)``; a row that is equal to an earlier one is a copy.
+        target: ``(N, Do)``.
+        held_out: Share to judge by, in (0, 1); at most 10,000 pairs.
+
+    Raises:
+        InputError: (a ``ValueError``) Too few different pairs; it says how many are needed.
+    """
+    different = _first_of_equals(source)
+    least = max(MIN_PAIRS, math.ceil(MIN_HELD_OUT / held_out), math.ceil(MIN_FITTED / (1 - held_out)))
+    if len(different) < least:
+        copies = f" ({len(different)} different ones)" if len(different) < len(source) else ""
+        raise InputError(
+            f"{len(source)} pairs are too few{copies} to fit a map and to judge it; at least {least} are needed, and "
+            f"{pairs_wanted(source.shape[1], target.shape[1])} or more for these widths."
+        )
+    order = different[np.random.default_rng(seed).permutation(len(different))]
+    judged, rest = np.split(order, [min(round(held_out * len(order)), MAX_JUDGED)])
+    return judged, rest
+
+
+def _first_of_equals(rows: NDArray) -> NDArray[np.int64]:
+    """Positions of the rows that are equal to no earlier one, in order."""
+    digests = np.fromiter((hash(row.tobytes()) for row in rows), np.int64, len(rows))
+    return np.sort(np.unique(digests, return_index=True)[1])
 
 
 def pairs_wanted(dim_in: int, dim_out: int) -> int:
@@ -148,18 +176,21 @@ class _Maps:
     ) -> None:  # fmt: skip
         self.x, self.y, self.fitted, self.chosen = x, y, fitted, chosen
         self.ridge, self.rank, self.hidden, self.steps, self.seed = ridge, rank, hidden, steps, seed
-        self.parts = adapter_maps.moments(x, y, fitted)
-        self.more = adapter_maps.moments(x, y, chosen)
+        self.space = adapter_maps.Reduced(x, y, np.concatenate([fitted, chosen]))
+        self.parts, self.more = self.space.moments(fitted), self.space.moments(chosen)
         self._mlp: tuple[tuple[Step, ...], dict[str, Any]] | None = None
 
     def make(self, kind: str, *, everything: bool = False) -> tuple[tuple[Step, ...], dict[str, Any]]:
         parts = [a + b for a, b in zip(self.parts, self.more, strict=True)] if everything else self.parts
-        if kind == "procrustes":
+        if kind == "procrustes":  # turns the whole space, so that there is nothing to reduce
+            rows = np.concatenate([self.fitted, self.chosen]) if everything else self.fitted
+            if self.space.x is not self.x or self.space.y is not self.y:
+                parts = adapter_maps.moments(self.x, self.y, rows)
             linear = adapter_maps.procrustes(parts)
         elif kind == "low-rank":
-            linear = adapter_maps.low_rank(parts, self.ridge, self.rank)
+            linear = self.space.lift(adapter_maps.low_rank(parts, self.ridge, self.rank))
         else:
-            linear = adapter_maps.ridge(parts if kind == "ridge" else self.parts, self.ridge)
+            linear = self.space.lift(adapter_maps.ridge(parts if kind == "ridge" else self.parts, self.ridge))
         if kind != "mlp":
             return linear.steps(), dict(linear.settings)
         if self._mlp is None:  # it needs the other pairs to stop by, so there is only one

@@ -287,7 +287,7 @@ def fit_forward_transform(
     if steps is None:
         steps = min(80 * per_epoch, MAX_STEPS) if epochs is None else epochs * per_epoch
     total = steps
-    optimiser = torch.optim.Adam(psi.parameters(), lr=lr, weight_decay=weight_decay)
+    optimiser = torch.optim.Adam(psi.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
     rising = round(warmup * total)
     draws = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.int64)

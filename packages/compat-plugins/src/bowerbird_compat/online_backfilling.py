@@ -280,7 +280,7 @@ def _fit(
         psi = ReverseQueryTransform(source.shape[1], target.shape[1], hidden)
         rho = _identity_linear(source.shape[1], source.shape[1]) if learn_new else None
     modules = nn.ModuleList([psi] if rho is None else [psi, rho]).to(source.device)
-    optimiser = torch.optim.Adam(modules.parameters(), lr=lr)
+    optimiser = torch.optim.Adam(modules.parameters(), lr=lr, fused=True)
     with torch.enable_grad():
         order = torch.empty(0, dtype=torch.int64)
         for _ in range(steps):

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from bowerbird.errors import InputError, SpaceError, UpgradeError
+from bowerbird.errors import SpaceError, UpgradeError
 from bowerbird.gallery.transform import VectorTransform
 from bowerbird_compat.adapter_verdict import Direction, judge_transform
-from bowerbird_compat.adapters import MIN_PAIRS, Kind, fit_adapter
+from bowerbird_compat.adapters import MIN_PAIRS, Kind, fit_adapter, pairs_wanted, split_pairs
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -28,8 +28,7 @@ if TYPE_CHECKING:
     from bowerbird.gallery.space import Space
     from bowerbird.upgrade.strategies import TrainingPairs
 
-HELD_OUT = 0.25
-MAX_JUDGED = 10_000
+MANY_WEIGHTS = 512**2  # of a map; a plan fits it on one core, and more weights get fewer steps
 
 
 class Adapter:
@@ -91,14 +90,19 @@ class ReverseTransform(Adapter):
     name = "compat:reverse-transform"
 
     def fit(  # type: ignore[override]  # settings of its own
-        self, pairs: TrainingPairs, *, seed: int = 0, hidden: int | None = None, steps: int = 600, lr: float = 5e-3,
-        batch_size: int = 128, temperature: float = 0.1,
+        self, pairs: TrainingPairs, *, seed: int = 0, hidden: int | None = None, steps: int | None = None,
+        lr: float = 5e-3, batch_size: int = 128, temperature: float = 0.1,
     ) -> VectorTransform:  # fmt: skip
-        """From the new space to the old one; settings as in ``fit_reverse_transform``, labels where there are any."""
+        """From the new space to the old one; settings as in ``fit_reverse_transform``, labels where there are any.
+
+        ``steps``: default 600, or 200 for widths above 512.
+        """
         from bowerbird_compat.online_backfilling import MetricCompatibleLoss, fit_reverse_transform
         from bowerbird_compat.vector_transforms import to_vector_transform
 
-        judged, rows = _split(self.name, len(pairs), seed)
+        if steps is None:
+            steps = 600 if pairs.new.shape[1] * pairs.old.shape[1] <= MANY_WEIGHTS else 200
+        judged, rows = split_pairs(pairs.new, pairs.old, seed=seed)
         rows, classes = _labelled(pairs, rows)
         loss = None if classes is None else MetricCompatibleLoss(temperature)
         psi = fit_reverse_transform(
@@ -129,16 +133,21 @@ class Lift:
         _check_spaces(self.name, old, new)
 
     def fit(
-        self, pairs: TrainingPairs, *, seed: int = 0, kind: Literal["forward"] | Kind = "forward", **settings: Any
+        self, pairs: TrainingPairs, *, seed: int = 0, kind: Literal["forward"] | Kind | None = None, **settings: Any
     ) -> VectorTransform:
         """From the old space to the new one.
 
         Args:
             pairs: A paired sample; labels are used where there are any.
             seed: Of every draw.
-            kind: ``forward``: the network of BiCT; any other kind is one of ``fit_adapter``.
+            kind: ``forward``: the network of BiCT; any other kind is one of ``fit_adapter``. Default: ``forward`` with
+                ``pairs_wanted`` pairs or more; with fewer, a network has more weights than there are numbers to fit,
+                and a map in closed form is chosen (``auto``).
             settings: Of ``fit_forward_transform``, or of ``fit_adapter``.
         """
+        if kind is None:
+            few = len(pairs) < pairs_wanted(pairs.old.shape[1], pairs.new.shape[1])
+            kind = "auto" if few and len(pairs) >= MIN_PAIRS and not settings else "forward"
         if kind != "forward":
             made = fit_adapter(
                 pairs.old, pairs.new, kind=kind, source_space=pairs.old_space, target_space=pairs.new_space,
@@ -149,7 +158,7 @@ class Lift:
         from bowerbird_compat.bict import fit_forward_transform
         from bowerbird_compat.vector_transforms import to_vector_transform
 
-        judged, rows = _split(self.name, len(pairs), seed)
+        judged, rows = split_pairs(pairs.old, pairs.new, seed=seed)
         rows, classes = _labelled(pairs, rows)
         # Some thousand vectors need few and large steps; the defaults of fit_forward_transform are for large sets.
         settings = ({"steps": 400, "lr": 3e-3} if len(rows) < 20_000 else {}) | settings
@@ -180,18 +189,6 @@ def _check_spaces(name: str, old: Space, new: Space) -> None:
             f"strategy {name!r} sorts distances of both spaces in one list, but {old.encoder} uses {old.metric} "
             f"and {new.encoder} uses {new.metric}."
         )
-
-
-def _split(name: str, number: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """``(held out, to fit on)``."""
-    if number < MIN_PAIRS:
-        raise InputError(
-            f"strategy {name!r} fits a map on items that both encoders have encoded: {number} pairs are too few, at "
-            f"least {MIN_PAIRS} are needed, better some thousands. Take a larger sample."
-        )
-    order = np.random.default_rng(seed).permutation(number)
-    held_out, rest = np.split(order, [min(round(HELD_OUT * number), MAX_JUDGED)])
-    return held_out, rest
 
 
 def _labelled(pairs: TrainingPairs, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
