@@ -106,17 +106,19 @@ def plan(gallery: str, to: str, old: str | None, queries: str | None, split: str
     with _open(gallery, readonly=True) as opened:
         new_encoder = _encoder(to, batch_size, device)
         old_encoder = _old_encoder(opened, old, batch_size, device, required=_as_images(queries))
-        made = make_plan(
-            opened,
-            new_encoder,
-            old_encoder=old_encoder,
-            queries=_queries(queries, split),
-            strategies=strategies or None,
-            mergers=mergers or None,
-            order=order or "core:random",
-            order_settings=_settings(overrides) or None,
-            **settings,
-        )
+        with _steps(show_it=sys.stderr.isatty()) as progress:
+            made = make_plan(
+                opened,
+                new_encoder,
+                old_encoder=old_encoder,
+                queries=_queries(queries, split),
+                strategies=strategies or None,
+                mergers=mergers or None,
+                order=order or "core:random",
+                order_settings=_settings(overrides) or None,
+                progress=progress,
+                **settings,
+            )
         for out in outs or _latest_plan(opened):
             made.save(out)
     if as_json:
@@ -194,7 +196,8 @@ def serve(gallery: str, images: tuple[str, ...], queries: str | None, k: int, wh
 @click.option("--compatible", is_flag=True, help="The new encoder was trained for the old one: register that relation.")
 @click.option("--order", help="What is moved first. [default: core:random]")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A setting of the order (TOML).")
-@click.option("--merger", help="What joins the hits of old and new vectors. [default: the strategy's]")
+@click.option("--merger", help="What joins the hits of old and new vectors. "
+              "[default: that of the last plan for these encoders and this strategy, else the strategy's]")  # fmt: skip
 @click.option("--transform", type=click.Path(exists=True, dir_okay=False), metavar="FILE",
               help="The map of adapter or reverse-transform. [default: fitted on a sample]")  # fmt: skip
 @click.option("--accept-poor-transform", is_flag=True, help="Also a map that held-out pairs say is of no use.")
@@ -264,6 +267,11 @@ def run(gallery: str, to: str | None, old: str | None, on_top: bool, compatible:
             strategy = begin_settings.get("strategy") or (state.strategy if state is not None else saved.strategy)
             stop_at_share = share_for_gain(saved, stop_at_gain, strategy)
             click.echo(f"{stop_at_gain:.0%} of the gain are forecast at {stop_at_share:.1%} of the gallery", err=True)
+        if begins and "merger" not in begin_settings:
+            planned = _planned_merger(opened, new_encoder.space, begin_settings.get("strategy", "rank-merge"))
+            if planned is not None:
+                begin_settings["merger"] = planned
+                click.echo(f"merger {planned}, as the last plan for these encoders says", err=True)
         settings: dict[str, Any] = dict(begin_settings)
         if overrides:
             settings["order_settings"] = _settings(overrides)
@@ -570,6 +578,26 @@ def _saved_plan(path: str | None, new: Space) -> SavedPlan:
     return saved
 
 
+def _planned_merger(gallery: Gallery, new: Space, strategy: str) -> str | None:
+    """What the last plan recommends for this strategy, where there is one for this pair of encoders."""
+    from pathlib import Path
+
+    from bowerbird.errors import BowerbirdError
+    from bowerbird.upgrade.plan import load_plan
+    from bowerbird.upgrade.strategies import load_strategy
+
+    files = [Path(name) for name in _latest_plan(gallery)]
+    if not files or not files[0].is_file():
+        return None
+    try:
+        saved = load_plan(files[0])
+    except BowerbirdError:
+        return None  # it recommends no upgrade, or cannot be read: then it says nothing of mergers
+    pair = (gallery.snapshot().write_space.fingerprint, new.fingerprint)
+    same = (saved.old, saved.new) == pair and saved.strategy == load_strategy(strategy)[0]
+    return saved.merger if same else None
+
+
 def _old_encoder(
     gallery: Gallery, ref: str | None, batch_size: int, device: str, *, required: bool
 ) -> ItemEncoder | None:
@@ -707,6 +735,22 @@ def _print_status(status: UpgradeStatus, as_json: bool) -> None:
     from bowerbird.upgrade.tables import show, status_text
 
     show(status_text(status))
+
+
+@contextmanager
+def _steps(*, show_it: bool) -> Iterator[Callable[[str, int, int], None] | None]:
+    """A line on standard error that says what is done now."""
+    if not show_it:
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    with bar:
+        line = bar.add_task("planning", total=None)
+        yield lambda what, done, total: bar.update(line, description=what, completed=done, total=total)
 
 
 @contextmanager
