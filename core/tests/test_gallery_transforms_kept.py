@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bowerbird.errors import CorruptionError, GalleryError, InputError, SpaceError
+from bowerbird.errors import CorruptionError, GalleryError, InputError, SnapshotGoneError, SpaceError
 from bowerbird.gallery import Gallery, Space
 from bowerbird.gallery.transform import VectorTransform, check_direction
 
@@ -63,6 +65,27 @@ def test_registering_again_replaces_the_transform(gallery):
     assert len(gallery.transforms()) == 1
 
 
+def test_a_replaced_transform_is_removed_once_it_is_old_and_its_last_reader_looks_again(gallery):
+    first, second = (VectorTransform.linear(B.fingerprint, A.fingerprint, rotation(seed)) for seed in (1, 2))
+    gallery.add([f"i{n}" for n in range(4)], np.eye(8, dtype=np.float32)[:4])
+    gallery.register_transform(first)
+    with Gallery.open(gallery.path) as reader:
+        earlier = reader.snapshot()
+        gallery.register_transform(second)
+        file = gallery.path / "transforms" / f"{first.fingerprint}.safetensors"
+        gallery.compact()
+        assert file.exists(), "somebody may be about to register it"
+        os.utime(file, (0, 0))
+        os.utime(file.with_stem(second.fingerprint), (0, 0))
+        gallery.compact()
+        assert [file.stem for file in file.parent.iterdir()] == [second.fingerprint]
+        query = np.eye(8, dtype=np.float32)[:1]
+        with pytest.raises(SnapshotGoneError, match="was replaced"):
+            reader.search({B.fingerprint: query}, 2, snapshot=earlier)
+        expected = gallery.search({A.fingerprint: second(query)}, 2).ids
+        assert reader.search({B.fingerprint: query}, 2).ids == expected
+
+
 def test_a_transform_of_an_unknown_space_or_of_another_width_is_refused(gallery):
     with pytest.raises(SpaceError, match="does not know"):
         gallery.register_transform(VectorTransform.linear(C.fingerprint, A.fingerprint, np.ones((8, 12))))
@@ -100,7 +123,7 @@ def test_the_right_direction_passes_and_the_reverse_is_refused_with_both_cosines
 @given(seed=st.integers(0, 10_000))
 @settings(max_examples=25, deadline=None)
 def test_a_map_that_knows_nothing_of_the_pairs_is_refused(seed):
-    source, target, _ = pairs(seed)
+    source, _, _ = pairs(seed)
     stranger = VectorTransform.linear("a", "b", np.random.default_rng(seed + 1).normal(size=(8, 8)))
     with pytest.raises(SpaceError, match="cosine"):
         check_direction(stranger, source, -stranger(source))

@@ -51,7 +51,7 @@ class GalleryLockedError(GalleryError):
 
 
 class SnapshotGoneError(GalleryError):
-    """What an earlier snapshot of a gallery showed was dropped since, by `finish`, `rollback` or `compact`."""
+    """What an earlier snapshot of a gallery showed was dropped or replaced since (`finish`, `rollback`, `compact`)."""
 
 
 class StoreUnavailableError(GalleryError):

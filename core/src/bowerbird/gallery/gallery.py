@@ -245,7 +245,7 @@ class Gallery:
                 )
         if pairs is not None:
             check_direction(transform, *pairs)
-        # The file is there before a relation names it. One that is replaced stays, for readers of an earlier epoch.
+        # The file is there before a relation names it. One that is replaced stays for a while: it may be in use.
         self.storage.write_file(_transform_file(transform.fingerprint), transform.to_bytes())
         evidence = {**transform.evidence, "transform": transform.fingerprint, "method": transform.method}
         self.storage.relate(Relation("transform", transform.source, transform.target, evidence))
@@ -271,6 +271,8 @@ class Gallery:
             file = _transform_file(name)
             data = self.storage.read_file(file)
             if data is None:
+                if relation not in self.storage.relations():
+                    raise SnapshotGoneError(f"the transform {name[:12]} of {self.path} was replaced by another one")
                 raise CorruptionError(f"gallery {self.path} has lost its file {file}; register the transform again")
             try:
                 found = VectorTransform.from_bytes(data, f"{self.path}/{file}")

@@ -12,6 +12,7 @@ import os
 import secrets
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from bowerbird.gallery.verify import Report
 
 COPY_ROWS = 65_536
+TRANSFORM_SECONDS = 3600.0  # for which the file of a transform stays that no relation names
 
 
 class Storage:
@@ -426,13 +428,30 @@ class Storage:
             db.execute("UPDATE space SET canary = ? WHERE fingerprint = ?", (passed, fingerprint))
 
     def collect_garbage(self) -> list[str]:
-        """Remove segment and index files that no catalogue row and no writer knows. Returns their names."""
+        """Remove files that the catalogue does not know: segments, indexes, and transforms that were replaced.
+
+        Returns their names.
+        """
         with self._append_lock, self.catalog.writing() as db:  # nobody can commit a new segment meanwhile
             known = {row[0] for row in db.execute("SELECT sid FROM segment")}
             for fingerprint, writer in list(self._writers.items()):
                 if writer.info.sid not in known:
                     self._writers.pop(fingerprint).close()
-            return remove_unused(self.segment_folder, known) + ann.collect_garbage(db, self.path)
+            return [
+                *remove_unused(self.segment_folder, known),
+                *ann.collect_garbage(db, self.path),
+                *self._remove_replaced_transforms(db),
+            ]
+
+    def _remove_replaced_transforms(self, db: sqlite3.Connection) -> list[str]:
+        known = {relation.evidence.get("transform") for relation in read_relations(db)}
+        removed = []
+        for file in sorted((self.path / "transforms").glob("*.safetensors")):
+            # A young one may be about to be registered: its file is written first.
+            if file.stem not in known and time.time() - file.stat().st_mtime > TRANSFORM_SECONDS:
+                file.unlink(missing_ok=True)
+                removed.append(file.name)
+        return removed
 
     def refuse_unreadable(self, snapshot: Snapshot) -> None:
         """Raise ``CorruptionError`` if a live item has no readable vector: copying the others would lose it for

@@ -236,14 +236,26 @@ def _judge(gallery: Gallery, frozen: FrozenWatch, nums: np.ndarray) -> tuple[flo
     if frozen.labels is None or frozen.label_key is None:
         return float("nan"), np.zeros(len(nums), np.int8)
     key = frozen.label_key
-    members: dict[str, list[int]] = {label: [] for label in set(frozen.labels.tolist())}
+    labels = frozen.labels.tolist()
+    # mAP@DEPTH asks which hits are right, and how many items would be, up to DEPTH besides the query itself: a large
+    # gallery is read only until there are so many of every label.
+    some: dict[str, list[int]] = {label: [] for label in labels}
+    wanted = set(labels)
     for item in gallery.items():
         label = str(item.metadata.get(key))
-        if label in members:
-            members[label].append(item.num)
-    relevance = Relevance(
-        [np.array(members[label], np.int64) for label in frozen.labels.tolist()], self_ids=frozen.self_nums
-    )
+        if label in wanted:
+            some[label].append(item.num)
+            if len(some[label]) > DEPTH:
+                wanted.remove(label)
+                if not wanted:
+                    break
+    hits = gallery.store.items(np.unique(nums[nums >= 0]))
+    label_of = {num: str(item.metadata.get(key)) for num, item in hits.items()}
+    positives = [
+        np.array(sorted({*some[label], *(num for num in row if label_of.get(num) == label)}), np.int64)
+        for label, row in zip(labels, nums.tolist(), strict=True)
+    ]
+    relevance = Relevance(positives, self_ids=frozen.self_nums)
     ranked = RankedList(nums)
     right = cmc(ranked, relevance, 1)
     outcome = np.where(right.valid, np.nan_to_num(right.values), -1).astype(np.int8)
