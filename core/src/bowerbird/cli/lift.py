@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -119,8 +120,8 @@ def lift(gallery: str, transform_file: str | None, to: str | None, old_pairs: st
     _exit_if_failed(report)
     if report.reason == "complete":
         click.echo(
-            f"next: bowerbird upgrade finish {opened.path}, or "
-            f"bowerbird upgrade run {opened.path} --to ENCODER --on-top"
+            f"next: bowerbird upgrade finish {shlex.quote(str(opened.path))}, or "
+            f"bowerbird upgrade run {shlex.quote(str(opened.path))} --to ENCODER --on-top"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -328,9 +329,10 @@ def run(gallery: str, to: str | None, old: str | None, on_top: bool, compatible:
     for item, attempts, error in report.failures[:10]:
         click.echo(f"failed ({attempts} of 3 attempts): {item}: {error}", err=True)
     _exit_if_failed(report)
+    named = shlex.quote(str(opened.path))  # a URL has characters that mean something to a shell
     follow = {
-        "complete": f"bowerbird upgrade finish {opened.path}",
-        "stop-rule": f"bowerbird upgrade rollback {opened.path}, or resume",
+        "complete": f"bowerbird upgrade finish {named}",
+        "stop-rule": f"bowerbird upgrade rollback {named}, or resume",
     }.get(report.reason)
     if follow:
         click.echo(f"next: {follow}")
@@ -439,7 +441,7 @@ def rollback(gallery: str, old: str | None, leave_pending: bool, batch_size: int
         return
     if now.covered:
         click.echo(f"rolled back: the upgrade to {now.old['encoder']} below it is as it was, paused")
-        click.echo(f"next: bowerbird upgrade resume {gallery}, or rollback again")
+        click.echo(f"next: bowerbird upgrade resume {shlex.quote(gallery)}, or rollback again")
     else:
         click.echo(f"rolled back: {now.items - pending} items are served by {now.old['encoder']}")
     if pending:

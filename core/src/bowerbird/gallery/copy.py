@@ -96,6 +96,8 @@ def _target(source: Gallery, url: str, space: Space, lock_timeout: float) -> Gal
         known = json.loads(marker) if marker else {}
         if known.get("source") != str(source.path) or known.get("space") != space.fingerprint:
             whose = f"a copy of {known['source']}" if "source" in known else "no copy"
+            if known.get("source") == str(source.path):
+                whose += f" from before it was upgraded to {space}"
             target.close()
             raise GalleryError(
                 f"there is a gallery at {safe_url(url)} already, and it is {whose}: choose another place"
