@@ -471,7 +471,9 @@ class _Way:
                 raise InputError("it is fitted on items that both encoders have encoded; there are none to spare")
             self.transform = strategy.fit(training, seed=seed)  # type: ignore[attr-defined]
             if self.transform.evidence.get("usable") is False:
-                raise UpgradeError(f"its transform does not serve. {self.transform.evidence.get('sentence', '')}")
+                raise UpgradeError(
+                    str(self.transform.evidence.get("sentence") or "its map is of no use on held-out pairs")
+                )
             if direction == "query":
                 self._queries = strategy.old_part_queries(queries, old, new, self.transform)
             else:

@@ -128,7 +128,7 @@ def draw(
     training = np.sort(training)
 
     def weights(nums: np.ndarray) -> np.ndarray:
-        """Of each: items of its class in the gallery, over those in the sample; what is in no class of a query is one."""
+        """Of each: items of its class over those in the sample. What is in no class of a query is one class."""
         classes = [label if (label := labels[num]) in taken else None for num in nums.tolist()]
         drawn = Counter(classes)
         all_of = {**everyone, None: len(labels) - sum(everyone[label] for label in taken)}

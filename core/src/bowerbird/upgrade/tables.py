@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -21,15 +22,14 @@ if TYPE_CHECKING:
     from bowerbird.upgrade.watch import WatchEntry
 
 METRIC_NAMES = {"map": "mAP", "map@100": "mAP@100", "r1": "R@1"}
-SHOWN_SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+SHOWN_SHARES = (0.0, 0.2, 0.5, 0.8, 1.0)
+WIDTH = 120  # of the widest table; a narrower terminal breaks its lines, and cuts nothing
 
 
 def show(*parts: RenderableType) -> None:
-    """To standard output; at least 100 characters wide where that is no terminal."""
+    """To standard output, at least ``WIDTH`` characters wide."""
     console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=max(console.width, 120))
-    console.print(Group(*parts))
+    Console(highlight=False, width=max(console.width, WIDTH)).print(Group(*parts))
 
 
 def plan_table(plan: Plan) -> RenderableType:
@@ -71,10 +71,10 @@ def plan_table(plan: Plan) -> RenderableType:
             if interval is not None:
                 quality.add_row(name, f"{interval.mean:.4f}", f"{interval.low:.4f}", f"{interval.high:.4f}")
         title = f"forecast of {metric} by share of moved items, order {short_name(plan.order)}"
-        curves = Table(title=title, title_justify="left")
+        curves = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
         for column in ("strategy", "merger"):
             curves.add_column(column, no_wrap=True)
-        for column in (*(f"{share:.0%}" for share in SHOWN_SHARES), "area", "over waiting", "flips", "passes"):
+        for column in (*(f"{share:.0%}" for share in SHOWN_SHARES), "area", "over waiting, 95 %", "flips", "passes"):
             curves.add_column(column, justify="right", no_wrap=True)
         name_of = unique_names([curve.name for curve in plan.curves])
         merger_of = unique_names([curve.merger for curve in plan.curves])
@@ -93,14 +93,14 @@ def plan_table(plan: Plan) -> RenderableType:
                 merger_of[curve.merger],
                 *shown,
                 f"{curve.area:.3f}",
-                "" if gain is None else f"{gain.mean:+.3f} ({gain.low:+.3f}..{gain.high:+.3f})",
+                "" if gain is None or not curve.merger else f"{gain.mean:+.3f} {gain.low:+.3f}..{gain.high:+.3f}",
                 f"{curve.max_nfr:.1%}",
                 "" if curve.costs is None else str(curve.costs.encoder_passes),
                 style="bold" if best else None,
             )
         parts += [quality, Text(), curves, *refused, Text()]
-        if plan.trained_on:
-            held = next((curve.items for curve in plan.curves if curve.trained_on), 0)
+        held = next((curve.items for curve in plan.curves if curve.trained_on), 0)
+        if held:
             parts += [Text(f"* fitted on {plan.trained_on} items, forecast on the other {held}"), Text()]
         if plan.orders:
             orders = Table(title=f"orders of the backfill, {plan.recommendation.strategy}", title_justify="left")
