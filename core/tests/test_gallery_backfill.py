@@ -12,7 +12,7 @@ from gallery_world import NEW, OLD, encode, queries, vectors
 from bowerbird.errors import InputError, SpaceError, UpgradeError
 from bowerbird.gallery import Gallery, Space
 from bowerbird.gallery.merge import merge_by_distance
-from bowerbird.gallery.store import LeaseLostError
+from bowerbird.gallery.tasks import LeaseLostError
 from bowerbird.retrieval.index import Hits
 
 NAMES = [f"item-{i:04d}" for i in range(200)]

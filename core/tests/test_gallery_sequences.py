@@ -15,7 +15,7 @@ from sequence_world import V1, V2, V3, V4, VERSIONS, begin, brute_force, encode,
 
 from bowerbird.errors import CorruptionError, UpgradeError
 from bowerbird.gallery import Gallery, Space
-from bowerbird.gallery.store import LeaseLostError
+from bowerbird.gallery.tasks import LeaseLostError
 
 NAMES = [f"id-{n:03d}" for n in range(60)]
 FIRST = [V1, V2, V3]

@@ -15,7 +15,7 @@ from upgrade_world import FakeEncoder, by_item, item_id, make_gallery, new_encod
 from bowerbird.cli import main
 from bowerbird.errors import InputError, SpaceError, UnknownNameError
 from bowerbird.gallery import Gallery, Space
-from bowerbird.gallery.store import LeaseLostError
+from bowerbird.gallery.tasks import LeaseLostError
 from bowerbird.gallery.transform import VectorTransform
 from bowerbird.hookspecs import hookimpl
 from bowerbird.records import RetrieverRecord

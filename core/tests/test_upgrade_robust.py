@@ -13,7 +13,7 @@ from upgrade_world import by_item, item_id, make_gallery, new_encoder, stored
 
 from bowerbird.errors import GalleryLockedError, InputError, StoreUnavailableError
 from bowerbird.gallery import Gallery
-from bowerbird.gallery.store import LeaseLostError
+from bowerbird.gallery.tasks import LeaseLostError
 from bowerbird.registry import get_registry
 from bowerbird.upgrade import ItemEncoder, begin, status
 from bowerbird.upgrade.patience import Patience, may_pass

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from bowerbird.gallery.gallery import Gallery
     from bowerbird.gallery.snapshot import UpgradeState
     from bowerbird.gallery.space import Item, Relation, Space
-    from bowerbird.gallery.store import Lease, Progress, Task
+    from bowerbird.gallery.tasks import Lease, Progress, Task
     from bowerbird.retrieval.index import Hits
 
 # What a store may be able to do beyond the basics. A missing feature is refused when an upgrade is planned or begun.

@@ -11,24 +11,20 @@ it ends them all.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import secrets
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bowerbird.errors import CorruptionError, InputError, UnknownNameError, UpgradeError
-from bowerbird.gallery import ingest
-from bowerbird.gallery.catalog import DISK_FULL, disk_full, numbers
-from bowerbird.gallery.segments import IDS, Batch, SegmentInfo, SegmentWriter, crc_of, sync_folder
+from bowerbird.gallery import ingest, tasks
+from bowerbird.gallery.catalog import numbers
+from bowerbird.gallery.segments import Batch, SegmentInfo, SegmentWriter
 from bowerbird.gallery.snapshot import Snapshot, UpgradeState
 from bowerbird.gallery.space import Item, Space
 from bowerbird.gallery.storage import (
@@ -38,68 +34,10 @@ from bowerbird.gallery.storage import (
     active_upgrades,
     check_same_space,
     insert_space,
-    item_of_row,
     next_epoch,
 )
+from bowerbird.gallery.tasks import MAX_FAILURES, Lease, Progress, Task
 from bowerbird.gallery.vectors import unit_vectors
-
-MAX_FAILURES = 3  # then an item stays on its old vector and is listed
-
-
-class LeaseLostError(UpgradeError):
-    """The task was given to another worker, or the upgrade ended: what this worker encoded is dropped."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """A leased piece of an upgrade.
-
-    Attributes:
-        token: Fencing token; a later lease of the same task has a higher one.
-        items: Live items to encode into the new space, in backfill order.
-    """
-
-    id: int
-    upgrade: int
-    token: int
-    owner: str
-    lease_until: float
-    items: tuple[Item, ...]
-
-    @property
-    def nums(self) -> NDArray[np.int64]:
-        return np.array([item.num for item in self.items], np.int64)
-
-
-@dataclass(frozen=True)
-class Lease:
-    """A task in the hands of a worker; ``lease_until`` (seconds since 1970) moves whenever its owner renews it."""
-
-    task: int
-    owner: str
-    token: int
-    lease_until: float
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Counts of an upgrade.
-
-    Attributes:
-        by_space: Fingerprint -> live items that are searched in it.
-        tasks: Task state (``free``, ``leased``, ``done``, ``failed``) -> tasks.
-        queued: Items in tasks that are not done (an upper bound: deleted ones count until their task is leased).
-        failures: ``(item id, attempts, error)`` of items that could not be encoded.
-    """
-
-    by_space: Mapping[str, int]
-    tasks: Mapping[str, int]
-    queued: int
-    failures: Sequence[tuple[str, int, str]]
-
-    @property
-    def complete(self) -> bool:
-        return self.queued == 0
 
 
 class Store:
@@ -109,6 +47,7 @@ class Store:
         self.storage = storage
         self.catalog = storage.catalog
         self.path = storage.path
+        self.plan_folder = storage.path / "plan"
 
     def snapshot(self) -> Snapshot:
         """The newest committed state."""
@@ -240,7 +179,7 @@ class Store:
             pending = numbers(db, "SELECT num FROM pending ORDER BY num")
         plan = np.concatenate([queue, pending])
         plan_file = f"{secrets.token_hex(6)}.i64"
-        _write_durably(self.path / "plan" / plan_file, plan)
+        tasks.write_durably(self.plan_folder / plan_file, plan)
         packed: list[tuple[SegmentWriter, list[Batch]]] = []
         try:
             for part in parts:
@@ -274,11 +213,11 @@ class Store:
                     ),
                 ).lastrowid  # fmt: skip
                 assert upgrade is not None
-                _insert_tasks(db, upgrade, plan, 0, task_items)
+                tasks.insert_tasks(db, upgrade, plan, 0, task_items)
         except BaseException:
             for writer, _ in packed:
                 abandon(writer)
-            (self.path / "plan" / plan_file).unlink(missing_ok=True)
+            (self.plan_folder / plan_file).unlink(missing_ok=True)
             raise
         for writer, _ in packed:
             writer.committed()
@@ -314,7 +253,7 @@ class Store:
                 if row is None:
                     return None
                 task, lo, hi, crc, token = row
-                items = _live_items(db, self._plan(db, upgrade.id, lo, hi, crc))
+                items = tasks.live_items(db, tasks.read_plan(self.plan_folder, db, upgrade.id, lo, hi, crc))
                 if not items:
                     db.execute("UPDATE task SET state = 'done', owner = NULL WHERE id = ?", (task,))
                     continue
@@ -328,13 +267,13 @@ class Store:
         """Extend a lease while encoding. Raises ``LeaseLostError`` if the task is no longer this worker's."""
         now = time.time() if now is None else now
         with self.catalog.writing() as db:
-            _check_lease(db, task)
+            tasks.check_lease(db, task)
             db.execute("UPDATE task SET lease_until = ? WHERE id = ?", (now + lease_s, task.id))
 
     def release_task(self, task: Task) -> None:
         """Give a task back untouched (a worker that stops)."""
         with self.catalog.writing() as db:
-            _check_lease(db, task)
+            tasks.check_lease(db, task)
             db.execute("UPDATE task SET state = 'free', owner = NULL, lease_until = NULL WHERE id = ?", (task.id,))
 
     def leases(self) -> list[Lease]:
@@ -390,7 +329,7 @@ class Store:
             )
         with self.storage.appending():
             with self.catalog.reading() as db:
-                _check_lease(db, task)
+                tasks.check_lease(db, task)
                 space = _space(db, db.execute("SELECT new FROM upgrade WHERE id = ?", (task.upgrade,)).fetchone()[0])
             rows = unit_vectors(vectors, space.dim, count=len(nums))
             writer = self.storage.writer_for(space)
@@ -400,7 +339,7 @@ class Store:
                     writer.append(rows, nums)
                     batches = writer.sync()
                 with self.catalog.writing() as db:
-                    _check_lease(db, task)
+                    tasks.check_lease(db, task)
                     self.storage.record_batches(db, writer, batches, next_epoch(db)) if batches else None
                     db.execute(
                         "UPDATE task SET state = 'done', owner = NULL, lease_until = NULL, error = NULL WHERE id = ?",
@@ -409,7 +348,7 @@ class Store:
                     done = json.dumps(nums.tolist())
                     for table in ("pending", "failure"):
                         db.execute(f"DELETE FROM {table} WHERE num IN (SELECT value FROM json_each(?))", (done,))
-                    self._requeue_failures(db, task, failed)
+                    tasks.requeue_failures(self.plan_folder, db, task, failed)
             except BaseException:
                 writer.discard()
                 raise
@@ -418,7 +357,7 @@ class Store:
     def fail_task(self, task: Task, error: str) -> None:
         """The whole task failed (not one item of it): back into the queue, or set aside after ``MAX_FAILURES``."""
         with self.catalog.writing() as db:
-            _check_lease(db, task)
+            tasks.check_lease(db, task)
             db.execute(
                 "UPDATE task SET attempts = attempts + 1, error = ?, owner = NULL, lease_until = NULL, "
                 "state = CASE WHEN attempts + 1 >= ? THEN 'failed' ELSE 'free' END WHERE id = ?",
@@ -428,8 +367,8 @@ class Store:
     def retry_failed(self) -> int:
         """Queue every failed task and item again, with its failures forgotten. Returns how many items."""
         with self.catalog.writing() as db:
-            upgrade = _require_upgrade(db)
-            tasks = db.execute(
+            upgrade = tasks.require_upgrade(db)
+            failed = db.execute(
                 "UPDATE task SET state = 'free', attempts = 0 WHERE upgrade = ? AND state = 'failed' RETURNING hi - lo",
                 (upgrade.id,),
             ).fetchall()
@@ -442,14 +381,14 @@ class Store:
             db.execute("DELETE FROM failure WHERE upgrade = ? AND attempts >= ?", (upgrade.id, MAX_FAILURES))
             if nums:
                 self.enqueue(db, np.array(nums, np.int64))
-            return len(nums) + sum(row[0] for row in tasks)
+            return len(nums) + sum(row[0] for row in failed)
 
     def set_state(self, state: str) -> None:
         """``running`` or ``paused``. A paused upgrade serves; it gives out no tasks, and takes those that are out."""
         if state not in ("running", "paused"):
             raise InputError(f"an upgrade's state can be set to 'running' or 'paused', not {state!r}")
         with self.catalog.writing() as db:
-            upgrade = _require_upgrade(db)
+            upgrade = tasks.require_upgrade(db)
             db.execute("UPDATE upgrade SET state = ? WHERE id = ?", (state, upgrade.id))
             next_epoch(db)
 
@@ -466,8 +405,8 @@ class Store:
             UpgradeError: If none is under way.
         """
         with self.catalog.reading() as db:
-            upgrade = _require_upgrade(db)
-            tasks = dict(
+            upgrade = tasks.require_upgrade(db)
+            by_state = dict(
                 db.execute(
                     "SELECT state, count(*) FROM task WHERE upgrade = ? GROUP BY state", (upgrade.id,)
                 ).fetchall()
@@ -483,7 +422,7 @@ class Store:
             ).fetchall()
         # After the tasks: a commit between the two looks must not seem complete before its items have moved.
         by_space = {part.space.fingerprint: part.count for part in self.snapshot().parts}
-        return Progress(by_space, tasks, queued, failures)
+        return Progress(by_space, by_state, queued, failures)
 
     def finish_upgrade(self, *, verified: bool, leave_pending: bool = False) -> None:
         """Serve the newest space only, and drop the vectors of every older one. There is no way back.
@@ -500,7 +439,7 @@ class Store:
         if verified is not True:
             raise UpgradeError("finish drops the old vectors for good; verify the gallery first and pass verified=True")
         with self.catalog.exclusive("finish the upgrade"), self.storage.appending(), self.catalog.writing() as db:
-            upgrade = _require_upgrade(db)
+            upgrade = tasks.require_upgrade(db)
             left = self._without_new_vector(db, upgrade)
             if left and not leave_pending:
                 names = [row[0] for row in db.execute(_ITEM_IDS, (json.dumps(left[:5]),))]
@@ -554,7 +493,7 @@ class Store:
             missing = self._without_old_vector(snapshot)
             if len(snapshot.upgrades) > 1:  # what the upgrade below has queued, its own workers encode
                 with self.catalog.reading() as db:
-                    queued = self._queued(db, snapshot.upgrades[-2], snapshot.num_limit)
+                    queued = tasks.queued_items(self.plan_folder, db, snapshot.upgrades[-2], snapshot.num_limit)
             else:
                 queued = np.zeros(snapshot.num_limit, bool)
             to_encode = missing[~queued[missing]]
@@ -572,7 +511,7 @@ class Store:
                     self.storage.append_rows(old, chunk, encode_old([found[num] for num in chunk.tolist()]))
                 missing = missing[queued[missing]]
             with self.catalog.writing() as db:
-                upgrade = _require_upgrade(db)
+                upgrade = tasks.require_upgrade(db)
                 next_epoch(db)
                 _forget_segments(db, (upgrade.new,))
                 db.execute("DELETE FROM pending")
@@ -590,56 +529,16 @@ class Store:
         """Inside the transaction that ended the upgrade on top: this one is paused, and queues what came meanwhile."""
         db.execute("UPDATE upgrade SET state = 'paused' WHERE id = ?", (upgrade.id,))
         left = np.array(self._without_new_vector(db, upgrade), np.int64)
-        known = self._queued(db, upgrade, int(left.max()) + 1 if len(left) else 0)
+        known = tasks.queued_items(self.plan_folder, db, upgrade, int(left.max()) + 1 if len(left) else 0)
         given_up = db.execute("SELECT num FROM failure WHERE upgrade = ?", (upgrade.id,)).fetchall()
         known[[num for (num,) in given_up if num < len(known)]] = True
         fresh = left[~known[left]]
         if len(fresh):
             self.enqueue(db, fresh)
 
-    def _queued(self, db: sqlite3.Connection, upgrade: UpgradeState, num_limit: int) -> NDArray[np.bool_]:
-        """By item number: whether it is in a task that is not done."""
-        queued = np.zeros(num_limit, bool)
-        tasks = db.execute(
-            "SELECT lo, hi, crc FROM task WHERE upgrade = ? AND state != 'done'", (upgrade.id,)
-        ).fetchall()
-        for lo, hi, crc in tasks:
-            with contextlib.suppress(UpgradeError):  # a damaged plan must not stand in the way of a rollback
-                nums = self._plan(db, upgrade.id, lo, hi, crc)
-                queued[nums[nums < num_limit]] = True
-        return queued
-
     def enqueue(self, db: sqlite3.Connection, nums: NDArray[np.int64]) -> None:
         """Inside a transaction: put items at the end of the queue of the upgrade under way."""
-        upgrade = _require_upgrade(db)
-        name = db.execute("SELECT plan_file FROM upgrade WHERE id = ?", (upgrade.id,)).fetchone()[0]
-        _append_durably(self.path / "plan" / name, nums, upgrade.plan_rows)
-        db.execute("UPDATE upgrade SET plan_rows = plan_rows + ? WHERE id = ?", (len(nums), upgrade.id))
-        _insert_tasks(db, upgrade.id, nums, upgrade.plan_rows, 1000)
-
-    def _requeue_failures(self, db: sqlite3.Connection, task: Task, failed: Mapping[int, str]) -> None:
-        again = []
-        for num, error in failed.items():
-            attempts = db.execute(
-                "INSERT INTO failure VALUES (?, ?, 1, ?) ON CONFLICT DO UPDATE SET attempts = attempts + 1, error = "
-                "excluded.error "
-                "RETURNING attempts",
-                (task.upgrade, num, error),
-            ).fetchone()[0]
-            if attempts < MAX_FAILURES:
-                again.append(num)
-        if again:
-            self.enqueue(db, np.array(again, np.int64))
-
-    def _plan(self, db: sqlite3.Connection, upgrade: int, lo: int, hi: int, crc: int) -> NDArray[np.int64]:
-        name = db.execute("SELECT plan_file FROM upgrade WHERE id = ?", (upgrade,)).fetchone()[0]
-        file = self.path / "plan" / name
-        nums = np.fromfile(file, IDS, count=hi - lo, offset=lo * IDS.itemsize) if file.exists() else np.empty(0, IDS)
-        if len(nums) != hi - lo or crc_of(nums) != crc:
-            raise UpgradeError(
-                f"rows {lo} to {hi - 1} of the plan {file} are damaged; roll the upgrade back and begin it again"
-            )
-        return nums
+        tasks.enqueue(self.plan_folder, db, nums)
 
     def _without_new_vector(self, db: sqlite3.Connection, upgrade: UpgradeState) -> list[int]:
         """Live items without an intact row of the new space, as of the transaction ``db``."""
@@ -666,7 +565,7 @@ class Store:
                 row[0]
                 for row in db.execute("SELECT plan_file FROM upgrade WHERE state IN ('running', 'paused', 'covered')")
             }
-            for file in (self.path / "plan").glob("*.i64"):
+            for file in self.plan_folder.glob("*.i64"):
                 if file.name not in active:
                     file.unlink(missing_ok=True)
 
@@ -675,48 +574,10 @@ _LIVE = "SELECT num FROM item WHERE deleted_epoch = 0 ORDER BY num"
 _ITEM_IDS = "SELECT id FROM item WHERE num IN (SELECT value FROM json_each(?)) ORDER BY num"
 
 
-def _require_upgrade(db: sqlite3.Connection) -> UpgradeState:
-    upgrade = active_upgrade(db)
-    if upgrade is None:
-        raise UpgradeError("no upgrade is under way in this gallery; begin one first")
-    return upgrade
-
-
-def _check_lease(db: sqlite3.Connection, task: Task) -> None:
-    row = db.execute(
-        "SELECT task.state, owner, token FROM task JOIN upgrade ON upgrade.id = task.upgrade "
-        "WHERE task.id = ? AND upgrade.state IN ('running', 'paused')",
-        (task.id,),
-    ).fetchone()
-    if row != ("leased", task.owner, task.token):
-        why = "the upgrade is over" if row is None else f"it is {row[0]} (owner {row[1]}, token {row[2]})"
-        raise LeaseLostError(f"worker {task.owner} lost task {task.id} (token {task.token}): {why}")
-
-
 def _end(db: sqlite3.Connection, upgrade: UpgradeState, state: str) -> None:
     db.execute("UPDATE upgrade SET state = ?, ended_at = ? WHERE id = ?", (state, time.time(), upgrade.id))
     db.execute("DELETE FROM task WHERE upgrade = ?", (upgrade.id,))
     db.execute("DELETE FROM failure WHERE upgrade = ?", (upgrade.id,))
-
-
-def _insert_tasks(db: sqlite3.Connection, upgrade: int, nums: NDArray[np.int64], offset: int, task_items: int) -> None:
-    db.executemany(
-        "INSERT INTO task(upgrade, lo, hi, crc) VALUES (?, ?, ?, ?)",
-        [
-            (upgrade, offset + lo, offset + min(lo + task_items, len(nums)), crc_of(nums[lo : lo + task_items]))
-            for lo in range(0, len(nums), task_items)
-        ],
-    )
-
-
-def _live_items(db: sqlite3.Connection, nums: NDArray[np.int64]) -> tuple[Item, ...]:
-    rows = db.execute(
-        "SELECT id, num, uri, content_hash, metadata FROM item "
-        "WHERE num IN (SELECT value FROM json_each(?)) AND deleted_epoch = 0",
-        (json.dumps(nums.tolist()),),
-    )
-    found = {row[1]: item_of_row(row) for row in rows}
-    return tuple(found[num] for num in nums.tolist() if num in found)
 
 
 def _space(db: sqlite3.Connection, fingerprint: str) -> Space:
@@ -747,24 +608,3 @@ def complete_order(order: Any, nums: NDArray[np.int64], num_limit: int) -> NDArr
     live = np.zeros(num_limit, bool)
     live[nums] = True
     return np.concatenate([order[live[order]], nums[~seen[nums]]])
-
-
-def _write_durably(file: Path, nums: NDArray[np.int64]) -> None:
-    _append_durably(file, nums, 0)
-    sync_folder(file.parent)
-
-
-def _append_durably(file: Path, nums: NDArray[np.int64], offset: int) -> None:
-    try:
-        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            data = np.ascontiguousarray(nums, IDS).tobytes()
-            if data and os.pwrite(descriptor, data, offset * IDS.itemsize) != len(data):
-                raise OSError(28, "no space left for the plan")
-            os.fdatasync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as exc:
-        if exc.errno in DISK_FULL:
-            raise disk_full(file, exc) from exc
-        raise

@@ -19,7 +19,7 @@ import pytest
 from bowerbird.errors import BowerbirdError, GalleryError, InputError, SnapshotGoneError, UnknownNameError, UpgradeError
 from bowerbird.gallery import Gallery
 from bowerbird.gallery.protocol import FEATURES
-from bowerbird.gallery.store import MAX_FAILURES, LeaseLostError, Task
+from bowerbird.gallery.tasks import MAX_FAILURES, LeaseLostError, Task
 from bowerbird.gallery.transform import VectorTransform
 from bowerbird.testing.contract import Contract
 from bowerbird.testing.store_world import (

@@ -16,7 +16,7 @@ import numpy as np
 
 from bowerbird.errors import SnapshotGoneError, SpaceError
 from bowerbird.gallery import Gallery, Item, Space, open_gallery
-from bowerbird.gallery.store import LeaseLostError
+from bowerbird.gallery.tasks import LeaseLostError
 
 FIRST = Space("contract-space-1", "contract:first", 12)
 SECOND = Space("contract-space-2", "contract:second", 20)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bowerbird.errors import InputError, PluginError, SpaceError, StoreUnavailableError, UpgradeError
-from bowerbird.gallery.store import LeaseLostError
+from bowerbird.gallery.tasks import LeaseLostError
 from bowerbird.registry import get_registry
 from bowerbird.upgrade.canary import check_canary
 from bowerbird.upgrade.encoding import ItemEncoder
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from bowerbird.gallery.gallery import Gallery
     from bowerbird.gallery.snapshot import UpgradeState
     from bowerbird.gallery.space import Item, Space
-    from bowerbird.gallery.store import Lease
+    from bowerbird.gallery.tasks import Lease
     from bowerbird.gallery.transform import VectorTransform
 
 LEASE_SECONDS = 120.0

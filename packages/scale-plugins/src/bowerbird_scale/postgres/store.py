@@ -16,7 +16,8 @@ from bowerbird.errors import InputError, UpgradeError
 from bowerbird.gallery.snapshot import UpgradeState
 from bowerbird.gallery.space import Item, Space
 from bowerbird.gallery.storage import check_same_space
-from bowerbird.gallery.store import MAX_FAILURES, Lease, Progress, Task, complete_order
+from bowerbird.gallery.store import complete_order
+from bowerbird.gallery.tasks import MAX_FAILURES, Lease, Progress, Task
 from bowerbird.gallery.vectors import unit_vectors
 from bowerbird_scale.postgres import items as _items
 from bowerbird_scale.postgres import tasks

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from bowerbird.errors import UpgradeError
 from bowerbird.gallery.snapshot import UpgradeState
 from bowerbird.gallery.space import Item
-from bowerbird.gallery.store import Lease, LeaseLostError, Task
+from bowerbird.gallery.tasks import Lease, LeaseLostError, Task
 from bowerbird_scale.postgres.connection import Connection
 from bowerbird_scale.postgres.storage import ITEM, active_upgrades, item_of_row
 
