@@ -205,6 +205,25 @@ def test_too_few_pairs_for_a_verdict_are_said_with_the_number_that_is_needed():
     assert "for 64 to 64 dimensions 256 or more are better" in small["sentence"]
 
 
+@pytest.mark.parametrize("kind", ["procrustes", "ridge", "auto"])
+@pytest.mark.parametrize("labels", [None, [0] * 50])
+def test_the_fewest_pairs_show_a_rotation_and_never_make_unrelated_vectors_usable(kind, labels):
+    """Twelve held-out pairs: long lists overlap by chance, and with one label all over everything is right."""
+    x, y = noisy_pair(50, noise=0, di=6, do=6)
+    assert fit_adapter(x, y, kind=kind, labels=labels, **ENDS).evidence["verdict"] == "good"
+    for seed in (1, 2):
+        other = np.random.default_rng(seed).normal(size=(50, 6))
+        assert not fit_adapter(x, other, kind=kind, labels=labels, seed=seed, **ENDS).evidence["usable"]
+
+
+def test_copies_do_not_make_a_memorised_map_look_good():
+    rng = np.random.default_rng(0)
+    x, y = (np.tile(unit(rng.normal(size=(60, 80))), (5, 1)) for _ in range(2))
+    evidence = fit_adapter(x, y, kind="ridge", **ENDS).evidence
+    assert (evidence["pairs"], evidence["fitted_on"]) == (15, 45)
+    assert not evidence["usable"]
+
+
 def test_an_item_without_a_label_is_right_for_nothing():
     x, y = noisy_pair(100)
     made = VectorTransform.linear("new", "old", orthogonal(12).T)
@@ -260,7 +279,7 @@ X, Y = noisy_pair(100)
 @pytest.mark.parametrize(
     ("arguments", "more", "error", "message"),
     [
-        ((X[:40], Y[:40]), {}, InputError, "40 pairs are too few.*at least 50 are needed, and 48 or more"),
+        ((X[:40], Y[:40]), {}, InputError, "40 pairs are too few.*at least 50 are needed, and 50 or more"),
         ((X, Y[:99]), {}, InputError, "100 source and 99 target vectors do not pair"),
         ((broken(X, np.nan), Y), {}, DataError, "source vectors: row 17 is zero or not finite"),
         ((X, broken(Y, 0)), {}, DataError, "target vectors: row 17 is zero"),
@@ -271,7 +290,9 @@ X, Y = noisy_pair(100)
         ((X, Y), {"rank": 0}, InputError, "rank is 0"),
         ((X, Y), {"labels": [1, 2]}, InputError, "2 labels for 100 pairs"),
         ((X, Y), {"direction": "back"}, InputError, "direction is 'back'"),
-        ((X, Y), {"held_out": 0.05}, InputError, "5 held-out pairs; a verdict needs at least 10"),
+        ((X, Y), {"held_out": 0.05}, InputError, "100 pairs are too few.*at least 200 are needed"),
+        ((X, Y), {"held_out": 0.75}, InputError, "100 pairs are too few.*at least 120 are needed, and 120 or more"),
+        ((X[[i % 40 for i in range(100)]], Y), {}, InputError, r"100 pairs are too few \(40 different ones\)"),
     ],
 )
 def test_what_cannot_be_fitted_or_judged_is_named(arguments, more, error, message):

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from bowerbird_compat.bct import InfluenceLoss, MarginSoftmax
 from bowerbird_compat.bict import ForwardCompatibleLoss
-from bowerbird_compat.bt2 import BasisTransformHead, BT2Loss
+from bowerbird_compat.bt2 import BasisTransformHead, BT2Loss, FeatureCache
 from bowerbird_compat.online_backfilling import MetricCompatibleLoss, TopK
 from bowerbird_compat.ract import (
+    BackfillState,
     ClassLevelCompatibleLoss,
     CompatibleContrastiveLoss,
     CompatibleTripletLoss,
     DistillationLoss,
     FocalDistillationLoss,
+    backfill_order,
 )
-from bowerbird_compat.unibct import PrototypeLoss, refine_prototypes
+from bowerbird_compat.unibct import PrototypeLoss, PrototypeRefresh, refine_prototypes
 
 CLASSES, SIZE = 5, 7
 
@@ -116,3 +119,32 @@ def test_prototypes_of_single_samples_and_of_identical_ones(dtype):
     torch.testing.assert_close(made.weight[0], unit[0])
     torch.testing.assert_close(made.weight[1], torch.nn.functional.normalize(unit[1:].mean(0), dim=0))
     assert made.weight.dtype == dtype
+
+
+def test_arrays_pairs_and_plain_loaders_are_taken_like_tensors_and_batches():
+    vectors, labels = np.random.default_rng(0).normal(size=(6, SIZE)), np.array([0, 0, 0, 1, 1, 1])
+    order = backfill_order(vectors, rows())
+    assert torch.equal(order, backfill_order(torch.from_numpy(vectors), rows()))
+    state = BackfillState(order.numpy(), 2)
+    old, new = torch.zeros(6, 3), torch.ones(6, 3)
+    assert state.vectors(old, new).any(dim=1).nonzero().flatten().tolist() == sorted(order[:2].tolist())
+
+    cache = FeatureCache.build(lambda inputs: inputs, [(vectors[:4], ["a", "b", "c", "d"]), (vectors[4:], ["e", "f"])])
+    expected = torch.nn.functional.normalize(torch.from_numpy(vectors))
+    torch.testing.assert_close(cache.get(["f", "a"]), expected[[5, 0]])
+
+    loss = PrototypeLoss(torch.ones(2, SIZE))
+    refresh = PrototypeRefresh(loss, torch.as_tensor, [(vectors, labels)], torch.from_numpy(vectors).float())
+    assert refresh.on_epoch_start(10)
+    refined = refine_prototypes(torch.from_numpy(vectors), torch.from_numpy(vectors), torch.from_numpy(labels))
+    torch.testing.assert_close(loss.prototypes, refined.weight.float())
+
+
+def test_a_random_order_refuses_what_the_other_orders_refuse():
+    vectors = torch.randn(4, 3)
+    vectors[2, 0] = torch.nan
+    for strategy in ("random", "entropy"):
+        with pytest.raises(ValueError, match="row 2"):
+            backfill_order(vectors, rows()[:, :3], strategy)
+        with pytest.raises(ValueError, match="temperature is 0"):
+            backfill_order(vectors[:2], rows()[:, :3], strategy, 0.0)

@@ -30,6 +30,7 @@ Level = Literal["good", "usable with loss", "not usable", "undecided"]
 
 MIN_HELD_OUT = 10  # pairs below which nothing at all can be said
 WIDTH = 0.05  # half of the interval that a verdict should have
+UNRELATED = 1.5  # an overlap of up to that many times what chance finds says that nothing relates the two sides
 # Of the share that is kept, with labels (of the old system's mAP) and without (of the target system's own results).
 THRESHOLDS = {True: (0.95, 0.75), False: (0.7, 0.3)}
 
@@ -44,7 +45,7 @@ class Verdict:
         direction: ``query`` or ``gallery``.
         pairs: Held-out pairs: all of them are the gallery.
         queries: How many of them were queries.
-        k: Length of the lists that are compared.
+        k: Length of the lists that were compared.
         cosine: Mean cosine of mapped and true vectors; ``chance_cosine``: with those of other items.
         overlap: Mean share of the target system's first k that the mapped system finds, and its 95 % interval.
         chance_overlap: What a map to nowhere would have.
@@ -102,7 +103,7 @@ def judge_transform(
         direction: What the map is for, see the module.
         labels: N labels of any kind; an item is right for a query if their labels are equal. ``None`` for an item: no
             other is right for it.
-        k: Length of the lists, at least 1.
+        k: Length of the lists, at least 1; at most an eighth of the pairs, beyond which chance finds too much.
         max_queries, max_pairs: Above that, pairs are drawn with ``seed``.
         seed: Also of the bootstrap.
 
@@ -123,7 +124,7 @@ def judge_transform(
     chosen = np.sort(rng.choice(len(x), min(len(x), max_pairs), replace=False))
     x, y = unit(x[chosen]), unit(y[chosen])
     number = len(x)
-    k = min(k, number - 1)
+    k = min(k, max(1, number // 8))
     asked = np.sort(rng.choice(number, min(number, max_queries), replace=False))
     mapped = transform(x)
 
@@ -151,12 +152,16 @@ def judge_transform(
     half = (kept[2] - kept[1]) / 2
     needed = max(number, math.ceil(number * (half / WIDTH) ** 2)) if half > WIDTH else number
     chance = k / (number - 1)
+    found = _interval(overlap, seed)
     level = _level(kept, half, labelled=quality is not None)
-    if overlap.mean() <= 1.5 * chance and k < (number - 1) / 2:
-        level = "not usable"  # also where a large part of the gallery is right by chance
-    sentence = _sentence(level, kept, quality, k, number, needed, direction, float(overlap.mean()), chance)
+    # Where much of the gallery is right, unrelated vectors keep much of a mAP: the lists must be alike, too.
+    if found[0] <= UNRELATED * chance:
+        level = "not usable"
+    elif found[1] <= UNRELATED * chance and level != "not usable":
+        level, needed = "undecided", max(needed, 4 * number)
+    sentence = _sentence(level, kept, quality, k, number, needed, direction, found[0], chance)
     return Verdict(
-        level, sentence, direction, number, len(asked), k, own_cosine, other_cosine, _interval(overlap, seed), chance,
+        level, sentence, direction, number, len(asked), k, own_cosine, other_cosine, found, chance,
         float((rank_of_own < 1).mean()), float((rank_of_own < 10).mean()), kept, quality, needed,
     )  # fmt: skip
 
@@ -235,7 +240,7 @@ def _sentence(
         measured = f"{what} find {kept[0]:.2f} of the {target} system's first {k} results {interval}"
     if level == "undecided":
         return f"Undecided: {measured}. Too few pairs: about {needed} held-out ones are needed for +- {WIDTH:g}."
-    if overlap <= 1.5 * chance:
+    if overlap <= UNRELATED * chance:
         return (
             f"Not usable: {measured}; chance is {chance:.2f}. The two sets of vectors are unrelated: do the rows pair?"
         )

@@ -149,7 +149,7 @@ def split_pairs(
         copies = f" ({len(different)} different ones)" if len(different) < len(source) else ""
         raise InputError(
             f"{len(source)} pairs are too few{copies} to fit a map and to judge it; at least {least} are needed, and "
-            f"{pairs_wanted(source.shape[1], target.shape[1])} or more for these widths."
+            f"{max(least, pairs_wanted(source.shape[1], target.shape[1]))} or more for these widths."
         )
     order = different[np.random.default_rng(seed).permutation(len(different))]
     judged, rest = np.split(order, [min(round(held_out * len(order)), MAX_JUDGED)])

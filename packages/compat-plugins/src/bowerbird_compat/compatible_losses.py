@@ -74,8 +74,8 @@ class _PairwiseLoss(nn.Module):
             left_out = [excluded if self.miner is None else self._mined(u, labels, k, key_labels) for k in blocks]
             each = self.weight * self._terms(u, o, blocks, left_out)
         if not torch.isfinite(each.detach()).all():  # every row is in its own term; which one was it?
-            _check_finite(new, "New embeddings")
-            _check_finite(old, "Old embeddings")
+            check_finite(new, "New embeddings")
+            check_finite(old, "Old embeddings")
         return each if self.reduction == "none" else each.sum() / max(len(each), 1)
 
     def _terms(self, u: Tensor, o: Tensor, blocks: list[Tensor], excluded: list[Tensor]) -> Tensor:
@@ -227,7 +227,7 @@ class ClassLevelCompatibleLoss(nn.Module):
         classes, size = self.old_classifier.shape
         if new.ndim != 2 or new.shape[1] != size:
             raise InputError(f"Embeddings have shape {tuple(new.shape)}; the old classifier needs (batch, {size}).")
-        _check_finite(new, "New embeddings")
+        check_finite(new, "New embeddings")
         labels = integer_labels(labels, len(new))
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
             raise InputError(f"Labels are in {int(labels.min())}..{int(labels.max())}; {classes} classes are known.")
@@ -253,7 +253,7 @@ def _checked_pair(new: Tensor, old: Tensor, labels: Tensor) -> Tensor:
     return integer_labels(labels, len(new))
 
 
-def _check_finite(vectors: Tensor, what: str) -> None:
+def check_finite(vectors: Tensor, what: str) -> None:
     finite = torch.isfinite(vectors).all(dim=1)
     if not finite.all():
         raise InputError(f"{what}: row {int((~finite).nonzero()[0])} is not finite (NaN or infinity).")

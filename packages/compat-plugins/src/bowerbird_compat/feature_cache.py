@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bowerbird.batch import Batch
 from bowerbird.errors import InputError
 from bowerbird_compat.prototypes import evaluating
 
@@ -28,13 +27,13 @@ class FeatureCache:
 
     @classmethod
     def build(
-        cls, encoder: Callable[[Any], Any], loader: Iterable[Batch], *, key: str = "item_id", normalize: bool = True
+        cls, encoder: Callable[[Any], Any], loader: Iterable[Any], *, key: str = "item_id", normalize: bool = True
     ) -> Self:
         """One pass over ``loader`` in eval mode and without gradients.
 
         Args:
             encoder: Gets a batch; returns ``(B, D)``, or an object with such a ``pooled``.
-            loader: Yields batches with ``key``.
+            loader: Yields batches with ``key``, or pairs ``(inputs, ids)``, of which the encoder gets the first.
             key: Batch key of the ids: ``item_id``, or ``index``.
             normalize: Whether the vectors get norm 1.
 
@@ -44,14 +43,15 @@ class FeatureCache:
         vectors, ids = [], []
         with evaluating(encoder):
             for batch in loader:
-                if key not in batch:
+                if isinstance(batch, dict) and key not in batch:
                     raise InputError(f"A batch has no {key!r}; it has {', '.join(map(repr, batch))}.")
-                output = encoder(batch)
-                made = getattr(output, "pooled", output).detach().cpu()
+                inputs, of_batch = (batch, batch[key]) if isinstance(batch, dict) else batch
+                output = encoder(inputs)
+                made = torch.as_tensor(getattr(output, "pooled", output)).detach().cpu()
                 if not torch.isfinite(made).all():
                     raise InputError("The encoder gave vectors that are not finite (NaN or infinity).")
                 vectors.append(F.normalize(made) if normalize else made)
-                ids += _plain(batch[key])
+                ids += _plain(of_batch)
         if not vectors:
             raise InputError("The loader gave no batch, so there is nothing to keep.")
         return cls(torch.cat(vectors), ids)

@@ -28,6 +28,7 @@ from bowerbird_compat.compatible_losses import (
     ClassLevelCompatibleLoss,
     CompatibleContrastiveLoss,
     CompatibleTripletLoss,
+    check_finite,
 )
 from bowerbird_compat.compatible_objective import CompatibleConfig, CompatibleObjective
 from bowerbird_compat.distillation import DistillationLoss, FocalDistillationLoss
@@ -64,10 +65,13 @@ def backfill_order(
     Raises ``InputError`` (a ``ValueError``): shapes, temperature, strategy, or a row that is not finite (named).
     """
     if strategy == "random":
+        if not temperature > 0:
+            raise InputError(f"temperature is {temperature}; it must be above 0")
+        check_finite(torch.as_tensor(old_gallery), "Old vectors")
         return torch.randperm(len(old_gallery), generator=generator)
     if centers is None:
         raise InputError(f"Strategy {strategy!r} needs class centres; give centers, or strategy='random'.")
-    vectors, rows = (np.asarray(t.detach().cpu().to(torch.float64)) for t in (old_gallery, centers))
+    vectors, rows = (np.asarray(torch.as_tensor(t).detach().cpu().double()) for t in (old_gallery, centers))
     return torch.from_numpy(orders.backfill_order(vectors, rows, strategy, temperature))
 
 
@@ -84,6 +88,7 @@ class BackfillState:
     done: int = 0
 
     def __post_init__(self) -> None:
+        self.order = torch.as_tensor(self.order)
         size = len(self.order)
         if not torch.equal(integer_labels(self.order, size).sort().values.cpu(), torch.arange(size)):
             raise InputError(f"order must be a permutation of 0..{size - 1}.")

@@ -267,8 +267,8 @@ class PrototypeRefresh:
     Args:
         loss: Whose prototypes are replaced.
         encoder: The new encoder: a callable on a batch, as in ``build_prototypes``. Run in eval mode without gradient.
-        loader: Gives one pass over the training set, without shuffling or augmentation: batches with a ``label``, or
-            pairs ``(inputs, labels)``.
+        loader: One pass over the training set, without shuffling or augmentation, or a function that gives one:
+            batches with a ``label``, or pairs ``(inputs, labels)``.
         old_cache: ``(N, D_old)`` old vectors in the order of ``loader``.
         epochs: Epoch indices, counted from 0.
         settings: Further arguments of ``refine_prototypes``.
@@ -278,7 +278,7 @@ class PrototypeRefresh:
         self,
         loss: PrototypeLoss,
         encoder: Callable[[Any], Any],
-        loader: Callable[[], Iterable[Any]],
+        loader: Iterable[Any] | Callable[[], Iterable[Any]],
         old_cache: Tensor,
         epochs: Sequence[int] = (10, 20),
         **settings: Any,
@@ -297,7 +297,7 @@ class PrototypeRefresh:
 
     def refresh(self) -> None:
         """Refreshes now."""
-        new, labels = embedded(self.encoder, self.loader())
+        new, labels = embedded(self.encoder, self.loader() if callable(self.loader) else self.loader)
         self.loss.set_prototypes(refine_prototypes(self.old_cache, new, labels, **self.settings))
 
 
@@ -309,7 +309,7 @@ def embedded(encoder: Callable[[Any], Any], loader: Iterable[Any]) -> tuple[Tens
             inputs, of_batch = (batch, batch["label"]) if isinstance(batch, dict) else batch
             output = encoder(inputs)
             vectors.append(torch.as_tensor(getattr(output, "pooled", output)).float().cpu())
-            labels.append(of_batch.cpu())
+            labels.append(torch.as_tensor(of_batch).cpu())
     if not vectors:
         raise InputError("The loader gave no batch, so there is nothing to refine.")
     return torch.cat(vectors), torch.cat(labels)
