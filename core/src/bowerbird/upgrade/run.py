@@ -1,8 +1,8 @@
-"""``run``: the resumable worker that moves a gallery to the new space, and how an upgrade begins.
+"""``run``: the resumable worker that moves a gallery to the new space.
 
 A worker leases a task, encodes its items and commits their vectors in one atomic step. The store sees to it that a kill
 at any point loses at most the task in hand, that a second worker shares the rest, and that serving is right all along.
-``bowerbird.upgrade.engines`` starts several workers.
+``bowerbird.upgrade.start`` says how an upgrade begins; ``bowerbird.upgrade.engines`` starts several workers.
 """
 
 from __future__ import annotations
@@ -10,41 +10,27 @@ from __future__ import annotations
 import os
 import secrets
 import socket
-import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from bowerbird.errors import InputError, PluginError, SpaceError, StoreUnavailableError, UpgradeError
+from bowerbird.errors import InputError, SpaceError, StoreUnavailableError, UpgradeError
 from bowerbird.gallery.tasks import LeaseLostError
-from bowerbird.registry import get_registry
-from bowerbird.upgrade.canary import check_canary
 from bowerbird.upgrade.encoding import ItemEncoder
-from bowerbird.upgrade.fitting import use_transform
-from bowerbird.upgrade.lift import refuse_without_images
-from bowerbird.upgrade.orders import class_means
 from bowerbird.upgrade.patience import Patience, may_pass
+from bowerbird.upgrade.start import join
 from bowerbird.upgrade.state import UpgradeStatus, status
-from bowerbird.upgrade.strategies import load_strategy
-from bowerbird.upgrade.watch import WatchEntry, WatchSet, freeze_watch, watch
+from bowerbird.upgrade.watch import WatchEntry, watch
 
 if TYPE_CHECKING:
     from bowerbird.gallery.gallery import Gallery
-    from bowerbird.gallery.snapshot import UpgradeState
-    from bowerbird.gallery.space import Item, Space
     from bowerbird.gallery.tasks import Lease
-    from bowerbird.gallery.transform import VectorTransform
 
 LEASE_SECONDS = 120.0
-TASK_ITEMS = 512
 WATCH_EVERY = 0.05
-ITEMS_AT_ONCE = 50_000  # whose ids or metadata are in hand at once
 STORE_PATIENCE = 300.0  # seconds for which a store may stay away
 IDLE_SECONDS = 0.1  # between two looks, while the rest is in the hands of other workers
 
@@ -107,203 +93,6 @@ class RunReport:
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "rate": self.rate}
-
-
-def begin(
-    gallery: Gallery,
-    new: Space | ItemEncoder,
-    *,
-    strategy: str = "rank-merge",
-    order: str = "core:random",
-    order_settings: Mapping[str, Any] | None = None,
-    seed: int = 0,
-    centers: Any = None,
-    label_key: str | None = None,
-    task_items: int | None = None,
-    old_encoder: ItemEncoder | None = None,
-    watch_set: WatchSet | None = None,
-    on_top: bool = False,
-    merger: str | None = None,
-    transform: VectorTransform | str | Path | None = None,
-    accept_poor_transform: bool = False,
-) -> UpgradeState:
-    """Start an upgrade. Search results do not change by it.
-
-    Args:
-        new: The new space, or its encoder; then a transform's direction is also measured, on items that it encodes.
-        strategy: Name of an ``upgrade`` record.
-        merger: Name of a ``merger`` record that joins the hits of the parts. Default: the strategy's.
-        transform: For a strategy that maps queries (adapter, reverse-transform): its map, or the file of one. It is
-            registered with the gallery. Default: the one that is registered.
-        accept_poor_transform: Also one that is not usable by its own verdict on held-out pairs.
-        order: Name of an ``order`` record.
-        order_settings: Its settings, checked against its config model.
-        seed: Of the order.
-        centers: ``(C, D)`` class centres in the old space, for orders that use them.
-        label_key: Metadata key with the items' class; class means of the old vectors are the centres then.
-        task_items: Items that a worker leases and commits at once. Default: 512, fewer in a small gallery, so that a
-            share at which a run stops is met within two percent, but at least 4.
-        old_encoder: Where given, it must reproduce stored old vectors (a swapped model of the same size is caught).
-        watch_set: Queries whose old results are frozen now; see ``bowerbird.upgrade.watch``.
-        on_top: Where an upgrade is under way, begin this one on top of it: from its new space, which with this becomes
-            one of the older ones, to ``new``.
-
-    Raises:
-        UpgradeError: If an upgrade is under way (without ``on_top``), or the strategy cannot serve this pair of spaces.
-        UnknownNameError: If there is no such strategy or order; suggests close names.
-    """
-    encoder, new = (new, new.space) if isinstance(new, ItemEncoder) else (None, new)
-    check_store(gallery)
-    snapshot = gallery.snapshot()
-    if snapshot.upgrade is not None:
-        if not on_top:
-            raise UpgradeError(
-                f"an upgrade of {gallery.path} to {snapshot.spaces[snapshot.upgrade.new]} is {snapshot.upgrade.state}; "
-                "finish it or roll it back before another one, or begin this one on top of it (--on-top)"
-            )
-        check_store(gallery, also=("sequences",))
-    old = snapshot.write_space
-    name, chosen = load_strategy(strategy)
-    chosen.check(gallery, old, new)
-    joined_by = get_registry().get("retriever", merger or chosen.merger, role="merger").name
-    if old_encoder is not None:
-        check_canary(gallery, old_encoder)
-    plan = backfill_plan(gallery, order, settings=order_settings, seed=seed, centers=centers, label_key=label_key)
-    order_name = get_registry().get("retriever", order, role="order").name
-    frozen = freeze_watch(gallery, watch_set, old, new) if watch_set is not None else None
-    use_transform(gallery, name, chosen, old, new, transform, encoder=encoder, accept_poor=accept_poor_transform)
-    items_per_task = task_items or min(TASK_ITEMS, max(4, -(-len(plan) // 50)))
-    state = gallery.store.begin_upgrade(
-        new,
-        strategy=name,
-        merger=joined_by,
-        order_name=order_name,
-        order=plan,
-        task_items=items_per_task,
-        settings={
-            "seed": seed,
-            "order_settings": dict(order_settings or {}),
-            "label_key": label_key,
-            "task_items": items_per_task,
-            "switches_at_end": bool(getattr(chosen, "switches_at_end", False)),
-        },
-        on_top=on_top,
-    )
-    if frozen is not None:
-        try:
-            frozen.save(gallery, state.id)
-        except BaseException:
-            gallery.store.rollback()  # nothing has moved; an upgrade that was to be watched is watched, or not begun
-            raise
-    return state
-
-
-def check_store(gallery: Gallery, *, also: Sequence[str] = ()) -> None:
-    """Refuse early what the store cannot do: an upgrade that could not be taken back is not begun.
-
-    Args:
-        also: Further features that are needed, of ``bowerbird.gallery.protocol.FEATURES``.
-
-    Raises:
-        UpgradeError: Names the features that are missing.
-    """
-    from bowerbird.gallery.protocol import FEATURES
-
-    missing = [name for name in ("rollback", *also) if name not in gallery.features]
-    if missing:
-        raise UpgradeError(
-            f"the store of {gallery.path} cannot run this upgrade. It lacks "
-            + ", ".join(f"{name!r} ({FEATURES[name]})" for name in missing)
-            + ". Copy the gallery to another store first: `bowerbird gallery copy`"
-        )
-
-
-def backfill_plan(
-    gallery: Gallery,
-    order: str,
-    *,
-    settings: Mapping[str, Any] | None = None,
-    seed: int = 0,
-    centers: Any = None,
-    label_key: str | None = None,
-) -> np.ndarray:
-    """int64 ``(N,)`` item numbers of the gallery in backfill order.
-
-    Raises:
-        PluginError: If the order does not return a permutation.
-    """
-    parts = [part for part in gallery.snapshot().parts if part.count]
-    if centers is not None and len(parts) > 1:
-        raise InputError("an upgrade on top of another has old vectors of several spaces; give label_key, not centers")
-    registry = get_registry()
-    target = registry.load(registry.get("retriever", order, role="order"))
-    plan = [np.empty(0, np.int64)]
-    for part in parts:  # the oldest space first: those items gain most
-        nums = np.sort(part.nums)  # the plan must not depend on where rows happen to lie
-        around, more, rows = centers, {}, None
-        if getattr(target, "needs_vectors", True):
-            # Not a copy of a whole gallery, where its rows lie in this order and precision anyway.
-            as_stored = gallery.storage.dtype == "float32" and np.array_equal(nums, part.nums)
-            rows = part.vectors() if as_stored else part.vectors_of(nums)
-            labels = None if label_key is None else _labels(gallery, nums, label_key)
-            if labels is not None and getattr(target, "needs_labels", False):
-                more["labels"] = labels
-            if labels is not None and centers is None:
-                around = class_means(rows, labels)
-        if getattr(target, "needs_names", False):
-            more["names"] = [item.id for item in _items(gallery, nums)]
-        plan.append(nums[order_positions(order, nums, rows, settings=settings, seed=seed, centers=around, **more)])
-    return np.concatenate(plan)
-
-
-def _items(gallery: Gallery, nums: np.ndarray) -> Iterator[Item]:
-    for start in range(0, len(nums), ITEMS_AT_ONCE):
-        found = gallery.store.items(nums[start : start + ITEMS_AT_ONCE])
-        yield from (found[num] for num in nums[start : start + ITEMS_AT_ONCE].tolist())
-
-
-def _labels(gallery: Gallery, nums: np.ndarray, label_key: str) -> list[Any]:
-    found = (item.metadata.get(label_key) for item in _items(gallery, nums))
-    # One object per class, not one per item.
-    labels = [sys.intern(label) if isinstance(label, str) else label for label in found]
-    if all(label is None for label in labels):
-        raise InputError(
-            f"no item of {gallery.path} has the metadata key {label_key!r}, from which classes were to be read"
-        )
-    return labels
-
-
-def order_positions(
-    order: str,
-    ids: np.ndarray,
-    old_vectors: np.ndarray | None,
-    *,
-    settings: Mapping[str, Any] | None = None,
-    seed: int = 0,
-    centers: Any = None,
-    **more: Any,
-) -> np.ndarray:
-    """Positions 0..N-1 in the order of the record ``order``, checked to be a permutation.
-
-    ``old_vectors`` may be ``None`` for an order that says it needs none. ``more``: what else it says it needs,
-    ``labels`` or ``names`` (see ``bowerbird.upgrade.orders``).
-    """
-    registry = get_registry()
-    record = registry.get("retriever", order, role="order")
-    if registry.load_config(record) is None and settings:
-        raise InputError(f"order {record.name!r} has no settings; got {', '.join(settings)}")
-    options: dict[str, Any] = {}
-    if settings:
-        from bowerbird.recipe import build_config
-
-        config = build_config(record, dict(settings), where=f"settings of order {record.name}")
-        options = config.model_dump() if config is not None else {}
-    positions = np.asarray(registry.load(record)(ids, old_vectors, seed=seed, centers=centers, **more, **options))
-    if positions.shape != (len(ids),) or not np.array_equal(np.sort(positions), np.arange(len(ids))):
-        raise PluginError(
-            f"order {record.name!r} ({record.target}) returned no permutation of 0..{len(ids) - 1}: {positions.shape}"
-        )
-    return positions.astype(np.int64)
 
 
 @dataclass
@@ -387,35 +176,12 @@ class Watching:
         return self.stopped
 
     def at_the_end(self, share: float) -> bool:
-        """The last measurement of a complete upgrade."""
+        """The last measurement of this run, where something moved since the one before."""
         measured = self.entries[-1].share if self.entries else self.first
         if measured < share:
             self.next = share
             return self.look(share)
         return self.stopped
-
-
-def join(gallery: Gallery, encoder: ItemEncoder, *, upgrade: int | None = None, **begin_settings: Any) -> UpgradeState:
-    """Begin the upgrade to the encoder's space, or check that it is the one under way and that workers may work on it.
-
-    Args:
-        upgrade: Begin none; the upgrade under way must be the one of this number.
-
-    Raises:
-        UpgradeError: If another upgrade is under way (without ``on_top``), or this one is paused, or the encoder reads
-            images and the gallery has none.
-        SpaceError: If the encoder does not reproduce the vectors that are new already.
-    """
-    state = gallery.store.upgrade_state()
-    if upgrade is not None and (state is None or state.id != upgrade):
-        raise UpgradeError(f"upgrade {upgrade} of {gallery.path} is over")
-    another = state is not None and state.new != encoder.space.fingerprint
-    if state is None or (another and begin_settings.get("on_top")):
-        refuse_without_images(gallery, encoder)
-        return begin(gallery, encoder, **begin_settings)
-    _check_same_upgrade(gallery, state, encoder, begin_settings)
-    check_canary(gallery, encoder)
-    return state
 
 
 def run(
@@ -453,7 +219,7 @@ def run(
         stop: Asked before every task and after every batch; ``True`` gives the task in hand back and ends.
         upgrade: Work on the upgrade of this number only, and begin none.
         store_patience: Seconds for which the store may stay away before the call ends with ``StoreUnavailableError``.
-        begin_settings: Arguments of ``begin``, read where this call begins the upgrade.
+        begin_settings: Arguments of ``bowerbird.upgrade.start.begin``, read where this call begins the upgrade.
 
     Raises:
         UpgradeError: If another upgrade is under way, or this one is paused.
@@ -537,6 +303,7 @@ def run(
 
     if reason == "complete" and encoded:
         patient(lambda: gallery.tend_index(share=1))
+    if reason in ("complete", "stop-after", "stop-at-share") and encoded:
         watching.at_the_end(now.share)
     end = patient(_status_after, gallery, now)
     return RunReport(
@@ -574,48 +341,6 @@ def tolerant(progress: Callable[[int, UpgradeStatus], None] | None) -> Callable[
             )
 
     return tell
-
-
-def _check_same_upgrade(
-    gallery: Gallery, state: UpgradeState, encoder: ItemEncoder, begin_settings: Mapping[str, Any]
-) -> None:
-    if state.new != encoder.space.fingerprint:
-        target = gallery.snapshot().spaces[state.new]
-        raise UpgradeError(
-            f"an upgrade of {gallery.path} to {target} is {state.state}, and this encoder makes vectors of "
-            f"{encoder.space}. Run it with its own encoder, or finish it or roll it back first, or begin this one "
-            "on top of it (--on-top)"
-        )
-    _check_settings(state, begin_settings)
-    if state.state == "paused":
-        raise UpgradeError(
-            f"the upgrade of {gallery.path} is paused; `bowerbird upgrade resume {gallery.path}` lets workers go on"
-        )
-
-
-def _check_settings(state: UpgradeState, asked: Mapping[str, Any]) -> None:
-    """Settings that are fixed when an upgrade begins are never ignored: they agree, or are refused."""
-    registry = get_registry()
-    resolve: dict[str, Callable[[Any], Any]] = {
-        "strategy": lambda name: load_strategy(name)[0],
-        "order": lambda name: registry.get("retriever", name, role="order").name,
-        "merger": lambda name: registry.get("retriever", name, role="merger").name,
-        "order_settings": dict,
-    }
-    begun = {"strategy": state.strategy, "order": state.order, "merger": state.merger, **state.settings}
-    for name in ("strategy", "order", "merger", "seed", "label_key", "task_items", "order_settings"):
-        value = asked.get(name)
-        if value is None or value == {}:
-            continue
-        wanted = resolve.get(name, lambda given: given)(value)
-        if name in begun and wanted != begun[name]:
-            raise UpgradeError(
-                f"the upgrade under way has {name} {begun[name]!r}; {wanted!r} cannot replace it. Leave it out, or "
-                "roll the upgrade back first"
-            )
-    late = [name for name in ("transform", "centers", "watch_set") if asked.get(name) is not None]
-    if late:
-        raise UpgradeError(f"{late[0]} is fixed when an upgrade begins, and one is under way; leave it out")
 
 
 def _status_after(gallery: Gallery, last: UpgradeStatus) -> UpgradeStatus:
