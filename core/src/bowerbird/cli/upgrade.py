@@ -214,10 +214,12 @@ def serve(gallery: str, images: tuple[str, ...], queries: str | None, k: int, wh
 @click.option("--rate", type=float, help="At most so many items per second.")
 @click.option("--stop-after", type=int, help="End once so many items are moved.")
 @click.option("--stop-at-share", type=float, help="End once this share of the gallery is moved, 0 to 1.")
-@click.option("--stop-at-gain", type=click.FloatRange(0, 1, min_open=True), help="End at the share of the gallery at "
-              "which the plan (--plan, or the last one) forecasts this share of the gain.")  # fmt: skip
+@click.option("--stop-at-gain", type=click.FloatRange(0, 1, min_open=True), help="End once this share of the gain is "
+              "there: the plan (--plan, or the last one) forecasts it, and the watched queries show it.")  # fmt: skip
 @click.option("--watch-every", type=float, help="Measure after each such share of the gallery, such as 0.05.")
 @click.option("--max-nfr", type=float, help="Pause above this rate of negative flips against the old system.")
+@click.option("--store-patience", type=click.FloatRange(min=0), default=300.0, show_default=True,
+              help="Seconds to wait for a store that went away; then exit code 75.")  # fmt: skip
 @click.option("--retry-failed", is_flag=True, help="Try items again that failed three times.")
 @click.option("--workers", type=click.IntRange(min=1), help="Processes that share the work. [default: 1]")
 @click.option("--engine", default="local", show_default=True, help="What starts them: local, torchrun or ray.")
@@ -228,7 +230,8 @@ def run(gallery: str, to: str | None, old: str | None, on_top: bool, compatible:
         plan_file: str | None, stop_at_gain: float | None, accept_poor_transform: bool, queries: str | None,
         split: str | None, retry_failed: bool, batch_size: int, device: str, as_json: bool,
         rate: float | None, stop_after: int | None, stop_at_share: float | None, watch_every: float | None,
-        max_nfr: float | None, workers: int | None, engine: str, **begin_settings: Any) -> None:  # fmt: skip
+        max_nfr: float | None, store_patience: float, workers: int | None, engine: str,
+        **begin_settings: Any) -> None:  # fmt: skip
     """Move the gallery to the new encoder. Begins the upgrade if none is under way.
 
     Safe to stop at any moment and to start again: Ctrl-C gives the task in hand back, a kill loses one task of
@@ -293,11 +296,13 @@ def run(gallery: str, to: str | None, old: str | None, on_top: bool, compatible:
             upgrade.status()
             opened.store.retry_failed()
         limits: dict[str, Any] = {"rate": rate, "stop_after": stop_after, "stop_at_share": stop_at_share}
+        limits["store_patience"] = store_patience
         watched = {"watch_every": watch_every, "max_nfr": max_nfr}
-        with _bar(show_it=sys.stderr.isatty() and not as_json) as progress:
-            if executor is None:
-                report = upgrade.run(**limits, **watched, progress=progress, **settings)
-            else:
+
+        def work() -> RunReport:
+            with _bar(show_it=sys.stderr.isatty() and not as_json) as progress:
+                if executor is None:
+                    return upgrade.run(**limits, **watched, progress=progress, **settings)
                 from bowerbird.upgrade.engines import make_job, run_workers
 
                 def begin() -> Job:
@@ -310,7 +315,15 @@ def run(gallery: str, to: str | None, old: str | None, on_top: bool, compatible:
                     }
                     return make_job(opened, gallery, begun, WORKER_LOADER, encoder, **limits)
 
-                report = run_workers(opened, begin, executor, **watched, progress=progress)
+                return run_workers(opened, begin, executor, **watched, progress=progress)
+
+        report = work()
+        while stop_at_gain is not None and report.reason == "stop-at-share":
+            if _gain_is_there(opened, saved, stop_at_gain, report.share):
+                break
+            settings = {}  # it has begun
+            limits["stop_at_share"] = min(1.0, report.share + GAIN_STEP)
+            report = _together(report, work())
     if as_json:
         click.echo(json.dumps(report.to_dict()))
         _exit_if_failed(report)
@@ -497,6 +510,29 @@ def _load(ref: str, device: str) -> Any:
     from bowerbird.encoders import load_encoder
 
     return load_encoder(ref, device=device)
+
+
+GAIN_STEP = 0.05  # of the gallery, after which the gain is measured again
+
+
+def _gain_is_there(gallery: Gallery, saved: SavedPlan, asked: float, share: float) -> bool:
+    """Whether the watched queries show what the plan forecast for this share; without any, the forecast counts."""
+    from bowerbird.upgrade.plan import measured_gain
+
+    gain = measured_gain(gallery, saved)
+    if gain is None:
+        click.echo("the gain is not measured: no labelled queries are watched", err=True)
+        return True
+    click.echo(f"at {share:.1%} of the gallery {gain:.0%} of the gain are measured", err=True)
+    return gain >= asked
+
+
+def _together(first: RunReport, then: RunReport) -> RunReport:
+    """Two calls of ``run`` as one."""
+    from dataclasses import replace
+
+    sums = {name: getattr(first, name) + getattr(then, name) for name in ("encoded", "failed", "seconds", "watched")}
+    return replace(then, **sums)
 
 
 WORKER_LOADER = "bowerbird.cli.upgrade:load_in_worker"

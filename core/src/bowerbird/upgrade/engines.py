@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from bowerbird.errors import MissingExtraError, UnknownNameError, UpgradeError
 from bowerbird.gallery.open import folder_of
 from bowerbird.registry import get_registry
-from bowerbird.upgrade.run import Limits, RunReport, Watching, WorkerShare, tolerant
+from bowerbird.upgrade.run import STORE_PATIENCE, Limits, RunReport, Watching, WorkerShare, tolerant
 from bowerbird.upgrade.state import UpgradeStatus, status
 from bowerbird.upgrade.worker import Event, Job
 
@@ -147,6 +147,7 @@ def make_job(
     rate: float | None = None,
     stop_after: int | None = None,
     stop_at_share: float | None = None,
+    store_patience: float = STORE_PATIENCE,
 ) -> Job:
     """What the workers of an upgrade have to do. Several workers stop after so many items *together*.
 
@@ -155,7 +156,10 @@ def make_job(
     """
     Limits(stop_after, None, stop_at_share, rate)
     items = None if stop_after is None else status(gallery).new_items + stop_after
-    return Job(location(url), state.id, loader, settings, rate=rate, stop_at_items=items, stop_at_share=stop_at_share)
+    return Job(
+        location(url), state.id, loader, settings, rate=rate, stop_at_items=items, stop_at_share=stop_at_share,
+        store_patience=store_patience,
+    )  # fmt: skip
 
 
 def location(gallery: str) -> str:
