@@ -3,39 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "researchers.md"
-BLOCK = re.compile(r'^```(python|bash|toml)(?: title="([^"]+)")?\n(.*?)^```', re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the blocks are for a POSIX shell")
 def test_every_block_of_the_page_runs_and_the_own_objective_stands_in_the_table(
-    tmp_path: Path,
+    tmp_path: Path, run_page: Callable[[Path], list[str]]
 ) -> None:
-    command = tmp_path / "bin" / "bowerbird"  # of this environment, in front of any other
-    command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m bowerbird "$@"\n')
-    command.chmod(0o755)
-    path = f"{command.parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
-    outputs = []
-    for language, title, text in BLOCK.findall(PAGE.read_text(encoding="utf-8")):
-        if title:
-            (tmp_path / title).write_text(text)
-            continue
-        line = ["sh", "-e", "-c", text] if language == "bash" else [sys.executable, "-c", text]
-        result = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-        assert result.returncode == 0, f"{text}\n{result.stdout}\n{result.stderr}"
-        outputs.append(result.stdout)
+    outputs = run_page(PAGE)
     assert re.search(r"\| mine:pull / core:compatible \| 0\.\d", "\n".join(outputs))
     table = (tmp_path / "bench-mine" / "results.md").read_text()
     assert "pull-10 / core:compatible" in table and "bct-1 / core:compatible" in table
