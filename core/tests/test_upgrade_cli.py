@@ -106,7 +106,7 @@ def test_people_get_tables(path, tmp_path):
     for expected in (
         "old/old",
         "new/new",
-        "world:two-queries",
+        "two-queries",
         "switch-now",
         "full",
         "items/s",

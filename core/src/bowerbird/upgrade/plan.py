@@ -22,11 +22,12 @@ from bowerbird.files import write_atomically, write_json
 from bowerbird.gallery.space import Space
 from bowerbird.registry import get_registry
 from bowerbird.retrieval.intervals import Interval, bootstrap_interval, paired_difference
+from bowerbird.upgrade.backfill import backfill_plan, order_positions
 from bowerbird.upgrade.canary import check_canary
 from bowerbird.upgrade.forecast import ForecastCurve, Forecaster, PairedVectors
 from bowerbird.upgrade.queries import QuerySet, no_label
-from bowerbird.upgrade.run import backfill_plan, check_store, order_positions
 from bowerbird.upgrade.sample import Sample, take_sample
+from bowerbird.upgrade.start import check_store
 from bowerbird.upgrade.state import space_dict
 from bowerbird.upgrade.strategies import (
     Strategy,
@@ -37,6 +38,7 @@ from bowerbird.upgrade.strategies import (
     transform_direction,
 )
 from bowerbird.upgrade.verdict import FEWEST_QUERIES, Recommendation, recommend, short_name
+from bowerbird.upgrade.watch import level_before, watch
 
 if TYPE_CHECKING:
     from bowerbird.gallery.gallery import Gallery
@@ -251,6 +253,21 @@ def share_for_gain(saved: SavedPlan, gain: float, strategy: str) -> float:
     if not math.isfinite(share):
         raise InputError(f"the plan forecasts no gain of {name!r}, so that no share of it can be reached")
     return max(share, 1e-9)
+
+
+def measured_gain(gallery: Gallery, saved: SavedPlan) -> float | None:
+    """The share of the gain that the watched queries show now; ``None`` where none with labels are watched.
+
+    The gain so far is measured: mAP@100 now minus that of the old system, on the same queries. What there is to gain
+    is not known before the end, and is the plan's new/new minus old/old. Below 0 or above 1 is possible.
+    """
+    if saved.old_level is None or saved.new_level is None or saved.new_level <= saved.old_level:
+        raise InputError("the plan measured no gain, so that no share of it can be reached")
+    try:
+        before = level_before(gallery)
+    except UpgradeError:
+        return None
+    return (watch(gallery).quality - before) / (saved.new_level - saved.old_level)
 
 
 def plan(

@@ -218,6 +218,21 @@ def watch(gallery: Gallery, *, max_nfr: float | None = None) -> WatchEntry:
     return entry
 
 
+def level_before(gallery: Gallery) -> float:
+    """mAP@100 of the results that were frozen when the upgrade began: the old system on the watched queries.
+
+    Raises:
+        UpgradeError: If no upgrade is under way, or its watched queries have no labels.
+    """
+    state = gallery.store.upgrade_state()
+    if state is None:
+        raise UpgradeError(f"no upgrade of {gallery.path} is under way")
+    frozen = FrozenWatch.load(gallery, state.id)
+    if frozen.labels is None:
+        raise UpgradeError(f"the watched queries of upgrade {state.id} have no labels, so that no quality is measured")
+    return _judge(gallery, frozen, frozen.nums)[0]
+
+
 def history(gallery: Gallery, upgrade: int | None = None) -> list[dict[str, Any]]:
     """Measurements of an upgrade (default: the last one that has any), oldest first, as plain data."""
     if upgrade is None:
