@@ -104,15 +104,18 @@ def compared(scenarios: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def standing(scenarios: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Row -> mean area, gain, ``max NFR`` and new/new over the ``compared`` scenarios; rows that one of them lacks are
-    left out."""
+    """Row -> means over the ``compared`` scenarios, and the gain of these means; rows that one of them lacks are left
+    out."""
     chosen = [scenarios[name] for name in compared(scenarios)]
     made = {}
     for name in chosen[0]:
         if not all("area" in rows.get(name, {}) for rows in chosen):
             continue
-        means = {c: [rows[name][c]["mean"] for rows in chosen] for c in ("area", "gain", "max NFR", "new/new")}
-        made[name] = {c: float("nan") if None in v else float(np.mean(v)) for c, v in means.items()}
+        columns = ("area", "max NFR", "new/new", "old/old")
+        mean = {c: float(np.mean([rows[name][c]["mean"] for rows in chosen])) for c in columns}
+        # Of the means: the ratio of one scenario is noise where its new model is hardly better than its old one.
+        room = mean["new/new"] - mean["old/old"]
+        made[name] = mean | {"gain": (mean["area"] - mean["old/old"]) / room if room > 0 else float("nan")}
     return made
 
 
