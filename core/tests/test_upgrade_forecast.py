@@ -13,10 +13,11 @@ from bowerbird.registry import get_registry
 from bowerbird.retrieval.index import unit_rows
 from bowerbird.retrieval.metrics import RankedList, Relevance, average_precision
 from bowerbird.upgrade import ItemEncoder, begin
+from bowerbird.upgrade.backfill import backfill_plan
 from bowerbird.upgrade.estimate import average_precision_of_sample
 from bowerbird.upgrade.forecast import Forecaster, PairedVectors
 from bowerbird.upgrade.plan import plan
-from bowerbird.upgrade.run import backfill_plan, run
+from bowerbird.upgrade.run import run
 from bowerbird.upgrade.sample import draw
 from bowerbird.upgrade.serve import serve
 

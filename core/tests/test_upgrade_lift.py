@@ -17,9 +17,9 @@ from bowerbird.errors import InputError, SpaceError, UpgradeError
 from bowerbird.gallery import Gallery
 from bowerbird.gallery.transform import VectorTransform
 from bowerbird.registry import get_registry
-from bowerbird.upgrade import ItemEncoder, Upgrade
+from bowerbird.upgrade import ItemEncoder, Upgrade, begin
 from bowerbird.upgrade.lift import begin_lift, lifted_space, lifter
-from bowerbird.upgrade.run import begin, run
+from bowerbird.upgrade.run import run
 from bowerbird.upgrade.serve import serve
 from bowerbird.upgrade.state import finish, rollback, status
 

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from upgrade_world import by_item, item_id, make_gallery, new_encoder
 
 from bowerbird.errors import DataError, InputError
+from bowerbird.upgrade import begin
+from bowerbird.upgrade.backfill import backfill_plan
 from bowerbird.upgrade.orders import class_distance_order, class_means, read_traffic, traffic_order
 from bowerbird.upgrade.plan import plan
-from bowerbird.upgrade.run import backfill_plan, begin
 
 
 @given(n=st.integers(1, 40), seed=st.integers(0, 99))

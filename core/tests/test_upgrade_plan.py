@@ -27,6 +27,7 @@ from bowerbird.gallery import Gallery
 from bowerbird.registry import get_registry
 from bowerbird.retrieval.metrics import RankedList, Relevance, average_precision
 from bowerbird.upgrade import ItemEncoder, PairedVectors, QuerySet, backfill_order, begin
+from bowerbird.upgrade.backfill import backfill_plan
 from bowerbird.upgrade.forecast import Forecaster
 from bowerbird.upgrade.orders import (
     class_means,
@@ -37,7 +38,7 @@ from bowerbird.upgrade.orders import (
     uncertainty_scores,
 )
 from bowerbird.upgrade.plan import plan
-from bowerbird.upgrade.run import backfill_plan, run
+from bowerbird.upgrade.run import run
 from bowerbird.upgrade.serve import serve
 from bowerbird.upgrade.verdict import queries_needed
 

@@ -20,9 +20,9 @@ from bowerbird.gallery.transform import VectorTransform
 from bowerbird.hookspecs import hookimpl
 from bowerbird.records import RetrieverRecord
 from bowerbird.registry import get_registry
-from bowerbird.upgrade import Upgrade
+from bowerbird.upgrade import Upgrade, begin
 from bowerbird.upgrade.lift import begin_lift
-from bowerbird.upgrade.run import begin, run
+from bowerbird.upgrade.run import run
 from bowerbird.upgrade.state import finish, rollback
 
 STRATEGY = "world:two-queries"

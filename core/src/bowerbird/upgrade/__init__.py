@@ -16,8 +16,9 @@ from bowerbird.upgrade.forecast import ForecastCurve, PairedVectors
 from bowerbird.upgrade.orders import backfill_order
 from bowerbird.upgrade.plan import Plan
 from bowerbird.upgrade.queries import QuerySet
-from bowerbird.upgrade.run import RunReport, begin
+from bowerbird.upgrade.run import RunReport
 from bowerbird.upgrade.serve import SearchService
+from bowerbird.upgrade.start import begin
 from bowerbird.upgrade.state import UpgradeStatus, finish, pause, resume, rollback, status
 from bowerbird.upgrade.upgrade import Upgrade
 from bowerbird.upgrade.verdict import Recommendation

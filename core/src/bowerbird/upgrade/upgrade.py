@@ -13,6 +13,7 @@ from bowerbird.upgrade import lift as _lift
 from bowerbird.upgrade import plan as _plan
 from bowerbird.upgrade import run as _run
 from bowerbird.upgrade import serve as _serve
+from bowerbird.upgrade import start as _start
 from bowerbird.upgrade import state as _state
 from bowerbird.upgrade import watch as _watch
 from bowerbird.upgrade.encoding import ItemEncoder
@@ -73,8 +74,8 @@ class Upgrade:
         return _plan.plan(self.gallery, self.new, old_encoder=self.old, **settings)
 
     def begin(self, **settings: Any) -> UpgradeState:
-        """Start the upgrade without moving an item; see ``bowerbird.upgrade.run.begin``."""
-        return _run.begin(self.gallery, self._needs_new("begin"), **self._begin_settings(settings))
+        """Start the upgrade without moving an item; see ``bowerbird.upgrade.start.begin``."""
+        return _start.begin(self.gallery, self._needs_new("begin"), **self._begin_settings(settings))
 
     def run(self, **settings: Any) -> _run.RunReport:
         """Work on the upgrade; begins it where none is under way; see ``bowerbird.upgrade.run``.
@@ -101,7 +102,7 @@ class Upgrade:
             begin_settings = self._begin_settings(begin_settings, watch=watch)
         else:
             begin_settings.pop("queries", None)
-        return _run.join(self.gallery, encoder, **begin_settings)
+        return _start.join(self.gallery, encoder, **begin_settings)
 
     def serve(self, *, loader: _serve.EncoderLoader | None = None) -> _serve.SearchService:
         """A search object valid at every moment; see ``bowerbird.upgrade.serve``."""
