@@ -23,7 +23,7 @@ from bowerbird.retrieval.index import unit_rows
 from bowerbird.upgrade import ItemEncoder
 from bowerbird.upgrade.forecast import Forecaster, PairedVectors
 from bowerbird.upgrade.plan import plan
-from bowerbird.upgrade.run import backfill_plan
+from bowerbird.upgrade.backfill import backfill_plan
 from common import write_result
 
 STRATEGIES = ("compat:rank-merge", "compat:adapter")
