@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from upgrade_world import FakeEncoder, by_item, item_id, make_gallery, new_encoder, old_encoder, stored
 
 from bowerbird.cli import main
-from bowerbird.errors import InputError, SpaceError, UnknownNameError
+from bowerbird.errors import InputError, SpaceError, UnknownNameError, UpgradeError
 from bowerbird.gallery import Gallery, Space
 from bowerbird.gallery.tasks import LeaseLostError
 from bowerbird.gallery.transform import VectorTransform
@@ -205,3 +205,18 @@ def test_an_item_is_known_by_its_number_not_by_its_name(gallery):
     old_part = gallery.vectors_of([item_id(3)], old_encoder().fingerprint)
     assert np.allclose(old_part, old_encoder().vectors([950]))
     assert gallery.store.progress().queued == 1 and gallery.verify().ok
+
+
+def test_an_upgrade_is_not_begun_from_another_space_than_the_one_it_was_checked_for(gallery, monkeypatch):
+    """What another process does between the checks and the beginning is seen, and nothing is left behind."""
+    before = stored(gallery)
+    begin(gallery, TWIN.space(), strategy=STRATEGY)
+
+    def meanwhile(*args, **settings):
+        with Gallery.open(gallery.path) as other:
+            rollback(other)
+
+    monkeypatch.setattr("bowerbird.upgrade.start.use_transform", meanwhile)
+    with pytest.raises(UpgradeError, match="was changed while this upgrade was begun"):
+        begin(gallery, new_encoder().space(), strategy=STRATEGY, on_top=True)
+    assert untouched(gallery, before)

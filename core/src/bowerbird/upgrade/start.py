@@ -105,12 +105,14 @@ def begin(
         },
         on_top=on_top,
     )
-    if frozen is not None:
-        try:
+    try:
+        if state.old != old.fingerprint:  # another process ended or began one since: all of this was checked for `old`
+            raise UpgradeError(f"{gallery.path} was changed while this upgrade was begun; nothing was begun, try again")
+        if frozen is not None:
             frozen.save(gallery, state.id)
-        except BaseException:
-            gallery.store.rollback()  # nothing has moved; an upgrade that was to be watched is watched, or not begun
-            raise
+    except BaseException:
+        gallery.store.rollback()  # nothing has moved; an upgrade that was to be watched is watched, or not begun
+        raise
     return state
 
 
