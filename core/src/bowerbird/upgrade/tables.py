@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -71,7 +70,7 @@ def plan_table(plan: Plan) -> RenderableType:
             if interval is not None:
                 quality.add_row(name, f"{interval.mean:.4f}", f"{interval.low:.4f}", f"{interval.high:.4f}")
         title = f"forecast of {metric} by share of moved items, order {short_name(plan.order)}"
-        curves = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+        curves = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
         for column in ("strategy", "merger"):
             curves.add_column(column, no_wrap=True)
         for column in (*(f"{share:.0%}" for share in SHOWN_SHARES), "area", "over waiting, 95 %", "flips", "passes"):
