@@ -67,21 +67,24 @@ def test_limits_and_a_lease_of_another_host_hold_here_too(postgres_url, monkeypa
         assert run(gallery, load({}, gallery, NEW, 0)).share == 1
 
 
-def test_a_server_that_drops_its_connections_in_the_middle_costs_nothing_but_time(postgres_url, postgres_server):
+def cut_all_connections(server):
     import psycopg
 
-    url = postgres_url()
-    gallery, _ = begun(url)
+    with psycopg.connect(server, autocommit=True) as db:
+        (number,) = db.execute(
+            "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity "
+            "WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'"
+        ).fetchone()
+    return number
+
+
+def test_a_server_that_drops_its_connections_in_the_middle_costs_nothing_but_time(postgres_url, postgres_server):
+    gallery, _ = begun(postgres_url())
     cut: list[int] = []
 
     def cut_once(count, now):
         if now.new_items >= 50 and count and not cut:
-            with psycopg.connect(postgres_server, autocommit=True) as db:
-                (number,) = db.execute(
-                    "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity "
-                    "WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'"
-                ).fetchone()
-            cut.append(number)
+            cut.append(cut_all_connections(postgres_server))
 
     with gallery:
         with pytest.warns(RuntimeWarning, match="does not answer"):
@@ -89,4 +92,23 @@ def test_a_server_that_drops_its_connections_in_the_middle_costs_nothing_but_tim
         assert cut[0] >= 1
         assert (report.reason, report.share) == ("complete", 1)
         assert gallery.verify().ok
+        assert np.array_equal(gallery.vectors_of(NAMES), vectors(NAMES, NEW))
+
+
+def test_the_process_that_started_workers_waits_for_its_server_too(postgres_url, postgres_server, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", HERE)
+    url = postgres_url()
+    gallery, state = begun(url)
+    cut: list[int] = []
+
+    def cut_once(count, now):
+        if now.new_items >= 50 and not cut:
+            cut.append(cut_all_connections(postgres_server))
+
+    with gallery:
+        job = make_job(gallery, url, state, "ray_world:load", {"delay": 0.002})
+        with pytest.warns(RuntimeWarning, match="does not answer"):
+            report = run_workers(gallery, lambda: job, LocalExecutor(2), progress=cut_once)
+        assert cut[0] >= 2
+        assert (report.reason, report.share) == ("complete", 1)
         assert np.array_equal(gallery.vectors_of(NAMES), vectors(NAMES, NEW))

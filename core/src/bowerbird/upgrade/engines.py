@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from bowerbird.errors import MissingExtraError, UnknownNameError, UpgradeError
 from bowerbird.gallery.open import folder_of
 from bowerbird.registry import get_registry
+from bowerbird.upgrade.patience import Patience
 from bowerbird.upgrade.run import STORE_PATIENCE, Limits, RunReport, Watching, WorkerShare, tolerant
 from bowerbird.upgrade.state import UpgradeStatus, status
 from bowerbird.upgrade.worker import Event, Job
@@ -100,6 +101,7 @@ def run_workers(
     started = time.monotonic()
     last = status(gallery)
     watching = Watching(gallery, every=watch_every, max_nfr=max_nfr, share=last.share)
+    patient = Patience(str(gallery.path), job.store_patience)
     show = tolerant(progress)
     in_hand: dict[int, int] = {}
 
@@ -112,7 +114,7 @@ def run_workers(
             in_hand[index] = 0  # it committed, or it ended and what it had in hand is done again
         if event["event"] == "committed":
             last = UpgradeStatus(**event["status"])
-            watching.look(last.share)
+            patient(watching.look, last.share)
             count = 0
         show(count, replace(last, new_items=last.new_items + sum(in_hand.values())))
 
@@ -120,11 +122,11 @@ def run_workers(
     reason = _together(shares)
     if executor.speaks:
         with contextlib.suppress(UpgradeError):  # another process has ended it
-            now = status(gallery)
+            now = patient(status, gallery)
             last = now if now.id == job.upgrade else last
         show(0, last)  # what workers said may have come in another order than they committed
         if reason == "complete" and any(share.encoded for share in shares):
-            watching.at_the_end(last.share)
+            patient(watching.at_the_end, last.share)
     return RunReport(
         reason="stop-rule" if watching.stopped else reason,
         encoded=sum(share.encoded for share in shares),

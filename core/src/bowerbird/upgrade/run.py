@@ -167,12 +167,12 @@ class Watching:
         """Measure if it is time to; whether the stop rule paused the upgrade."""
         if self.every is None or share < self.next - 1e-9 or self.stopped:
             return self.stopped
-        self.next = share + self.every
         try:
             self.entries.append(watch(self.gallery, max_nfr=self.max_nfr))
         except UpgradeError:
             if self.gallery.store.upgrade_state() is not None:
                 raise  # otherwise it ended meanwhile
+        self.next = share + self.every  # not before: a store that was away is asked again
         return self.stopped
 
     def at_the_end(self, share: float) -> bool:
