@@ -73,7 +73,8 @@ def average_precision_of_sample(
     if rarer.any():
         seen_right = np.cumsum(right, axis=1, dtype=np.int32)[query, rank] - 1.0
         seen_wrong = np.cumsum(wrong, axis=1, dtype=np.int32)[query, rank].astype(np.float64)
-        standard = _standardised(np.take_along_axis(keys, order, axis=1), of_wrong)
+        ranked = np.take_along_axis(np.asarray(keys, np.float64), order, axis=1)
+        standard = _standardised(ranked, of_wrong)
         at = standard[query, rank]
         a, _, _ = _posterior(a, seen_right, at, standard, right, of_right, query, but=1)
         b, shape, scale = _posterior(b, seen_wrong, at, standard, wrong, of_wrong, query)
@@ -95,7 +96,7 @@ def average_precision_of_sample(
     return total / np.where(expected > 0, expected, 1.0)
 
 
-def _standardised(keys: NDArray[np.floating], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+def _standardised(keys: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
     """Keys minus their weighted mean over their weighted deviation, by query."""
     total = np.maximum(weights.sum(axis=1, keepdims=True), 1e-12)
     mean = np.einsum("qn,qn->q", weights, keys)[:, None] / total

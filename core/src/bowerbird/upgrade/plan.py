@@ -183,7 +183,6 @@ class SavedPlan:
     curve: ForecastCurve | None
     old_level: float | None
     new_level: float | None = None
-    metric: str = "map"
 
     def begin_settings(self) -> dict[str, Any]:
         """Arguments of ``begin``."""
@@ -232,11 +231,13 @@ def load_plan(path: str | Path) -> SavedPlan:
     curve = chosen and ForecastCurve(
         chosen["name"], tuple(chosen["shares"]), tuple(chosen["quality"]), tuple(chosen["nfr"]), chosen["area"]
     )
-    levels = [None if (level := saved.get(name)) is None else float(level["mean"]) for name in ("old_old", "new_new")]
+    before, after = (
+        None if (level := saved.get(name)) is None else float(level["mean"]) for name in ("old_old", "new_new")
+    )
     settings = dict(saved.get("order_settings") or {}) if order == saved["order"] else {}
     return SavedPlan(
         old, new, strategy, merger, order, settings, seed, saved.get("label_key"), transform, curve or None,
-        *levels, str(saved.get("metric", "map")),
+        before, after,
     )  # fmt: skip
 
 

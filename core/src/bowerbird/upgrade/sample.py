@@ -131,7 +131,7 @@ def draw(
         """Of each: items of its class over those in the sample. What is in no class of a query is one class."""
         classes = [label if (label := labels[num]) in taken else None for num in nums.tolist()]
         drawn = Counter(classes)
-        all_of = {**everyone, None: len(labels) - sum(everyone[label] for label in taken)}
+        all_of: dict[str | None, int] = {**everyone, None: len(labels) - sum(everyone[label] for label in taken)}
         return np.maximum([all_of[label] / drawn[label] for label in classes], 1.0) if len(nums) else np.empty(0)
 
     return Draw(
