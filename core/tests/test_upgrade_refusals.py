@@ -220,3 +220,21 @@ def test_an_upgrade_is_not_begun_from_another_space_than_the_one_it_was_checked_
     with pytest.raises(UpgradeError, match="was changed while this upgrade was begun"):
         begin(gallery, new_encoder().space(), strategy=STRATEGY, on_top=True)
     assert untouched(gallery, before)
+
+
+def test_an_upgrade_on_top_of_a_half_done_one_cannot_be_watched_and_says_so(gallery):
+    begin(gallery, TWIN.space(), strategy=STRATEGY, task_items=10)
+    run(gallery, by_item(TWIN), stop_after=40)
+    third = Upgrade(gallery, by_item(new_encoder()))
+    settings = {"strategy": STRATEGY, "on_top": True, "label_key": "label", "watch_every": 0.5}
+    with pytest.raises(UpgradeError, match="are in 2 spaces: run the upgrade under way to its end"):
+        third.run(**settings)
+    assert len(gallery.snapshot().upgrades) == 1
+    run(gallery, by_item(TWIN))
+    assert third.run(**settings).watched
+
+
+@pytest.mark.parametrize("seed", [-1, 0.5, "a"])
+def test_a_seed_is_a_whole_number_of_at_least_0(gallery, seed):
+    with pytest.raises(InputError, match="seed is"):
+        begin(gallery, TWIN.space(), strategy=STRATEGY, seed=seed)

@@ -75,6 +75,8 @@ def order_positions(
     ``old_vectors`` may be ``None`` for an order that says it needs none. ``more``: what else it says it needs,
     ``labels`` or ``names`` (see ``bowerbird.upgrade.orders``).
     """
+    if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or seed < 0:
+        raise InputError(f"seed is {seed!r}; it must be a whole number of at least 0")
     registry = get_registry()
     record = registry.get("retriever", order, role="order")
     if registry.load_config(record) is None and settings:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from bowerbird.errors import InputError
+from bowerbird.errors import InputError, UpgradeError
 from bowerbird.gallery.gallery import Gallery
 from bowerbird.gallery.open import open_gallery
 from bowerbird.upgrade import lift as _lift
@@ -164,6 +164,8 @@ class Upgrade:
                 self.gallery, new, strategy, label_key=out.get("label_key"), seed=out.get("seed") or 0
             )
         queries, label_key = out.pop("queries", None), out.get("label_key")
+        if watch or queries is not None or out.get("watch_set") is not None:
+            self._refuse_several_old_systems()
         if queries is None and watch and out.get("watch_set") is None:
             queries = QuerySet.from_gallery(self.gallery, label_key, seed=out.get("seed", 0))
         if queries is not None:
@@ -171,6 +173,14 @@ class Upgrade:
                 self.gallery, queries, self._needs_new("watch"), old_encoder=self.old, label_key=label_key
             )
         return out
+
+    def _refuse_several_old_systems(self) -> None:
+        parts = [part for part in self.gallery.snapshot().parts if part.count]
+        if len(parts) > 1:
+            raise UpgradeError(
+                f"queries are watched against the results of one old encoder, and the items of {self.gallery.path} are "
+                f"in {len(parts)} spaces: run the upgrade under way to its end first, or begin this one unwatched"
+            )
 
 
 def _wrap(encoder: Any, space: Space | None, batch_size: int) -> ItemEncoder:
