@@ -1,6 +1,6 @@
 """Run every benchmark, one after the other on an otherwise idle machine, and write benchmarks/results/*.json.
 
-    python benchmarks/run.py                 all of them, about 15 minutes
+    python benchmarks/run.py                 all of them, about half an hour
     python benchmarks/run.py gallery_search  only these
 
 Each measures its subject and its limit in turns in one process, and states the limit that it is held against.
@@ -19,14 +19,18 @@ from pathlib import Path
 HERE = Path(__file__).parent
 LONG = ("serve_share_exact", "serve_share_ivf", "serve_share_hnsw")  # 1M items
 SHORT = ("cli_startup", "gallery_search", "gallery_ann", "gallery_add", "gallery_open", "serve_passes", "scale_shards")
-ONE_CORE = (*SHORT, *LONG)
-ALL = (*SHORT, "embed", "upgrade_run", "upgrade_workers")
+ONE_CORE = (*SHORT, *LONG, "compat_losses")
+TWO_CORES = ("transforms",)
+ALL = (*SHORT, "embed", "upgrade_run", "upgrade_workers", "compat_losses", *TWO_CORES)
 
 
 def measure(name: str) -> None:
-    threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"} if name in ONE_CORE else {}
+    cores = 1 if name in ONE_CORE else 2 if name in TWO_CORES else None
+    threads = {} if cores is None else {"OMP_NUM_THREADS": str(cores), "OPENBLAS_NUM_THREADS": str(cores)}
     # Some machines choose an old BLAS kernel by these; it would slow both sides, and numpy most.
     unset = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
+    if name in TWO_CORES:
+        threads["OMP_WAIT_POLICY"] = "PASSIVE"  # a thread that waits must not take the core of one that works
     environment = {key: value for key, value in os.environ.items() if key not in unset} | threads
     # The limits of embed and upgrade run are for an encoder on one core: on two the decoding has no core of its own.
     extra = ["--threads", "1"] if name in ("embed", "upgrade_run") else []

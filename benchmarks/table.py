@@ -23,7 +23,7 @@ INTRO = """# Benchmarks
 Written by `python benchmarks/table.py` from the committed results; do not edit. Every benchmark measures its subject
 and the limit that it is held against in turns in one process, so that the ratio can be trusted where absolute times
 cannot.
-`python benchmarks/run.py` runs them all (about 15 minutes on an idle machine).
+`python benchmarks/run.py` runs them all (about half an hour on an idle machine).
 """
 
 
@@ -88,6 +88,26 @@ def memory(r: Mapping[str, Any]) -> list[Row]:
     return [(what, f"{worst:,.0f} MB", f"{limit:,} MB", worst <= limit)]
 
 
+def losses(r: Mapping[str, Any]) -> list[Row]:
+    limit = r["limit_ratio"]
+    return [
+        (f"a training step, against the formula in plain torch: {method}",
+         f"{v['ratio']:.2f}x ({v['ours_ms']:.1f} ms against {v['plain_ms']:.1f} ms of processor time)",
+         f"at most {limit}x", v["ratio"] <= limit)
+        for method, v in r["methods"].items()
+    ]  # fmt: skip
+
+
+def maps(r: Mapping[str, Any]) -> list[Row]:
+    limit = r["limit_s"]
+    what = f"fit on {r['pairs']:,} pairs of {r['dim']} cached dimensions, two cores"
+    return [
+        (f"{what}: {name}", f"{seconds:.0f} s ({r['cpu_seconds'][name]:.0f} s of processor time)", f"{limit} s",
+         seconds <= limit)
+        for name, seconds in r["seconds"].items()
+    ]  # fmt: skip
+
+
 ROWS: dict[str, Callable[[Mapping[str, Any]], list[Row]]] = {
     "cli_startup": startup,
     "embed": share("`embed` from JPEG files, against the bare forward pass on ready tensors", "ratio", "limit_ratio"),
@@ -102,6 +122,8 @@ ROWS: dict[str, Callable[[Mapping[str, Any]], list[Row]]] = {
     "scale_growth": memory,
     "upgrade_run": share("`upgrade run`, against the bare encoder on the same files", "ratio_wall", "limit_ratio"),
     "upgrade_workers": workers,
+    "compat_losses": losses,
+    "transforms": maps,
 }
 
 

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from bowerbird.batch import Batch
 from bowerbird.errors import InputError, RecipeError
 from bowerbird.protocols import BuildContext, Encoder, LossOutput
+from bowerbird_compat.checks import check_above_zero, check_not_negative, integer_labels
 from bowerbird_compat.compatible_objective import CompatibleConfig, CompatibleObjective
-from bowerbird_compat.heads import MarginSoftmax, integer_labels, match_dim
+from bowerbird_compat.heads import MarginSoftmax, match_dim
 from bowerbird_compat.old_model import OldModel
 from bowerbird_compat.prototypes import Prototypes, build_prototypes
 
@@ -73,10 +74,8 @@ class InfluenceLoss(nn.Module):
         super().__init__()
         if reduction not in get_args(Reduction):
             raise InputError(f"reduction is {reduction!r}; accepted: {', '.join(get_args(Reduction))}.")
-        if not 0 <= weight < float("inf"):
-            raise InputError(f"weight is {weight}; it must be a finite number of at least 0.")
-        if not 0 < scale < float("inf"):
-            raise InputError(f"scale is {scale}; it must be a finite number above 0.")
+        check_not_negative(weight=weight)
+        check_above_zero(scale=scale)
         if not 0 <= label_smoothing < 1:
             raise InputError(f"label_smoothing is {label_smoothing}; it must be in [0, 1).")
         if margin is not None and not isinstance(margin, nn.Module):

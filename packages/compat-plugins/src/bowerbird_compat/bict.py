@@ -15,7 +15,6 @@ import math
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import ArrayLike
@@ -26,9 +25,9 @@ from torch import Tensor, nn
 from bowerbird.errors import DataError, InputError
 from bowerbird.files import write_atomically
 from bowerbird.protocols import Transform
+from bowerbird_compat.checks import check_above_zero, check_not_negative, finite_vectors, integer_labels
 from bowerbird_compat.compatible_losses import CompatibleContrastiveLoss
 from bowerbird_compat.gallery_rewrite import TransformChain, UpgradeReport, VersionedVectors, upgrade_gallery
-from bowerbird_compat.heads import integer_labels
 
 __all__ = [
     "ForwardCompatibleLoss", "ForwardTransform", "TransformChain", "UpgradeReport", "VersionedVectors",
@@ -153,10 +152,8 @@ class ForwardCompatibleLoss(nn.Module):
             raise InputError(f"align is {align!r}; accepted: {', '.join(get_args(Align))}.")
         if disc not in (None, *get_args(Discriminative)):
             raise InputError(f"disc is {disc!r}; accepted: {', '.join(get_args(Discriminative))}, None.")
-        if not 0 < temperature < math.inf:
-            raise InputError(f"temperature is {temperature}; it must be a finite number above 0.")
-        if not (0 <= weight < math.inf and 0 <= classifier_weight < math.inf):
-            raise InputError(f"weights are {weight} and {classifier_weight}; finite numbers of at least 0 are needed.")
+        check_above_zero(temperature=temperature)
+        check_not_negative(weight=weight, classifier_weight=classifier_weight)
         self.align, self.disc, self.temperature = align, disc, float(temperature)
         self.weight, self.classifier_weight = float(weight), float(classifier_weight)
         self.contrast = CompatibleContrastiveLoss(temperature, topk=None, new_to_new=False)
@@ -254,7 +251,7 @@ def fit_forward_transform(
         InputError: (a ``ValueError``) Row counts that differ, labels missing for the loss, values or settings that
             cannot be used.
     """
-    x, y = _vectors(old, "old"), _vectors(new, "new")
+    x, y = finite_vectors(old, "old"), finite_vectors(new, "new")
     y = y.to(x.device)
     if len(x) != len(y):
         raise InputError(f"{len(x)} old and {len(y)} new vectors; both of the same items are needed, row by row.")
@@ -306,12 +303,3 @@ def fit_forward_transform(
             value.backward()
             optimiser.step()
     return psi.eval().requires_grad_(False)
-
-
-def _vectors(values: ArrayLike | Tensor, name: str) -> Tensor:
-    vectors = torch.as_tensor(values if isinstance(values, Tensor) else np.asarray(values)).detach().float()
-    if vectors.ndim != 2 or not len(vectors):
-        raise InputError(f"{name} vectors have shape {tuple(vectors.shape)}; (N, D) with N at least 1 is needed.")
-    if not torch.isfinite(vectors).all():
-        raise InputError(f"{name} vectors hold values that are not finite (NaN or infinity).")
-    return vectors

@@ -20,6 +20,7 @@ from torch.nn.utils.parametrizations import orthogonal
 
 from bowerbird.errors import InputError
 from bowerbird_compat.bct import InfluenceLoss
+from bowerbird_compat.checks import check_above_zero, check_not_negative
 from bowerbird_compat.feature_cache import FeatureCache
 
 __all__ = ["BT2Loss", "BT2Output", "BasisTransformHead", "FeatureCache", "FoldedHead", "compare"]
@@ -82,8 +83,7 @@ class BasisTransformHead(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(in_dim, new_dim, old_dim, added_dim)
-        if not 0 < scale < float("inf"):
-            raise InputError(f"scale is {scale}; it must be a finite number above 0.")
+        check_above_zero(scale=scale)
         if num_classes is not None and num_classes < 1:
             raise InputError(f"num_classes is {num_classes}; it must be at least 1, or None for no classifier.")
         self.in_dim, self.new_dim, self.old_dim, self.added_dim = in_dim, new_dim, old_dim, added_dim
@@ -203,11 +203,7 @@ class BT2Loss(nn.Module):
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("teacher_weight", teacher_weight), ("influence_weight", influence_weight), ("old_weight", old_weight),
-        ):  # fmt: skip
-            if not 0 <= value < float("inf"):
-                raise InputError(f"{name} is {value}; it must be a finite number of at least 0.")
+        check_not_negative(teacher_weight=teacher_weight, influence_weight=influence_weight, old_weight=old_weight)
         self.influence = InfluenceLoss(
             prototypes, class_map, normalize=True, scale=influence_scale, label_smoothing=label_smoothing
         )

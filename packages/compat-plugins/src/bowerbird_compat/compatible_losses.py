@@ -18,7 +18,13 @@ from torch import Tensor, distributed, nn
 
 from bowerbird import dist
 from bowerbird.errors import InputError
-from bowerbird_compat.heads import integer_labels
+from bowerbird_compat.checks import (
+    check_above_zero,
+    check_finite,
+    check_not_negative,
+    frozen_classifier,
+    integer_labels,
+)
 
 Reduction = Literal["mean", "none"]
 Miner = Callable[[Tensor, Tensor, Tensor, Tensor], Sequence[Tensor]]
@@ -32,8 +38,7 @@ class _PairwiseLoss(nn.Module):
         miner: Miner | None,
     ) -> None:  # fmt: skip
         super().__init__()
-        if not 0 <= weight < math.inf:
-            raise InputError(f"weight is {weight}; it must be a finite number of at least 0.")
+        check_not_negative(weight=weight)
         if reduction not in get_args(Reduction):
             raise InputError(f"reduction is {reduction!r}; accepted: {', '.join(get_args(Reduction))}.")
         self.topk = topk if topk is not None and topk > 0 else None
@@ -136,8 +141,7 @@ class CompatibleContrastiveLoss(_PairwiseLoss):
         miner: Miner | None = None,
     ) -> None:
         super().__init__(topk, new_to_new, gather, detach_keys, weight, reduction, miner)
-        if not 0 < temperature < math.inf:
-            raise InputError(f"temperature is {temperature}; it must be a finite number above 0.")
+        check_above_zero(temperature=temperature)
         self.temperature = float(temperature)
 
     def _terms(self, u: Tensor, o: Tensor, blocks: list[Tensor], excluded: list[Tensor]) -> Tensor:
@@ -178,8 +182,7 @@ class CompatibleTripletLoss(_PairwiseLoss):
         miner: Miner | None = None,
     ) -> None:
         super().__init__(topk, new_to_new, gather, detach_keys, weight, reduction, miner)
-        if not 0 <= margin < math.inf:
-            raise InputError(f"margin is {margin}; it must be a finite number of at least 0.")
+        check_not_negative(margin=margin)
         self.margin = float(margin)
 
     def _terms(self, u: Tensor, o: Tensor, blocks: list[Tensor], excluded: list[Tensor]) -> Tensor:
@@ -211,11 +214,8 @@ class ClassLevelCompatibleLoss(nn.Module):
 
     def __init__(self, old_classifier: Tensor, new_to_new: bool = True, *, weight: float = 1.0) -> None:
         super().__init__()
-        if old_classifier.ndim != 2 or not torch.isfinite(old_classifier).all():
-            raise InputError(f"Old classifier of shape {tuple(old_classifier.shape)}: a finite matrix (C, D) is due.")
-        if not 0 <= weight < math.inf:
-            raise InputError(f"weight is {weight}; it must be a finite number of at least 0.")
-        self.register_buffer("old_classifier", old_classifier.detach().clone())
+        check_not_negative(weight=weight)
+        self.register_buffer("old_classifier", frozen_classifier(old_classifier))
         self.new_to_new, self.weight = new_to_new, float(weight)
 
     def forward(self, new: Tensor, labels: Tensor, new_classifier: Tensor | None = None) -> Tensor:
@@ -251,12 +251,6 @@ def _checked_pair(new: Tensor, old: Tensor, labels: Tensor) -> Tensor:
             "This method compares them entry by entry: give the new encoder the size of the old one."
         )
     return integer_labels(labels, len(new))
-
-
-def check_finite(vectors: Tensor, what: str) -> None:
-    finite = torch.isfinite(vectors).all(dim=1)
-    if not finite.all():
-        raise InputError(f"{what}: row {int((~finite).nonzero()[0])} is not finite (NaN or infinity).")
 
 
 def _gathered(values: Tensor) -> Tensor:

@@ -8,14 +8,12 @@ B batch, C classes, D embedding size.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bowerbird.errors import InputError
-from bowerbird_compat.heads import integer_labels
+from bowerbird_compat.checks import check_above_zero, check_not_negative, frozen_classifier, integer_labels
 
 
 class DistillationLoss(nn.Module):
@@ -35,13 +33,9 @@ class DistillationLoss(nn.Module):
         self, old_classifier: Tensor, temperature: float = 0.01, old_temperature: float = 0.01, *, weight: float = 1.0
     ) -> None:
         super().__init__()
-        if old_classifier.ndim != 2 or not torch.isfinite(old_classifier).all():
-            raise InputError(f"Old classifier of shape {tuple(old_classifier.shape)}: a finite matrix (C, D) is due.")
-        for name, value in (("temperature", temperature), ("old_temperature", old_temperature)):
-            if not 0 < value < math.inf:
-                raise InputError(f"{name} is {value}; it must be a finite number above 0.")
-        _check_weight("weight", weight)
-        self.register_buffer("old_classifier", old_classifier.detach().clone())
+        check_above_zero(temperature=temperature, old_temperature=old_temperature)
+        check_not_negative(weight=weight)
+        self.register_buffer("old_classifier", frozen_classifier(old_classifier))
         self.temperature, self.old_temperature, self.weight = float(temperature), float(old_temperature), float(weight)
 
     def forward(self, new: Tensor, old: Tensor) -> Tensor:
@@ -68,8 +62,7 @@ class FocalDistillationLoss(nn.Module):
 
     def __init__(self, alpha: float = 1.0, beta: float = 5.0, *, weight: float = 1.0) -> None:
         super().__init__()
-        for name, value in (("alpha", alpha), ("beta", beta), ("weight", weight)):
-            _check_weight(name, value)
+        check_not_negative(alpha=alpha, beta=beta, weight=weight)
         self.alpha, self.beta, self.weight = float(alpha), float(beta), float(weight)
 
     def forward(self, new: Tensor, old: Tensor, labels: Tensor, logits: Tensor) -> Tensor:
@@ -88,11 +81,6 @@ class FocalDistillationLoss(nn.Module):
         right = logits.detach().argmax(dim=1) == integer_labels(labels, len(new)).to(logits.device)
         each = F.mse_loss(new, old.detach().to(new.dtype), reduction="none").mean(dim=1)
         return self.weight * ((self.alpha + self.beta * right.to(each.dtype)) * each).mean()
-
-
-def _check_weight(name: str, value: float) -> None:
-    if not 0 <= value < math.inf:
-        raise InputError(f"{name} is {value}; it must be a finite number of at least 0.")
 
 
 def _check_pair(new: Tensor, old: Tensor) -> None:

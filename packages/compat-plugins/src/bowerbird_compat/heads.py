@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bowerbird.errors import InputError, did_you_mean
+from bowerbird_compat.checks import check_above_zero, check_not_negative, integer_labels
 
 MarginKind = Literal["none", "cosface", "arcface", "arcface_monotone"]
 DimMode = Literal["truncate_or_pad", "strict"]
@@ -57,28 +58,6 @@ def match_dim(x: Tensor | NDArray[np.floating], dim: int, mode: DimMode = "trunc
     return x[..., :dim] if size > dim else F.pad(x, (0, dim - size))
 
 
-def integer_labels(labels: Tensor | NDArray[np.integer], batch: int) -> Tensor:
-    """``labels``, a tensor or an array, as an int64 tensor ``(batch,)``.
-
-    Raises:
-        TypeError: The labels are not integers.
-        InputError: (a ``ValueError``) There is not one label per embedding.
-    """
-    if isinstance(labels, np.ndarray):
-        labels = torch.as_tensor(labels)
-    if (
-        not isinstance(labels, Tensor)
-        or labels.dtype.is_floating_point
-        or labels.dtype.is_complex
-        or labels.dtype == torch.bool
-    ):
-        found = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"Labels must be a tensor of integers (class indices), found {found}.")
-    if labels.shape != (batch,):
-        raise InputError(f"{batch} embeddings need labels of shape ({batch},), found {tuple(labels.shape)}.")
-    return labels.long()
-
-
 class MarginSoftmax(nn.Module):
     """Scaled cosine logits whose target entry is made harder by a margin.
 
@@ -103,10 +82,8 @@ class MarginSoftmax(nn.Module):
         kinds = get_args(MarginKind)
         if kind not in kinds:
             raise InputError(f"kind is {kind!r}; accepted: {', '.join(kinds)}.{did_you_mean(str(kind), kinds)}")
-        if not (math.isfinite(scale) and scale > 0):
-            raise InputError(f"scale is {scale}; it must be a finite number above 0.")
-        if not (math.isfinite(margin) and margin >= 0):
-            raise InputError(f"margin is {margin}; it must be a finite number of at least 0.")
+        check_above_zero(scale=scale)
+        check_not_negative(margin=margin)
         if kind.startswith("arcface") and margin > math.pi:
             raise InputError(f"margin is {margin}; an angle in radians of at most pi is needed for {kind}.")
         self.kind, self.scale, self.margin = kind, float(scale), float(margin)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import ArrayLike
@@ -23,7 +22,7 @@ from bowerbird.errors import InputError
 from bowerbird.gallery.merge import merge_by_distance
 from bowerbird.protocols import Transform
 from bowerbird.retrieval.index import Hits
-from bowerbird_compat.heads import integer_labels
+from bowerbird_compat.checks import check_above_zero, finite_vectors, integer_labels
 from bowerbird_compat.mixed_gallery import MixedGallery, Progress, backfill
 
 __all__ = [
@@ -117,8 +116,7 @@ class MetricCompatibleLoss(nn.Module):
         weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
     ) -> None:
         super().__init__()
-        if not 0 < temperature < float("inf"):
-            raise InputError(f"temperature is {temperature}; it must be a finite number above 0.")
+        check_above_zero(temperature=temperature)
         if mining is not None and not isinstance(mining, TopK):
             raise InputError(f"mining is {mining!r}; accepted: None or TopK(k).")
         if len(weights) != 3 or min(weights) < 0:
@@ -264,7 +262,7 @@ def _fit(
     batch_size: int,
     seed: int,
 ) -> tuple[nn.Linear | None, ReverseQueryTransform]:
-    source, target = _vectors(new, "new"), _vectors(old, "old")
+    source, target = finite_vectors(new, "new"), finite_vectors(old, "old")
     target = target.to(source.device)
     if len(source) != len(target):
         raise InputError(f"{len(source)} new and {len(target)} old vectors; both of the same items are needed.")
@@ -300,12 +298,3 @@ def _fit(
             optimiser.step()
     modules.eval()
     return rho, psi
-
-
-def _vectors(values: ArrayLike | Tensor, name: str) -> Tensor:
-    vectors = torch.as_tensor(np.asarray(values) if not isinstance(values, Tensor) else values).detach().float()
-    if vectors.ndim != 2 or not len(vectors):
-        raise InputError(f"{name} vectors have shape {tuple(vectors.shape)}; (N, D) with N at least 1 is needed.")
-    if not torch.isfinite(vectors).all():
-        raise InputError(f"{name} vectors hold values that are not finite (NaN or infinity).")
-    return vectors

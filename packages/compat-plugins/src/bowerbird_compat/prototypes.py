@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bowerbird.errors import InputError
-from bowerbird_compat.heads import integer_labels
+from bowerbird_compat.checks import check_no_class_missing, integer_labels
 
 OnMissing = Literal["raise", "zero", "skip"]
 
@@ -87,13 +87,8 @@ def build_prototypes(
     if sums is None:
         raise InputError("The loader gave no batch, so there is nothing to average.")
 
-    missing = (counts == 0).nonzero().flatten().tolist()
-    if missing and on_missing == "raise":
-        listed = ", ".join(map(str, missing[:20])) + (", ..." if len(missing) > 20 else "")
-        raise InputError(
-            f"{len(missing)} of {num_classes} classes have no sample: {listed}. "
-            "Give samples of every class, or on_missing='skip' to leave them out."
-        )
+    if on_missing == "raise":
+        check_no_class_missing(counts)
     weight = sums / counts.clamp(min=1).unsqueeze(1)
     if normalize:
         weight = F.normalize(weight)

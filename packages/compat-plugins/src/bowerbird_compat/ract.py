@@ -24,15 +24,14 @@ from bowerbird.batch import Batch
 from bowerbird.errors import InputError, RecipeError
 from bowerbird.protocols import BuildContext, Encoder, LossOutput
 from bowerbird.upgrade import orders
+from bowerbird_compat.checks import check_above_zero, check_finite, integer_labels
 from bowerbird_compat.compatible_losses import (
     ClassLevelCompatibleLoss,
     CompatibleContrastiveLoss,
     CompatibleTripletLoss,
-    check_finite,
 )
 from bowerbird_compat.compatible_objective import CompatibleConfig, CompatibleObjective
 from bowerbird_compat.distillation import DistillationLoss, FocalDistillationLoss
-from bowerbird_compat.heads import integer_labels
 from bowerbird_compat.old_model import OldModel
 from bowerbird_compat.prototypes import evaluating
 
@@ -65,8 +64,7 @@ def backfill_order(
     Raises ``InputError`` (a ``ValueError``): shapes, temperature, strategy, or a row that is not finite (named).
     """
     if strategy == "random":
-        if not temperature > 0:
-            raise InputError(f"temperature is {temperature}; it must be above 0")
+        check_above_zero(temperature=temperature)
         check_finite(torch.as_tensor(old_gallery), "Old vectors")
         return torch.randperm(len(old_gallery), generator=generator)
     if centers is None:

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from bowerbird.errors import InputError
 from bowerbird_compat.bct import InfluenceLoss
-from bowerbird_compat.heads import MarginSoftmax, integer_labels
+from bowerbird_compat.checks import check_above_zero, check_finite, check_no_class_missing, integer_labels
+from bowerbird_compat.heads import MarginSoftmax
 from bowerbird_compat.prototypes import Prototypes, evaluating
 
 __all__ = [
@@ -51,8 +52,7 @@ def transition_matrix(new: Tensor, temperature: float = 0.05, *, edges: Edges = 
     ``new`` is ``V``, ``(n, D_new)``, used as it is given. A single sample leads to itself. With ``edges="column"`` the
     columns sum to 1 instead, as in the one public implementation: prototypes are then plain class means.
     """
-    if not 0 < temperature < math.inf:
-        raise InputError(f"temperature is {temperature}; it must be a finite number above 0.")
+    check_above_zero(temperature=temperature)
     if edges not in get_args(Edges):
         raise InputError(f"edges is {edges!r}; accepted: {', '.join(get_args(Edges))}.")
     if len(new) == 1:
@@ -118,7 +118,9 @@ def refine_prototypes(
     labels = integer_labels(labels, len(old)).to(old.device)
     # The solution is small differences of nearly equal numbers: double precision, where the device has it.
     device = torch.device("cpu") if old.device.type == "mps" else old.device
-    u, v = (_checked(x, what).to(device, torch.float64) for x, what in ((old, "Old"), (new, "New")))
+    check_finite(old, "Old vectors")
+    check_finite(new, "New vectors")
+    u, v = (x.detach().to(device, torch.float64) for x in (old, new))
     if normalize_inputs:
         u, v = F.normalize(u), F.normalize(v)
     counts, classes = _counted(labels, num_classes, on_missing)
@@ -134,13 +136,6 @@ def refine_prototypes(
     return RefinedPrototypes(weight.to(old), counts, classes, share.to(old))
 
 
-def _checked(vectors: Tensor, what: str) -> Tensor:
-    finite = torch.isfinite(vectors).all(dim=1)
-    if not finite.all():
-        raise InputError(f"{what} vectors: row {int((~finite).nonzero()[0])} is not finite (NaN or infinity).")
-    return vectors.detach()
-
-
 def _counted(labels: Tensor, num_classes: int | None, on_missing: str) -> tuple[Tensor, Tensor]:
     """``(C,)`` samples per class and the classes that get a row, both on the CPU."""
     if on_missing not in ("raise", "skip"):
@@ -152,13 +147,8 @@ def _counted(labels: Tensor, num_classes: int | None, on_missing: str) -> tuple[
     if int(labels.min()) < 0 or largest >= size:
         raise InputError(f"Labels are in {int(labels.min())}..{largest}; they must be in 0..{size - 1}.")
     counts = torch.bincount(labels.cpu(), minlength=size)
-    missing = (counts == 0).nonzero().flatten().tolist()
-    if missing and on_missing == "raise":
-        listed = ", ".join(map(str, missing[:20])) + (", ..." if len(missing) > 20 else "")
-        raise InputError(
-            f"{len(missing)} of {size} classes have no sample: {listed}. "
-            "Give samples of every class, or on_missing='skip' to leave them out."
-        )
+    if on_missing == "raise":
+        check_no_class_missing(counts)
     return counts, (counts > 0).nonzero().flatten()
 
 

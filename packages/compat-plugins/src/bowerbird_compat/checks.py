@@ -1,0 +1,82 @@
+"""What every method asks of its arguments, said in the same words. All raise ``InputError``, a ``ValueError``."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from bowerbird.errors import InputError
+
+
+def check_above_zero(**values: float) -> None:
+    """Each of the named values is a finite number above 0."""
+    for name, value in values.items():
+        if not 0 < value < math.inf:
+            raise InputError(f"{name} is {value}; it must be a finite number above 0.")
+
+
+def check_not_negative(**values: float) -> None:
+    """Each of the named values is a finite number of at least 0."""
+    for name, value in values.items():
+        if not 0 <= value < math.inf:
+            raise InputError(f"{name} is {value}; it must be a finite number of at least 0.")
+
+
+def check_finite(vectors: Tensor, what: str) -> None:
+    """No row holds NaN or infinity; the first that does is named."""
+    finite = torch.isfinite(vectors).all(dim=1)
+    if not finite.all():
+        raise InputError(f"{what}: row {int((~finite).nonzero()[0])} is not finite (NaN or infinity).")
+
+
+def check_no_class_missing(counts: Tensor) -> None:
+    """Every class has a sample; those without are listed."""
+    missing = (counts == 0).nonzero().flatten().tolist()
+    if missing:
+        listed = ", ".join(map(str, missing[:20])) + (", ..." if len(missing) > 20 else "")
+        raise InputError(
+            f"{len(missing)} of {len(counts)} classes have no sample: {listed}. "
+            "Give samples of every class, or on_missing='skip' to leave them out."
+        )
+
+
+def frozen_classifier(weight: Tensor) -> Tensor:
+    """A copy of a finite matrix ``(C, D)`` without gradient."""
+    if weight.ndim != 2 or not torch.isfinite(weight).all():
+        raise InputError(f"Old classifier of shape {tuple(weight.shape)}: a finite matrix (C, D) is due.")
+    return weight.detach().clone()
+
+
+def finite_vectors(values: ArrayLike | Tensor, name: str) -> Tensor:
+    """``values`` as float32 ``(N, D)`` without gradient, N at least 1."""
+    vectors = torch.as_tensor(values if isinstance(values, Tensor) else np.asarray(values)).detach().float()
+    if vectors.ndim != 2 or not len(vectors):
+        raise InputError(f"{name} vectors have shape {tuple(vectors.shape)}; (N, D) with N at least 1 is needed.")
+    check_finite(vectors, f"{name} vectors")
+    return vectors
+
+
+def integer_labels(labels: Tensor | NDArray[np.integer], batch: int) -> Tensor:
+    """``labels``, a tensor or an array, as an int64 tensor ``(batch,)``.
+
+    Raises:
+        TypeError: The labels are not integers.
+        InputError: (a ``ValueError``) There is not one label per embedding.
+    """
+    if isinstance(labels, np.ndarray):
+        labels = torch.as_tensor(labels)
+    if (
+        not isinstance(labels, Tensor)
+        or labels.dtype.is_floating_point
+        or labels.dtype.is_complex
+        or labels.dtype == torch.bool
+    ):
+        found = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"Labels must be a tensor of integers (class indices), found {found}.")
+    if labels.shape != (batch,):
+        raise InputError(f"{batch} embeddings need labels of shape ({batch},), found {tuple(labels.shape)}.")
+    return labels.long()
