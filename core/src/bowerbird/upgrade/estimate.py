@@ -71,7 +71,7 @@ def average_precision_of_sample(
     of_wrong = each - of_right
     rarer = _items_per_sampled(of_wrong) > UNEVEN * _items_per_sampled(of_right)
     if rarer.any():
-        seen_right = np.cumsum(right, axis=1, dtype=np.int32)[query, rank] - 1.0
+        seen_right = np.cumsum(right, axis=1, dtype=np.int32)[query, rank].astype(np.float64) - 1
         seen_wrong = np.cumsum(wrong, axis=1, dtype=np.int32)[query, rank].astype(np.float64)
         ranked = np.take_along_axis(np.asarray(keys, np.float64), order, axis=1)
         standard = _standardised(ranked, of_wrong)

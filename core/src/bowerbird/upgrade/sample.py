@@ -131,8 +131,9 @@ def draw(
         """Of each: items of its class over those in the sample. What is in no class of a query is one class."""
         classes = [label if (label := labels[num]) in taken else None for num in nums.tolist()]
         drawn = Counter(classes)
-        all_of: dict[str | None, int] = {**everyone, None: len(labels) - sum(everyone[label] for label in taken)}
-        return np.maximum([all_of[label] / drawn[label] for label in classes], 1.0) if len(nums) else np.empty(0)
+        strangers = len(labels) - sum(everyone[label] for label in taken)
+        members = [strangers if label is None else everyone[label] for label in classes]
+        return np.maximum([count / drawn[label] for count, label in zip(members, classes, strict=True)], 1.0)
 
     return Draw(
         training, gallery, weights(gallery), queries[np.isin(queries, chosen)],
