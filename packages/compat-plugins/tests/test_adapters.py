@@ -216,6 +216,11 @@ def test_the_fewest_pairs_show_a_rotation_and_never_make_unrelated_vectors_usabl
         assert not fit_adapter(x, other, kind=kind, labels=labels, seed=seed, **ENDS).evidence["usable"]
 
 
+def test_an_old_encoder_that_gives_one_vector_to_all_is_not_worth_mapping_to():
+    x, _ = noisy_pair(200)
+    assert not fit_adapter(x, np.ones((200, 4)), kind="ridge", **ENDS).evidence["usable"]
+
+
 def test_copies_do_not_make_a_memorised_map_look_good():
     rng = np.random.default_rng(0)
     x, y = (np.tile(unit(rng.normal(size=(60, 80))), (5, 1)) for _ in range(2))

@@ -135,7 +135,7 @@ def judge_transform(
     rank_of_own = (scores > own[:, None]).sum(axis=1)
     for block in (scores, truth):
         block[np.arange(len(asked)), asked] = -np.inf
-    overlap = _overlap(scores, truth, k)
+    overlap = _overlap(scores, truth, k, rng)
     quality: dict[str, float] | None = None
     kept = _interval(overlap, seed)
     if labels is not None:
@@ -178,8 +178,14 @@ def _paired(transform: VectorTransform, source: ArrayLike, target: ArrayLike) ->
     return x, y
 
 
-def _overlap(scores: NDArray, truth: NDArray, k: int) -> NDArray[np.float64]:
-    found, due = (np.argpartition(-block, k - 1, axis=1)[:, :k] for block in (scores, truth))
+def _overlap(scores: NDArray, truth: NDArray, k: int, rng: np.random.Generator) -> NDArray[np.float64]:
+    """Share per query of the first k of ``truth`` among the first k of ``scores``.
+
+    Equal scores come in another order on each side: lists of an encoder that gives one vector to all agree by chance.
+    """
+    order = rng.permutation(truth.shape[1])
+    found = np.argpartition(-scores, k - 1, axis=1)[:, :k]
+    due = order[np.argpartition(-truth[:, order], k - 1, axis=1)[:, :k]]
     return np.array([len(np.intersect1d(a, b)) / k for a, b in zip(found, due, strict=True)])
 
 
