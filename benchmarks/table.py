@@ -99,12 +99,13 @@ def losses(r: Mapping[str, Any]) -> list[Row]:
 
 
 def maps(r: Mapping[str, Any]) -> list[Row]:
+    # Held against processor time: with others on the machine the clock counts them, too.
     limit = r["limit_s"]
     what = f"fit on {r['pairs']:,} pairs of {r['dim']} cached dimensions, two cores"
     return [
-        (f"{what}: {name}", f"{seconds:.0f} s ({r['cpu_seconds'][name]:.0f} s of processor time)", f"{limit} s",
-         seconds <= limit)
-        for name, seconds in r["seconds"].items()
+        (f"{what}: {name}", f"{seconds:.0f} s of processor time ({r['seconds'][name]:.0f} s on the clock)",
+         f"{limit} s", seconds <= limit)
+        for name, seconds in r["cpu_seconds"].items()
     ]  # fmt: skip
 
 
