@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from bowerbird.report import Series, line_chart, render_page
 from bowerbird.report.charts import PALETTE
-from bowerbird.upgrade.tables import METRIC_NAMES
+from bowerbird.upgrade.tables import METRIC_NAMES, bytes_text
 
 if TYPE_CHECKING:
     from bowerbird.upgrade.forecast import ForecastCurve
@@ -47,6 +47,7 @@ def plan_page(plan: Plan) -> str:
         {
             "plan": plan,
             "metric": METRIC_NAMES[plan.metric],
+            "disk": bytes_text(plan.peak_bytes),
             "chart": plan_svg(plan) if plan.old_old is not None else "",
             "curves": [curve for curve in plan.curves if not curve.unavailable],
             "refused": [curve for curve in plan.curves if curve.unavailable],

@@ -48,9 +48,8 @@ def plan_table(plan: Plan) -> RenderableType:
         facts.add_row(
             "time", f"{_hours(plan.hours)} for one worker", "", f"{plan.items_per_second:.1f} items/s measured here"
         )
-    facts.add_row(
-        "disk", f"{_bytes(plan.vector_bytes)} new vectors", "", f"at most {_bytes(plan.peak_bytes)} until finish"
-    )
+    new, peak = bytes_text(plan.vector_bytes), bytes_text(plan.peak_bytes)
+    facts.add_row("disk", f"{new} new vectors", "", f"at most {peak} until finish")
     if plan.price is not None:
         facts.add_row("price", f"{plan.price:.2f}", "", "")
     parts: list[RenderableType] = [facts, Text()]
@@ -185,7 +184,7 @@ def _hours(hours: float) -> str:
     return f"{hours * 60:.1f} min" if hours < 1 else f"{hours:.1f} h"
 
 
-def _bytes(count: int) -> str:
+def bytes_text(count: int) -> str:
     value, unit = float(count), "B"
     for bigger in ("kB", "MB", "GB", "TB"):
         if value < 1000:
