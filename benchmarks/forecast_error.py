@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ def components(rows: np.ndarray, count: int, *, whiten: bool = False) -> Any:
     return lambda x: unit_rows(((x - mean) @ weight).astype(np.float32))
 
 
+@cache
 def digits(_: Path | None) -> tuple[Any, ...]:
     from sklearn.datasets import load_digits
 
@@ -60,12 +62,14 @@ def digits(_: Path | None) -> tuple[Any, ...]:
     )
 
 
+@cache
 def compatible(_: Path | None) -> tuple[Any, ...]:
     """The digits; the new vectors are the old ones with more dimensions, as a basis transformation makes them."""
     old_rows, new_rows, *rest = digits(None)
     return old_rows, unit_rows(np.concatenate([old_rows, new_rows], axis=1)), *rest
 
 
+@cache
 def emoji(features: Path | None) -> tuple[Any, ...]:
     registry = get_registry()
     build = registry.load(registry.get("dataset", "emoji:styles")).build
