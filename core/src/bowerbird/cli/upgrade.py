@@ -206,7 +206,9 @@ def serve(gallery: str, images: tuple[str, ...], queries: str | None, k: int, wh
               help="Take strategy, merger, order and map from a saved plan.")  # fmt: skip
 @click.option("--seed", type=int, help="Of the order. [default: 0]")
 @click.option(
-    "--task-items", type=click.IntRange(min=1), help="Items per commit. [default: 512, fewer in a small gallery]"
+    "--task-items",
+    type=click.IntRange(min=1),
+    help="Items per commit. [default: 512, fewer or more by the number of items]",
 )
 @label_option
 @queries_option

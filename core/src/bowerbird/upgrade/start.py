@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from bowerbird.gallery.transform import VectorTransform
 
 TASK_ITEMS = 512
+LARGEST_TASK = 8192
 
 
 def begin(
@@ -57,8 +58,8 @@ def begin(
         seed: Of the order.
         centers: ``(C, D)`` class centres in the old space, for orders that use them.
         label_key: Metadata key with the items' class; class means of the old vectors are the centres then.
-        task_items: Items that a worker leases and commits at once. Default: 512, fewer in a small gallery, so that a
-            share at which a run stops is met within two percent, but at least 4.
+        task_items: Items that a worker leases and commits at once. Default: 512; fewer in a small gallery, so that a
+            share at which a run stops is met within two percent, but at least 4; up to 8192 above a million items.
         old_encoder: Where given, it must reproduce stored old vectors (a swapped model of the same size is caught).
         watch_set: Queries whose old results are frozen now; see ``bowerbird.upgrade.watch``.
         on_top: Where an upgrade is under way, begin this one on top of it: from its new space, which with this becomes
@@ -88,7 +89,9 @@ def begin(
     order_name = get_registry().get("retriever", order, role="order").name
     frozen = freeze_watch(gallery, watch_set, old, new) if watch_set is not None else None
     use_transform(gallery, name, chosen, old, new, transform, encoder=encoder, accept_poor=accept_poor_transform)
-    items_per_task = task_items or min(TASK_ITEMS, max(4, -(-len(plan) // 50)))
+    # A commit costs a pass over the numbers of all items: tasks of a very large gallery are larger.
+    largest = min(max(TASK_ITEMS, len(plan) // 2000), LARGEST_TASK)
+    items_per_task = task_items or min(largest, max(4, -(-len(plan) // 50)))
     state = gallery.store.begin_upgrade(
         new,
         strategy=name,
