@@ -49,7 +49,19 @@ def invoke(*arguments: object, code: int = 0):
 def test_the_whole_way_from_plan_to_finish(path, tmp_path):
     query = write_image(tmp_path, 20_000)
     planned = json.loads(
-        invoke("plan", path, "--to", "fake:new", "--label-key", "label", "--price-per-hour", 2, "--json", "--strategy", "two-queries").stdout
+        invoke(
+            "plan",
+            path,
+            "--to",
+            "fake:new",
+            "--label-key",
+            "label",
+            "--price-per-hour",
+            2,
+            "--json",
+            "--strategy",
+            "two-queries",
+        ).stdout
     )
     assert planned["recommendation"]["decision"] == "upgrade"
     assert planned["old"]["canary"] == pytest.approx(1, abs=1e-4)

@@ -62,7 +62,8 @@ def test_limits_and_a_lease_of_another_host_hold_here_too(postgres_url, monkeypa
     with gallery:
         job = make_job(gallery, url, state, "ray_world:load", {"delay": 0.001}, stop_after=60)
         report = run_workers(gallery, lambda: job, LocalExecutor(2))
-        assert (report.reason, report.encoded) == ("stop-after", 60)
+        # Tasks have 10 items; a worker whose view is a moment old may finish one more.
+        assert report.reason == "stop-after" and 60 <= report.encoded <= 70
         gallery.store.lease_task("another-host:1:ab", 0.3)  # dies
         assert run(gallery, load({}, gallery, NEW, 0)).share == 1
 

@@ -75,7 +75,7 @@ def test_ctrl_c_makes_actors_give_their_tasks_back(gallery):
             signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        run_workers(gallery, lambda: job(gallery, delay=0.05), load_executor("scale:ray")(2), progress=press)
+        run_workers(gallery, lambda: job(gallery, delay=0.2), load_executor("scale:ray")(2), progress=press)
     assert gallery.store.leases() == []
     assert 0 < gallery.counts()[NEW.fingerprint] < len(NAMES)
 

@@ -98,10 +98,10 @@ def fit_adapter(
     wanted = pairs_wanted(x.shape[1], y.shape[1])
     judged, rest = split_pairs(x, y, held_out=held_out, seed=seed)
     chosen, fitted = np.split(rest, [min(max(len(rest) // 5, MIN_HELD_OUT), MAX_CHOSEN)])
-    ends = {"source": _fingerprint(source_space), "target": _fingerprint(target_space)}
+    start, end = _fingerprint(source_space), _fingerprint(target_space)
 
     def made_of(steps: tuple[Step, ...]) -> VectorTransform:
-        return VectorTransform(**ends, dim_in=x.shape[1], dim_out=y.shape[1], steps=steps, method="compat:adapter")
+        return VectorTransform(start, end, x.shape[1], y.shape[1], steps, method="compat:adapter")
 
     def judge(made: VectorTransform, rows: NDArray[np.int64]) -> Verdict:
         of_rows = None if labels is None else [labels[i] for i in rows]

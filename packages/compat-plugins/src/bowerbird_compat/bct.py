@@ -263,7 +263,9 @@ class BCTObjective(CompatibleObjective):
         embeddings, labels = self.encoder(batch).pooled, batch["label"]
         new, accuracy = self.classify(embeddings, labels)
         influence = self.influence(embeddings, labels)
-        stats = {"accuracy": accuracy, "influence_samples": float(self.influence.last_num_valid)}
+        stats: dict[str, float | Tensor] = {
+            "accuracy": accuracy, "influence_samples": float(self.influence.last_num_valid),
+        }  # fmt: skip
         return LossOutput(new + influence, {"new": new.detach(), "influence": influence.detach()}, stats)
 
     def evidence(self) -> dict[str, Any]:
