@@ -14,9 +14,11 @@ collect_ignore = (
     []
     if find_spec("torch")
     else [
+        "test_benchmark.py",
         "test_commands_of_training.py",
         "test_encoders.py",
         "test_objectives.py",
+        "test_perceptron.py",
         "test_recipe.py",
         "test_train.py",
         "test_train_context.py",

@@ -141,6 +141,7 @@ def test_without_a_file_the_map_is_fitted_with_the_new_encoder(path, monkeypatch
 
 
 def test_the_matrix_says_how_each_pair_is_compared_and_what_was_measured(path, tmp_path):
+    pytest.importorskip("matplotlib")
     invoke("run", path, "--to", "fake:new", "--strategy", "two-queries", "--stop-at-share", 0.5)
     with Gallery.open(path) as gallery:
         gallery.register_transform(fitted(new_encoder(), old_encoder()))

@@ -78,6 +78,7 @@ def test_every_format_gives_the_same_encoder(tmp_path, suffix):
 
 
 def test_the_whole_upgrade_with_nothing_but_vectors(files):
+    pytest.importorskip("matplotlib")  # of the page and the picture of the plan
     to, old = f"vectors:{files / 'new.safetensors'}", f"vectors:{files / 'old.npy'}"
     queries = f"vectors:{files / 'asked-old.npy'},{files / 'asked-new.npy'}"
     planned = json.loads(

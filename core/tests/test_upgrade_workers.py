@@ -197,11 +197,12 @@ def test_each_worker_gets_its_part_of_the_cores(monkeypatch):
 
 def test_executors_are_records_and_wrong_ones_are_named():
     assert load_executor("local") is LocalExecutor
-    assert load_executor("core:torchrun") is TorchrunExecutor
     with pytest.raises(UnknownNameError, match="local"):
         load_executor("locol")
     with pytest.raises(InputError, match="at least 1"):
         LocalExecutor(0)
+    pytest.importorskip("torch")
+    assert load_executor("core:torchrun") is TorchrunExecutor
 
 
 class TestCommandLine:
@@ -234,6 +235,7 @@ class TestCommandLine:
             assert status(gallery).share == 1
 
     def test_torchrun_without_torchrun_says_how_to_start_it(self, tmp_path, monkeypatch):
+        pytest.importorskip("torch")
         monkeypatch.delenv("RANK", raising=False)
         self.make(tmp_path, 20)
         refused = self.invoke("run", tmp_path / "g", "--to", "fake:new", "--engine", "torchrun", "--workers", 3, code=2)

@@ -16,7 +16,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bowerbird.errors import BowerbirdError, GalleryError, InputError, SnapshotGoneError, UnknownNameError, UpgradeError
+from bowerbird.errors import (
+    BowerbirdError,
+    GalleryError,
+    InputError,
+    MissingExtraError,
+    SnapshotGoneError,
+    UnknownNameError,
+    UpgradeError,
+)
 from bowerbird.gallery import Gallery
 from bowerbird.gallery.protocol import FEATURES
 from bowerbird.gallery.tasks import MAX_FAILURES, LeaseLostError, Task
@@ -521,7 +529,10 @@ class StoreContract(Contract):
                 gallery.set_index("hnsw")
             return
         exact = gallery.search(QUERIES[FIRST.fingerprint], 5)
-        built = gallery.set_index("hnsw")
+        try:
+            built = gallery.set_index("hnsw")
+        except MissingExtraError as exc:  # of a library that makes indexes
+            pytest.skip(str(exc))
         assert len(built) == 1
         assert gallery.index()["kind"] == "hnsw"
         found = gallery.search(QUERIES[FIRST.fingerprint], 5)
