@@ -515,7 +515,7 @@ def _load(ref: str, device: str) -> Any:
         from bowerbird.encoders import load_encoder
     except ModuleNotFoundError as exc:
         raise MissingExtraError(
-            f"encoder {ref!r} needs {exc.name}, which is not installed. Install with: pip install 'bowerbird-core[torch]'"
+            f"encoder {ref!r} needs {exc.name}, which is not installed: pip install 'bowerbird-core[torch]'"
         ) from exc
     return load_encoder(ref, device=device)
 
