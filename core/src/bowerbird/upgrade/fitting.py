@@ -115,10 +115,12 @@ def use_transform(
             f"{old.fingerprint[:12]}; {transform} {'goes the other way' if turned else 'is of other spaces'}"
         )
     if transform.evidence.get("usable") is False and not accept_poor:
+        verdict = str(transform.evidence.get("verdict", "not usable"))
+        sentence = str(transform.evidence.get("sentence", "its evidence says so."))
+        said = sentence.removeprefix(f"{verdict.capitalize()}: ")  # the sentence begins with the verdict
         raise UpgradeError(
-            f"the transform {transform} is {transform.evidence.get('verdict', 'not usable')}: "
-            f"{transform.evidence.get('sentence', 'its evidence says so')} Use another strategy, for example "
-            "rank-merge, or accept it (--accept-poor-transform)"
+            f"the transform {transform} is {verdict}: {said} Use another strategy, for example rank-merge, or accept "
+            "it (--accept-poor-transform)"
         )
     pairs = None if encoder is None else encoded_pairs(gallery, encoder)
     if pairs is not None:
