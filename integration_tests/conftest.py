@@ -1,4 +1,4 @@
-"""Pages of the documentation whose blocks are executed."""
+"""Pages of the documentation whose blocks are executed. Helpers beside the tests can be imported by their names."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 BLOCK = re.compile(r'^```(python|bash|toml)(?: title="([^"]+)")?\n(.*?)^```', re.MULTILINE | re.DOTALL)
 

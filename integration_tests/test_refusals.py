@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_black_box import bowerbird, bowerbird_json, npy
+from black_box_world import bowerbird, bowerbird_json, npy
 
 from bowerbird.errors import BowerbirdError
 from bowerbird.gallery import Gallery
