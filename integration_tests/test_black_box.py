@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from black_box_world import bowerbird, npy, parquet, safetensors
+from black_box_world import bowerbird, bowerbird_json, npy, parquet, safetensors
 
 from bowerbird.gallery import Gallery
 from bowerbird.upgrade.vectors_encoder import read_vectors
