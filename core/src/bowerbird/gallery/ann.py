@@ -378,7 +378,7 @@ def _write(
 ) -> IndexEntry:
     _say(progress, "measuring recall", part)
     # A part gives its share of a merged list: to find more of its neighbours than that would be paid for nothing.
-    index.measure(max(3, math.ceil(10 * part.count / max(part.count, snapshot.live))))
+    index.measure(max(1, math.ceil(10 * part.count / max(part.count, snapshot.live))))
     _say(progress, "writing", part)
     # Never the name of an earlier file: who reads that one must not find another in its place.
     digest = sha256(part.space.fingerprint.encode()).hexdigest()[:16]

@@ -24,7 +24,7 @@ from bowerbird.retrieval.index import FaissIndex, Hits
 
 FRESH_ROWS = 1024  # searching so many exactly costs little; beyond, the index takes them in
 TAKEN_PER_SEARCH = {"ivf": 8192, "hnsw": 64, "flat": 65_536}  # some ten milliseconds of one search
-MAX_DEAD = 0.1  # share of items that have left the part, beyond which inverted lists give them up
+MAX_DEAD = 0.04  # share of items that have left the part, beyond which inverted lists give them up
 MAX_DEAD_GRAPH = 0.8  # nothing can be taken out of a graph: it is left with more dead items than this
 
 
