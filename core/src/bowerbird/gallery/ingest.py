@@ -78,7 +78,7 @@ def add_items(
         try:
             nums = _commit(store, writer, names, vectors, columns, target, replace)
         except BaseException:
-            writer.discard()
+            storage.take_back(writer)
             raise
         writer.committed()
         return nums

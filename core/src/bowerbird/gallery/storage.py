@@ -7,6 +7,7 @@ nobody reads; after it nothing is lost.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -334,6 +335,19 @@ class Storage:
 
     # ------------------------------------------------------------------------------------------------- writing
 
+    def take_back(self, writer: SegmentWriter, *, whole: bool = False) -> None:
+        """After a failure: give back what was appended and not committed; ``whole``: a segment that is new.
+
+        An interrupt can come right after the commit. So the catalogue says what counts, and where it cannot be asked
+        nothing is touched: bytes beyond the committed rows are never read.
+        """
+        with contextlib.suppress(Exception):
+            rows = _committed_rows(self.catalog, writer.info.sid)
+            if whole and rows is None:
+                abandon(writer)
+            elif not whole and (rows or 0) == writer.info.rows:
+                writer.discard()
+
     def writer_for(self, space: Space) -> SegmentWriter:
         """The segment of ``space`` that this process appends to: its own, one whose owner is gone, or a new one.
 
@@ -495,7 +509,7 @@ class Storage:
                     done = json.dumps(nums.tolist())
                     db.execute("DELETE FROM pending WHERE num IN (SELECT value FROM json_each(?))", (done,))
             except BaseException:
-                writer.discard()
+                self.take_back(writer)
                 raise
             writer.committed()
 

@@ -29,7 +29,6 @@ from bowerbird.gallery.snapshot import Snapshot, UpgradeState
 from bowerbird.gallery.space import Item, Space
 from bowerbird.gallery.storage import (
     Storage,
-    abandon,
     active_upgrade,
     active_upgrades,
     check_same_space,
@@ -216,8 +215,11 @@ class Store:
                 tasks.insert_tasks(db, upgrade, plan, 0, task_items)
         except BaseException:
             for writer, _ in packed:
-                abandon(writer)
-            (self.plan_folder / plan_file).unlink(missing_ok=True)
+                self.storage.take_back(writer, whole=True)
+            with self.catalog.reading() as db:  # an interrupt can come right after the commit
+                begun = db.execute("SELECT 1 FROM upgrade WHERE plan_file = ?", (plan_file,)).fetchone()
+            if begun is None:
+                (self.plan_folder / plan_file).unlink(missing_ok=True)
             raise
         for writer, _ in packed:
             writer.committed()
@@ -350,7 +352,7 @@ class Store:
                         db.execute(f"DELETE FROM {table} WHERE num IN (SELECT value FROM json_each(?))", (done,))
                     tasks.requeue_failures(self.plan_folder, db, task, failed)
             except BaseException:
-                writer.discard()
+                self.storage.take_back(writer)
                 raise
             writer.committed()
 
