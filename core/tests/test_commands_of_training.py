@@ -78,7 +78,8 @@ def test_a_recipe_is_trained_evaluated_exported_and_its_encoder_embeds(tmp_path:
     metrics = json.loads(done.stdout)["metrics"]
     assert metrics["seen/R@1"] > 0.95
     assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == metrics
-    per_query = np.load(tmp_path / "run" / "per_query" / "seen.npz")
+    with np.load(tmp_path / "run" / "per_query" / "seen.npz") as file:
+        per_query = dict(file)
     assert per_query["R@1"].shape == (40,)
     assert per_query["R@1"].mean() == pytest.approx(metrics["seen/R@1"])
 

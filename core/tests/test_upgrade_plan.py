@@ -43,7 +43,8 @@ from bowerbird.upgrade.serve import serve
 from bowerbird.upgrade.verdict import queries_needed
 
 STRATEGY = "world:two-queries"
-GOLDEN = np.load(Path(__file__).parent / "data" / "ract" / "backfill_order.npz")
+with np.load(Path(__file__).parent / "data" / "ract" / "backfill_order.npz") as _file:
+    GOLDEN = dict(_file)
 
 
 @pytest.fixture(autouse=True)
