@@ -23,6 +23,7 @@ from bowerbird.benchmark.models import Model, Views, train_model
 from bowerbird.benchmark.scenarios import Plan, Profile, plans
 from bowerbird.benchmark.worlds import World
 from bowerbird.errors import BowerbirdError
+from bowerbird.gallery.routing import match_width
 from bowerbird.gallery.space import Space
 from bowerbird.recipe import TrainSettings
 from bowerbird.registry import get_registry
@@ -37,7 +38,6 @@ from bowerbird.upgrade.forecast import ForecastCurve, Forecaster, PairedVectors
 from bowerbird.upgrade.strategies import (
     TrainingPairs,
     load_strategy,
-    match_width,
     switches_at_end,
     transform_direction,
 )

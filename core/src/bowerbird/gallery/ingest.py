@@ -22,11 +22,10 @@ from numpy.typing import NDArray
 from bowerbird.errors import InputError, SpaceError, UnknownNameError
 from bowerbird.gallery.segments import CHUNK_BYTES
 from bowerbird.gallery.space import Space
-from bowerbird.gallery.vectors import checked_column, checked_ids, metadata_json, unit_vectors
+from bowerbird.gallery.vectors import checked_ids, checked_items, unit_vectors
 
 if TYPE_CHECKING:
     from bowerbird.gallery.segments import SegmentWriter
-    from bowerbird.gallery.snapshot import Snapshot
     from bowerbird.gallery.storage import Storage
     from bowerbird.gallery.store import Store
 
@@ -56,21 +55,12 @@ def add_items(
     replace: bool = False,
 ) -> NDArray[np.int64]:
     """See ``Gallery.add``. Returns the new item numbers."""
-    names = checked_ids(ids)
-    columns = (
-        checked_column(uris, len(names), "uris"),
-        checked_column(content_hashes, len(names), "content_hashes"),
-        metadata_json(metadata, len(names)),
-    )
-    if not isinstance(vectors, np.ndarray):
-        vectors = np.asarray(vectors, np.float32)
-    if vectors.ndim != 2 or len(vectors) != len(names):
-        raise InputError(f"{len(names)} ids need vectors of shape ({len(names)}, D), got {vectors.shape}")
+    names, vectors, columns = checked_items(ids, vectors, uris, content_hashes, metadata)
     if not names:
         return np.empty(0, np.int64)
     storage = store.storage
     with storage.catalog.exclusive("add items"), storage.appending():
-        target = _target(storage.snapshot(), space)
+        target = storage.snapshot().space_to_write(space)
         if vectors.shape[1] != target.dim:
             raise SpaceError(f"vectors have width {vectors.shape[1]}; space {target} has width {target.dim}")
         unit_vectors(vectors[:1], target.dim)  # the common mistakes are found before anything is written
@@ -82,15 +72,6 @@ def add_items(
             raise
         writer.committed()
         return nums
-
-
-def _target(snapshot: Snapshot, space: str | None) -> Space:
-    if space is None:
-        return snapshot.write_space
-    if space not in snapshot.stack:
-        known = ", ".join(str(snapshot.spaces[name]) for name in snapshot.stack)
-        raise SpaceError(f"items cannot be added in space {space[:12]!r}; this gallery takes vectors of {known}")
-    return snapshot.spaces[space]
 
 
 def _commit(

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bowerbird.errors import SpaceError
 from bowerbird.gallery.covered import CoveredPart, LiveIndex
 from bowerbird.gallery.part import Part
 from bowerbird.gallery.segments import Batch, MappedSegment
@@ -54,7 +55,47 @@ class UpgradeState:
     started_at: float
 
 
-class Snapshot:
+class SpaceStack:
+    """What the snapshots of every store say of the spaces that are alive.
+
+    Attributes:
+        serving: Fingerprint of the space that serves outside upgrades.
+        spaces: Every known space by its fingerprint.
+        upgrades: Those under way, each on top of the one before.
+    """
+
+    serving: str
+    spaces: Mapping[str, Space]
+    upgrades: tuple[UpgradeState, ...]
+
+    @property
+    def upgrade(self) -> UpgradeState | None:
+        """The upgrade that workers move items for: the one on top of all others. ``None`` outside upgrades."""
+        return self.upgrades[-1] if self.upgrades else None
+
+    @property
+    def stack(self) -> tuple[str, ...]:
+        """Fingerprints of the spaces of ``parts``, the oldest first; the serving space alone outside upgrades."""
+        return (self.serving, *(upgrade.new for upgrade in self.upgrades))
+
+    @property
+    def write_space(self) -> Space:
+        """Where new items go: the newest space of the upgrades under way, the serving space otherwise."""
+        return self.spaces[self.stack[-1]]
+
+    def space_to_write(self, fingerprint: str | None) -> Space:
+        """Where new items with vectors of this space go; ``None``: ``write_space``. Raises ``SpaceError``."""
+        if fingerprint is None:
+            return self.write_space
+        if fingerprint not in self.stack:
+            known = ", ".join(str(self.spaces[name]) for name in self.stack)
+            raise SpaceError(
+                f"items cannot be added in space {fingerprint[:12]!r}; this gallery takes vectors of {known}"
+            )
+        return self.spaces[fingerprint]
+
+
+class Snapshot(SpaceStack):
     """One epoch. Cheap to make: rows are looked at when the parts are first asked for.
 
     Attributes:
@@ -97,21 +138,6 @@ class Snapshot:
         self._lock = threading.RLock()
         self._readable: dict[str, NDArray[np.bool_] | None] | None = None
         self.problems: list[str] = [segment.problem for segment in segments if segment.problem]
-
-    @property
-    def upgrade(self) -> UpgradeState | None:
-        """The upgrade that workers move items for: the one on top of all others. ``None`` outside upgrades."""
-        return self.upgrades[-1] if self.upgrades else None
-
-    @property
-    def stack(self) -> tuple[str, ...]:
-        """Fingerprints of the spaces of ``parts``, the oldest first; the serving space alone outside upgrades."""
-        return (self.serving, *(upgrade.new for upgrade in self.upgrades))
-
-    @property
-    def write_space(self) -> Space:
-        """Where new items go: the newest space of the upgrades under way, the serving space otherwise."""
-        return self.spaces[self.stack[-1]]
 
     @property
     def parts(self) -> tuple[Part, ...]:

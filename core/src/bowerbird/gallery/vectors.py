@@ -133,6 +133,30 @@ def metadata_json(metadata: Any, count: int) -> Sequence[str | None] | None:
     return [None if not row else _json_object(row, position) for position, row in enumerate(rows)]
 
 
+Columns = tuple[Sequence[str | None] | None, Sequence[str | None] | None, Sequence[str | None] | None]
+
+
+def checked_items(
+    ids: Any, vectors: Any, uris: Any, content_hashes: Any, metadata: Any
+) -> tuple[list[str], NDArray, Columns]:
+    """What was given to ``Gallery.add``: ``(ids, vectors (N, D), (uris, content hashes, metadata as JSON))``.
+
+    Raises:
+        InputError: If an id or a column cannot be used, or the numbers of rows differ.
+    """
+    names = checked_ids(ids)
+    columns = (
+        checked_column(uris, len(names), "uris"),
+        checked_column(content_hashes, len(names), "content_hashes"),
+        metadata_json(metadata, len(names)),
+    )
+    if not isinstance(vectors, np.ndarray):
+        vectors = np.asarray(vectors, np.float32)
+    if vectors.ndim != 2 or len(vectors) != len(names):
+        raise InputError(f"{len(names)} ids need vectors of shape ({len(names)}, D), got {vectors.shape}")
+    return names, vectors, columns
+
+
 def _json_object(row: Any, position: int) -> str:
     if not isinstance(row, Mapping):
         raise InputError(f"metadata: row {position} is {row!r}; it must be an object {{key: value}}")

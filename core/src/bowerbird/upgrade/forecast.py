@@ -21,6 +21,7 @@ import numpy as np
 
 from bowerbird.errors import DataError, InputError
 from bowerbird.gallery.merge import Merger, merge_by_distance, merge_many
+from bowerbird.gallery.routing import match_width
 from bowerbird.retrieval.compatibility import similarity
 from bowerbird.retrieval.curves import DEFAULT_BETAS, Curve
 from bowerbird.retrieval.flips import flips
@@ -28,7 +29,6 @@ from bowerbird.retrieval.index import Hits, unit_rows
 from bowerbird.retrieval.intervals import Interval, bootstrap_interval
 from bowerbird.retrieval.metrics import PerQuery
 from bowerbird.upgrade.estimate import average_precision_of_sample
-from bowerbird.upgrade.strategies import match_width
 
 METRICS = ("map", "map@100", "r1")
 DEPTH = 100  # of map@100, which is what ``watch`` measures

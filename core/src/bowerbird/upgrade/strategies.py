@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import numpy as np
 
 from bowerbird.errors import DataError, MissingExtraError, PluginError, SpaceError, UnknownNameError, UpgradeError
+from bowerbird.gallery.routing import match_width
 from bowerbird.registry import get_registry
 from bowerbird.retrieval.index import unit_rows
 
@@ -141,17 +142,6 @@ class Compatible:
                 f"strategy 'core:compatible' needs queries of the new space {new.fingerprint[:12]}; got none"
             )
         return match_width(queries[new.fingerprint], old.dim)
-
-
-def match_width(vectors: np.ndarray, width: int) -> np.ndarray:
-    """float32 ``(Q, width)`` unit rows: ``vectors`` cut or padded with zeros, then normalised again."""
-    vectors = np.asarray(vectors, np.float32)
-    if vectors.shape[1] >= width:
-        matched = vectors[:, :width]
-    else:
-        matched = np.pad(vectors, ((0, 0), (0, width - vectors.shape[1])))
-    norms = np.linalg.norm(matched, axis=1, keepdims=True)
-    return matched / np.where(norms > 0, norms, 1.0).astype(np.float32)
 
 
 def load_strategy(name: str) -> tuple[str, Strategy]:

@@ -9,15 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bowerbird.errors import InputError, SpaceError, UnknownNameError
-from bowerbird.gallery.space import Space
-from bowerbird.gallery.vectors import checked_column, checked_ids, metadata_json, unit_vectors
+from bowerbird.gallery.vectors import checked_ids, checked_items, unit_vectors
 from bowerbird_scale.postgres.connection import Connection
 from bowerbird_scale.postgres.schema import NEVER
 from bowerbird_scale.postgres.storage import next_epoch
 from bowerbird_scale.postgres.tasks import enqueue
 
 if TYPE_CHECKING:
-    from bowerbird_scale.postgres.snapshot import PostgresSnapshot
     from bowerbird_scale.postgres.storage import PostgresStorage
 
 
@@ -36,28 +34,19 @@ def add_items(
     replace: bool = False,
 ) -> NDArray[np.int64]:
     """See ``Gallery.add``. Returns the new item numbers."""
-    names = checked_ids(ids)
-    columns = [
-        checked_column(uris, len(names), "uris"),
-        checked_column(content_hashes, len(names), "content_hashes"),
-        metadata_json(metadata, len(names)),
-    ]
+    names, vectors, columns = checked_items(ids, vectors, uris, content_hashes, metadata)
     for row, text in enumerate(columns[2] or ()):
         if text is not None and "\\u0000" in text:
             raise InputError(f"metadata: row {row} has a NUL character, which PostgreSQL cannot keep")
-    if not isinstance(vectors, np.ndarray):
-        vectors = np.asarray(vectors, np.float32)
-    if vectors.ndim != 2 or len(vectors) != len(names):
-        raise InputError(f"{len(names)} ids need vectors of shape ({len(names)}, D), got {vectors.shape}")
     if not names:
         return np.empty(0, np.int64)
-    target = _target(storage.snapshot(), space)
+    target = storage.snapshot().space_to_write(space)
     if vectors.shape[1] != target.dim:
         raise SpaceError(f"vectors have width {vectors.shape[1]}; space {target} has width {target.dim}")
     rows = unit_vectors(vectors, target.dim, stored_as=storage.dtype)
     with storage.db.writing("add items") as db:
         snapshot = storage._load(db)
-        _target(snapshot, target.fingerprint)  # an upgrade may have ended since
+        snapshot.space_to_write(target.fingerprint)  # an upgrade may have ended since
         there = [row[0] for row in db.execute(_THERE, (names,)).fetchall()]
         if there and not replace:
             shown = ", ".join(map(repr, sorted(there)[:5]))
@@ -87,15 +76,6 @@ def add_items(
         with storage.db.outside() as db:
             storage.db.vectors.analyze(db, number)
     return nums
-
-
-def _target(snapshot: PostgresSnapshot, space: str | None) -> Space:
-    if space is None:
-        return snapshot.write_space
-    if space not in snapshot.stack:
-        known = ", ".join(str(snapshot.spaces[name]) for name in snapshot.stack)
-        raise SpaceError(f"items cannot be added in space {space[:12]!r}; this gallery takes vectors of {known}")
-    return snapshot.spaces[space]
 
 
 _THERE = "SELECT id FROM item WHERE deleted_epoch = 0 AND id = ANY(%s)"

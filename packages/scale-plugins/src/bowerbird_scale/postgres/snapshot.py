@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from bowerbird.errors import SnapshotGoneError
 from bowerbird.gallery.part import MARGIN, rank_exactly
-from bowerbird.gallery.snapshot import UpgradeState
+from bowerbird.gallery.snapshot import SpaceStack, UpgradeState
 from bowerbird.gallery.space import Relation, Space
 from bowerbird.retrieval.index import Hits
 from bowerbird_scale.postgres.connection import Connection, Database
@@ -164,7 +164,7 @@ class PostgresPart:
         return reading_at(self.db, self.epoch)
 
 
-class PostgresSnapshot:
+class PostgresSnapshot(SpaceStack):
     """One epoch; see ``bowerbird.gallery.protocol.Snapshot``.
 
     Args:
@@ -199,18 +199,6 @@ class PostgresSnapshot:
         self.parts = tuple(
             self._part(name, f"{self._kept[name]} AND m.moved > {epoch}", counts[name]) for name in self.stack
         )
-
-    @property
-    def upgrade(self) -> UpgradeState | None:
-        return self.upgrades[-1] if self.upgrades else None
-
-    @property
-    def stack(self) -> tuple[str, ...]:
-        return (self.serving, *(upgrade.new for upgrade in self.upgrades))
-
-    @property
-    def write_space(self) -> Space:
-        return self.spaces[self.stack[-1]]
 
     @property
     def new(self) -> PostgresPart:
