@@ -87,12 +87,14 @@ def wheels(session: nox.Session) -> None:
     out = Path(session.create_tmp()).resolve() / "wheels"
     for folder, _, _ in PACKAGES.values():
         session.run("uv", "build", "--quiet", "--wheel", "--out-dir", str(out), folder)
+    # uv knows a wheel of --find-links by its name: without this it installs the one that an earlier run has built
+    refresh = [part for name in PACKAGES for part in ("--refresh-package", f"bowerbird-{name}")]
     for name, (folder, _, _) in PACKAGES.items():
         venv = Path(session.create_tmp()).resolve() / f"alone-{name}"
         python = venv / ("Scripts" if os.name == "nt" else "bin") / "python"
-        distribution = "bowerbird-core" if name == "core" else f"bowerbird-{name}"
         session.run("uv", "venv", "--quiet", "--clear", "--python", session.python or "python", str(venv))
-        session.run("uv", "pip", "install", "--quiet", "--python", str(python), "--find-links", str(out), distribution)
+        own = ["--find-links", str(out), *refresh, f"bowerbird-{name}"]
+        session.run("uv", "pip", "install", "--quiet", "--python", str(python), *own)
         smoke = ROOT / folder / "tests" / "smoke.py"
         session.run(str(python), "-I", str(smoke), external=True, env={"PYTHONPATH": ""})
 
