@@ -213,6 +213,18 @@ def test_preprocessing_is_scale_then_mean_then_std() -> None:
     np.testing.assert_allclose(out, np.broadcast_to(expected[:, None, None], (3, 2, 2)), atol=1e-5)
 
 
+def test_pictures_may_be_taller_than_wide() -> None:
+    preprocessing = Preprocessing(size=(6, 2))
+    assert preprocessing(Image.new("RGB", (5, 5))).shape == (3, 6, 2)
+    assert Preprocessing.from_dict(preprocessing.to_dict()) == preprocessing
+    batches = list(decode_batches([Image.new("RGB", (4, 9))] * 3, preprocessing, batch_size=2))
+    assert [images.shape for _, images in batches] == [(2, 3, 6, 2), (1, 3, 6, 2)]
+    with pytest.raises(InputError, match="needs a square size"):
+        Preprocessing(size=(6, 2), resize="crop")
+    with pytest.raises(InputError, match="or two of them"):
+        Preprocessing(size=(6, 2, 3))  # type: ignore[arg-type]
+
+
 def test_channels_come_first_and_rows_before_columns() -> None:
     image = Image.new("RGB", (3, 3))
     image.putpixel((2, 0), (255, 0, 0))

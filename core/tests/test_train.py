@@ -24,7 +24,7 @@ from bowerbird.train.checkpoint import latest_checkpoint, load_checkpoint
 from bowerbird.train.data import augmented, epoch_batches
 from bowerbird.train.loop import TrainingError, train
 from bowerbird.train.run import load_run
-from bowerbird.train.schedules import lr_factor
+from bowerbird.train.schedules import lr_factor, weight_decay_at
 
 
 @pytest.fixture(autouse=True)
@@ -199,6 +199,77 @@ def test_a_loss_that_is_no_number_names_the_step_and_keeps_the_last_checkpoint(t
     assert all(torch.isfinite(value).all() for value in weights(tmp_path / "run").values())
 
 
+# ------------------------------------------------------------------------------- views, unreadable items, schedules
+
+
+def test_an_objective_may_make_its_own_views_and_they_depend_on_seed_epoch_and_item_only(tmp_path: Path) -> None:
+    seen = []
+    for workers in (0, 1):
+        tiny.Viewing.seen, tiny.Viewing.updates = [], []
+        train(
+            make_recipe(objective={"use": "tiny:views"}, train={"workers": workers, "epochs": 2}),
+            tmp_path / f"{workers}",
+        )
+        seen.append(torch.cat(tiny.Viewing.seen))
+        assert tiny.Viewing.updates == list(range(10))
+    assert torch.equal(*seen)
+    assert len(seen[0].unique()) == 80  # another number for every item in every epoch
+
+
+@pytest.mark.parametrize(
+    ("tables", "words"),
+    [
+        ({"dataset": {"augment": "flip"}}, "dataset.augment = 'flip': tiny:views makes its own views"),
+        (
+            {"encoder": {"freeze_trunk": True}, "train": {"cache_trunk": True}},
+            "sees a picture differently in every epoch",
+        ),
+    ],
+)
+def test_settings_that_such_an_objective_would_ignore_are_refused(
+    tables: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError, match=words):
+        train(make_recipe(objective={"use": "tiny:views"}, **tables), tmp_path / "run")
+
+
+def test_an_item_that_cannot_be_read_ends_the_run_or_is_left_out_and_counted(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"square-(3|11)\.png"):
+        train(make_recipe(dataset={"split": "damaged"}), tmp_path / "strict")
+    recipe = make_recipe(dataset={"split": "damaged", "unreadable": "skip"}, train={"epochs": 2, "log_every": 5})
+    assert train(recipe, tmp_path / "run").skipped == 4  # both damaged items, once per epoch
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped"] for line in lines] == [2, 4]
+
+
+def test_weight_decay_follows_its_cosine_and_leaves_vectors_alone(tmp_path: Path) -> None:
+    settings = make_recipe(train={"weight_decay": 0.04, "weight_decay_end": 0.4}).train
+    values = [weight_decay_at(step, total_steps=10, settings=settings) for step in range(11)]
+    np.testing.assert_allclose([values[0], values[5], values[10]], [0.04, 0.22, 0.4])
+    constant = make_recipe(train={"weight_decay": 0.1}).train
+    assert {weight_decay_at(step, total_steps=10, settings=constant) for step in range(11)} == {0.1}
+    moved = []
+    for end in (0.0, 50.0):
+        recipe = make_recipe(train={"weight_decay": 0.0, "weight_decay_end": end, "epochs": 1})
+        train(recipe, tmp_path / f"{end}")
+        moved.append(weights(tmp_path / f"{end}"))
+    assert moved[1]["encoder.trunk.weight"].norm() < moved[0]["encoder.trunk.weight"].norm()
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"optimizer": "sgd", "betas": [0.9, 0.95]}, "betas is a setting of optimizer = 'adam' and 'adamw'"),
+        ({"betas": [0.9, 1.0]}, "expected two numbers from 0 to below 1"),
+        ({"min_lr": 1.0}, "min_lr = 1.0 is above lr"),
+        ({"min_lr": 1e-5, "schedule": "constant"}, "min_lr is a setting of schedule = 'cosine'"),
+    ],
+)
+def test_settings_without_an_effect_are_refused(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        make_recipe(train=values)
+
+
 # ------------------------------------------------------------------------------------------------------- processes
 
 
@@ -327,3 +398,5 @@ def test_learning_rates_warm_up_and_then_follow_the_schedule() -> None:
     np.testing.assert_allclose(factors(schedule="step", step_epochs=1.5, step_factor=0.5),
                                [1.0] * 15 + [0.5] * 15 + [0.25] * 10)  # fmt: skip
     assert set(factors(schedule="constant")) == {1.0}
+    low = factors(min_lr=0.001)  # of lr = 0.01
+    np.testing.assert_allclose(low, 0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * np.arange(40) / 40)))

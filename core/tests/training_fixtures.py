@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from bowerbird.batch import Batch
 from bowerbird.data.images import Preprocessing
-from bowerbird.errors import UnknownNameError
+from bowerbird.errors import DataError, UnknownNameError
 from bowerbird.hookspecs import hookimpl
 from bowerbird.objectives.configs import SoftmaxConfig
 from bowerbird.objectives.softmax import Softmax
-from bowerbird.protocols import BuildContext, Dataset, Encoder, Features, LossOutput, Modifier
+from bowerbird.protocols import BuildContext, Dataset, Encoder, Features, ItemTransform, LossOutput, Modifier
 from bowerbird.records import DatasetRecord, EncoderRecord, ModifierRecord, ObjectiveRecord
 
 COLOURS = ("red", "green", "blue")
@@ -65,13 +65,16 @@ class Squares(Dataset):
 
     classes = COLOURS
 
-    def __init__(self, seed: int, count: int = 40) -> None:
+    def __init__(self, seed: int, count: int = 40, damaged: Sequence[int] = ()) -> None:
+        self.damaged = frozenset(damaged)
         self.pixels = np.random.default_rng(seed).integers(0, 80, (count, 6, 6, 3), dtype=np.uint8)
         for i in range(count):
             self.pixels[i, ..., i % 3] += 150
 
     @classmethod
     def build(cls, config: Any, split: str | None) -> Self:
+        if split == "damaged":
+            return cls(seed=0, damaged=(3, 11))
         if split not in (None, "train", "test"):
             raise UnknownNameError(f"tiny:squares has no split {split!r}")
         return cls(seed=1 if split == "test" else 0)
@@ -80,6 +83,8 @@ class Squares(Dataset):
         return len(self.pixels)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        if index in self.damaged:
+            raise DataError(f"Cannot read image square-{index}.png")
         return {"image": Image.fromarray(self.pixels[index]), "label": index % 3, "item_id": f"square-{index}"}
 
     @property
@@ -124,6 +129,37 @@ class Faulty(Softmax):
         raise MemoryError("as if the machine had died")
 
 
+class Mirrored:
+    """An item transform: the picture, perhaps mirrored, and a number drawn for it."""
+
+    def __call__(self, item: dict[str, Any], generator: np.random.Generator) -> dict[str, Any]:
+        pixels = TinyEncoder.preprocessing(item["image"])
+        mirrored = pixels[..., ::-1].copy() if generator.random() < 0.5 else pixels
+        return {"image": mirrored, "label": item["label"], "noise": np.float32(generator.random())[None]}
+
+
+class Viewing(Softmax):
+    """Softmax on views of its own; counts its calls and looks at the gradients before the optimiser does."""
+
+    seen: list[Tensor] = []
+    updates: list[int] = []
+
+    @classmethod
+    def build(cls, config: Any, encoder: Encoder, context: BuildContext) -> Self:
+        return cls(encoder, len(context.classes), config)
+
+    def item_transform(self) -> ItemTransform:
+        return Mirrored()
+
+    def forward(self, batch: Batch) -> LossOutput:
+        Viewing.seen.append(batch["noise"])
+        return super().forward(batch)
+
+    def before_update(self, step: int) -> None:
+        assert all(parameter.grad is not None for parameter in self.parameters())
+        Viewing.updates.append(step)
+
+
 class Noise(Modifier):
     """Adds noise to the features while training."""
 
@@ -164,11 +200,20 @@ def make_plugin() -> types.ModuleType:
 
     @hookimpl
     def bowerbird_datasets() -> Any:
-        yield _record(DatasetRecord, "squares", "Squares", provides=("image", "label"), splits=("train", "test"))
+        yield _record(
+            DatasetRecord, "squares", "Squares", provides=("image", "label"), splits=("train", "test", "damaged")
+        )
 
     @hookimpl
     def bowerbird_objectives() -> Any:
         yield _record(ObjectiveRecord, "faulty", "Faulty", config=f"{__name__}:FaultConfig", needs=("label",))
+        yield _record(
+            ObjectiveRecord,
+            "views",
+            "Viewing",
+            config="bowerbird.objectives.configs:SoftmaxConfig",
+            needs=("image", "label"),
+        )
         yield _record(ObjectiveRecord, "video", "Faulty", needs=("video", "label"), encoder_needs=("tokens",))
 
     @hookimpl

@@ -6,7 +6,7 @@ Shapes: B batch, N tokens, D embedding width, C classes, Q queries, k results.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -17,7 +17,12 @@ from bowerbird.batch import Batch
 from bowerbird.data.dataset import Dataset
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from bowerbird.data.images import Preprocessing
+
+# (item of the data set, random generator of this item in this epoch) -> entries of the batch, before collation.
+ItemTransform = Callable[[dict[str, Any], "np.random.Generator"], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -129,8 +134,21 @@ class Objective(nn.Module):
         groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
         return [group for group in groups if group["params"]]
 
+    def item_transform(self) -> ItemTransform | None:
+        """What makes the entries of a batch from one item of the training split: views, crops, masks, noise.
+
+        It takes the place of the encoder's preprocessing and of the recipe's ``dataset.augment``. It runs in the worker
+        processes that read the data (so it can be pickled and holds no part of the model) and draws everything random
+        from the generator that it gets: batches then depend neither on the number of processes nor on interruptions.
+        ``None``, the default: one view, prepared as the encoder says.
+        """
+        return None
+
     def before_step(self, step: int) -> None:
         """Called before the forward pass of optimiser step ``step`` (counted from 0)."""
+
+    def before_update(self, step: int) -> None:
+        """Called when the gradients are there, before the recipe's clipping and before the optimiser moves."""
 
     def after_step(self, step: int) -> None:
         """Called after the optimiser has moved: moving averages, queues."""
@@ -223,6 +241,6 @@ def freeze(module: nn.Module) -> nn.Module:
 
 
 __all__ = [
-    "Batch", "BuildContext", "Dataset", "Encoder", "EvalContext", "Evaluator", "Features", "LossOutput", "Metrics",
-    "Modifier", "Objective", "TrainedRun", "Transform", "freeze",
+    "Batch", "BuildContext", "Dataset", "Encoder", "EvalContext", "Evaluator", "Features", "ItemTransform",
+    "LossOutput", "Metrics", "Modifier", "Objective", "TrainedRun", "Transform", "freeze",
 ]  # fmt: skip

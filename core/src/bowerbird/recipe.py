@@ -17,7 +17,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -45,6 +45,9 @@ class DatasetComponent(Component):
     augment: Literal["none", "flip", "crop", "crop-flip"] = Field(
         default="none", description="Random horizontal flip, random crop of 35 to 100 % of the area, or both."
     )
+    unreadable: Literal["raise", "skip"] = Field(
+        default="raise", description="What an item that cannot be read does: end the run, or be left out and counted."
+    )
 
 
 class EvaluateComponent(Component):
@@ -64,8 +67,15 @@ class TrainSettings(_Table):
     accumulate: int = Field(default=1, ge=1, description="Forward passes per optimiser step.")
     optimizer: Literal["sgd", "adam", "adamw"] = "adamw"
     lr: float = Field(default=1e-3, gt=0, description="Peak learning rate.")
+    min_lr: float = Field(default=0.0, ge=0, description="Where schedule = 'cosine' ends.")
     momentum: float | None = Field(default=None, ge=0, lt=1, description="Of sgd; by default 0.9.")
+    betas: Annotated[tuple[float, float], Field(strict=False)] | None = Field(
+        default=None, description="Of adam and adamw; by default [0.9, 0.999]."
+    )
     weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay_end: float | None = Field(
+        default=None, ge=0, description="Let the weight decay follow half a cosine from weight_decay to this value."
+    )
     schedule: Literal["cosine", "constant", "step"] = Field(default="cosine", description="Of the learning rate.")
     warmup: float = Field(default=0.0, ge=0, description="Epochs of linear growth from 0 to lr.")
     step_epochs: float | None = Field(default=None, gt=0, description="With schedule = 'step': epochs between drops.")
@@ -89,6 +99,14 @@ class TrainSettings(_Table):
     def _every_setting_has_an_effect(self) -> Self:
         if self.momentum is not None and self.optimizer != "sgd":
             raise ValueError(f"momentum is a setting of optimizer = 'sgd', not of {self.optimizer!r}")
+        if self.betas is not None and self.optimizer == "sgd":
+            raise ValueError("betas is a setting of optimizer = 'adam' and 'adamw', not of 'sgd'")
+        if self.betas is not None and not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas = {list(self.betas)}: expected two numbers from 0 to below 1")
+        if self.min_lr and self.schedule != "cosine":
+            raise ValueError(f"min_lr is a setting of schedule = 'cosine', not of {self.schedule!r}")
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr = {self.min_lr} is above lr = {self.lr}")
         if self.schedule != "step" and (self.step_epochs is not None or self.step_factor is not None):
             raise ValueError(f"step_epochs and step_factor are settings of schedule = 'step', not of {self.schedule!r}")
         if self.schedule == "step" and self.step_epochs is None:

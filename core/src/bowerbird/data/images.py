@@ -54,18 +54,18 @@ class Preprocessing:
     """How an image becomes the ``image`` key: resize, centre crop, scale to 0..1, subtract ``mean``, divide by ``std``.
 
     Attributes:
-        size: Side of the square result in pixels.
+        size: Side of the square result in pixels, or ``(height, width)``.
         mean, std: Per channel (red, green, blue), on the 0..1 scale.
         interpolation: ``bicubic`` or ``bilinear``, both antialiased when shrinking.
         resize: ``squash`` scales both sides to ``size``, whatever the aspect ratio; ``crop`` scales the shorter side to
-            ``floor(size / crop_pct)`` and takes the centre, as torchvision and timm do.
+            ``floor(size / crop_pct)`` and takes the centre, as torchvision and timm do; for square results only.
         crop_pct: In (0, 1]; only read by ``crop``.
         background: Colour (0..255) under transparent pixels.
 
     Raises ``InputError`` for values outside these ranges.
     """
 
-    size: int
+    size: int | tuple[int, int]
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
@@ -81,8 +81,14 @@ class Preprocessing:
                 raise InputError(f"Preprocessing.{name} must be three numbers (red, green, blue), found {value!r}.")
             convert = int if name == "background" else float
             object.__setattr__(self, name, tuple(convert(v) for v in value))
-        if isinstance(self.size, bool) or not isinstance(self.size, int) or not 1 <= self.size <= 8192:
-            raise InputError(f"Preprocessing.size must be a whole number from 1 to 8192 pixels, found {self.size!r}.")
+        if isinstance(self.size, list):
+            object.__setattr__(self, "size", tuple(self.size))
+        sides = self.size if isinstance(self.size, tuple) and len(self.size) == 2 else (self.size,)
+        if any(isinstance(side, bool) or not isinstance(side, int) or not 1 <= side <= 8192 for side in sides):
+            raise InputError(
+                "Preprocessing.size must be a whole number from 1 to 8192 pixels, or two of them (height, width), "
+                f"found {self.size!r}."
+            )
         if not all(math.isfinite(v) for v in (*self.mean, *self.std)) or min(self.std) <= 0:
             raise InputError(
                 f"Preprocessing.mean must be finite and .std finite and above 0, found {self.mean} and {self.std}."
@@ -93,10 +99,20 @@ class Preprocessing:
             )
         if self.resize not in ("squash", "crop"):
             raise InputError(f"Preprocessing.resize must be 'squash' or 'crop', found {self.resize!r}.")
+        if self.resize == "crop" and self.height != self.width:
+            raise InputError(f"Preprocessing.resize = 'crop' needs a square size, found {self.size}; use 'squash'.")
         if not 0 < self.crop_pct <= 1:
             raise InputError(f"Preprocessing.crop_pct must be above 0 and at most 1, found {self.crop_pct!r}.")
         if not all(0 <= v <= 255 for v in self.background):
             raise InputError(f"Preprocessing.background must be three values of 0..255, found {self.background}.")
+
+    @property
+    def height(self) -> int:
+        return self.size[0] if isinstance(self.size, tuple) else self.size
+
+    @property
+    def width(self) -> int:
+        return self.size[1] if isinstance(self.size, tuple) else self.size
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; ``from_dict`` reads it back."""
@@ -116,13 +132,13 @@ class Preprocessing:
         return cls(**values)
 
     def __call__(self, image: Image.Image) -> NDArray[np.float32]:
-        """float32 ``(3, size, size)``."""
-        out = np.empty((3, self.size, self.size), np.float32)
+        """float32 ``(3, height, width)``."""
+        out = np.empty((3, self.height, self.width), np.float32)
         self.into(image, out)
         return out
 
     def into(self, image: Image.Image, out: NDArray[np.float32]) -> None:
-        """Writes the result into ``out``, float32 ``(3, size, size)``, for example one row of a batch."""
+        """Writes the result into ``out``, float32 ``(3, height, width)``, for example one row of a batch."""
         if image.mode != "RGB":
             image = to_rgb(image, background=self.background)
         pixels = np.asarray(self.resized(image))
@@ -131,23 +147,24 @@ class Preprocessing:
         out += shift
 
     def resized(self, image: Image.Image) -> Image.Image:
-        """The RGB image of ``size`` x ``size`` pixels, before the numbers are normalised."""
+        """The RGB image of ``height`` x ``width`` pixels, before the numbers are normalised."""
         width, height = image.size
         box: tuple[float, float, float, float] = (0, 0, width, height)
         if self.resize == "crop":
             # Resize and crop in one: only the pixels inside the crop are computed, so that an image of 1 x 1,000,000
             # does not become one of 224 x 224,000,000 on the way. The result is that of resizing, then cropping, but
             # for the rounding of intermediate pixels, because Pillow may do rows and columns in another order.
-            short = math.floor(self.size / self.crop_pct)
+            side = self.width
+            short = math.floor(side / self.crop_pct)
             grown = (
                 (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
             )  # torchvision's rounding
-            left, top = round((grown[0] - self.size) / 2), round((grown[1] - self.size) / 2)
+            left, top = round((grown[0] - side) / 2), round((grown[1] - side) / 2)
             x, y = width / grown[0], height / grown[1]
-            box = (left * x, top * y, min((left + self.size) * x, width), min((top + self.size) * y, height))
-        if image.size == (self.size, self.size) and box == (0, 0, width, height):
+            box = (left * x, top * y, min((left + side) * x, width), min((top + side) * y, height))
+        if image.size == (self.width, self.height) and box == (0, 0, width, height):
             return image
-        return image.resize((self.size, self.size), _RESAMPLING[self.interpolation], box=box)
+        return image.resize((self.width, self.height), _RESAMPLING[self.interpolation], box=box)
 
 
 @lru_cache(maxsize=64)
@@ -375,7 +392,7 @@ def decode_batches(
     def batches() -> Iterator[tuple[int, NDArray[np.float32]]]:
         for first in range(0, len(sources), batch_size):
             count = min(batch_size, len(sources) - first)
-            yield first, np.empty((count, 3, preprocessing.size, preprocessing.size), np.float32)
+            yield first, np.empty((count, 3, preprocessing.height, preprocessing.width), np.float32)
 
     def inline() -> Iterator[tuple[Any, Any]]:
         for first, images in batches():

@@ -82,7 +82,7 @@ def _export_timm(loaded: LoadedEncoder, folder: Path) -> None:
         "num_features": loaded.module.embed_dim,
         "pretrained_cfg": {
             **{k: v for k, v in model.pretrained_cfg.items() if k in ("tag", "pool_size", "first_conv", "classifier")},
-            "input_size": [3, preprocessing.size, preprocessing.size],
+            "input_size": [3, preprocessing.height, preprocessing.width],
             "mean": list(preprocessing.mean),
             "std": list(preprocessing.std),
             "interpolation": preprocessing.interpolation,

@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from bowerbird.batch import BATCH_KEYS, Batch
 from bowerbird.errors import RecipeError
-from bowerbird.protocols import BuildContext, Encoder, Features, LossOutput, Objective, TrainedRun
+from bowerbird.protocols import BuildContext, Encoder, Features, ItemTransform, LossOutput, Objective, TrainedRun
 from bowerbird.records import EncoderRecord, ObjectiveRecord
 from bowerbird.testing.contract import Contract, first_difference, must_raise
+from bowerbird.train.data import collate
 
 
 class TinyEncoder(Encoder):
@@ -65,13 +69,23 @@ class SimpleBuildContext(BuildContext):
 
 
 def make_batch(
-    keys: Sequence[str], *, batch_size: int, image_size: int, num_classes: int, seed: int, old_dim: int = 6
+    keys: Sequence[str],
+    *,
+    batch_size: int,
+    image_size: int | tuple[int, int],
+    num_classes: int,
+    seed: int,
+    old_dim: int = 6,
 ) -> Batch:
-    """Random entries for ``keys`` of a batch, reproducible by ``seed``; labels go through all classes."""
+    """Random entries for ``keys`` of a batch, reproducible by ``seed``; labels go through all classes.
+
+    ``image_size`` is the side of square pictures, or (height, width).
+    """
     generator = torch.Generator().manual_seed(seed)
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     known: dict[str, Any] = {
-        "image": torch.randn(batch_size, 3, image_size, image_size, generator=generator),
-        "video": torch.randn(batch_size, 2, 3, image_size, image_size, generator=generator),
+        "image": torch.randn(batch_size, 3, height, width, generator=generator),
+        "video": torch.randn(batch_size, 2, 3, height, width, generator=generator),
         "text": {
             "input_ids": torch.randint(1, 50, (batch_size, 6), generator=generator),
             "attention_mask": torch.ones(batch_size, 6, dtype=torch.long),
@@ -119,7 +133,8 @@ class EncoderContract(Contract):
         return self.target.build(self.make_config())
 
     def make_batch(self, encoder: Encoder, *, batch_size: int = 4, seed: int = 0) -> Batch:
-        size = encoder.preprocessing.size if encoder.preprocessing else self.image_size
+        prepared = encoder.preprocessing
+        size = (prepared.height, prepared.width) if prepared else self.image_size
         record = self.record
         assert isinstance(record, EncoderRecord)
         return make_batch(record.inputs, batch_size=batch_size, image_size=size, num_classes=2, seed=seed)
@@ -247,15 +262,35 @@ class ObjectiveContract(Contract):
         return SimpleBuildContext(classes=[f"class-{i}" for i in range(self.num_classes)])
 
     def make_batch(self, *, seed: int = 0) -> Batch:
+        """A batch of random numbers, made by the objective's ``item_transform`` from random pictures if it has one."""
         record = self.record
         assert isinstance(record, ObjectiveRecord)
-        return make_batch(
-            [*dict.fromkeys([*self.encoder_inputs, *record.needs])],
-            batch_size=self.batch_size,
-            image_size=self.image_size,
-            num_classes=self.num_classes,
-            seed=seed,
+        keys = [*dict.fromkeys([*self.encoder_inputs, *record.needs])]
+        batch = make_batch(
+            keys, batch_size=self.batch_size, image_size=self.image_size, num_classes=self.num_classes, seed=seed
         )
+        transform = self._transform
+        if transform is None:
+            return batch
+        generator = np.random.default_rng(seed)
+        size = (self.image_size, self.image_size, 3)
+        pictures = [Image.fromarray(generator.integers(0, 256, size, np.uint8)) for _ in range(self.batch_size)]
+        rows: list[dict[str, Any]] = [
+            {**{key: batch[key][i] for key in keys}, "image": picture, "index": i} for i, picture in enumerate(pictures)
+        ]
+        return collate([transform(row, np.random.default_rng([seed, i])) for i, row in enumerate(rows)])
+
+    @cached_property
+    def _transform(self) -> ItemTransform | None:
+        return self.build().item_transform()
+
+    def make_encoder_batch(self, encoder: Encoder) -> Batch:
+        """What the exported encoder reads."""
+        if self._transform is None:
+            return self.make_batch()
+        prepared = encoder.preprocessing
+        size = (prepared.height, prepared.width) if prepared else self.image_size
+        return make_batch(self.encoder_inputs, batch_size=self.batch_size, image_size=size, num_classes=1, seed=0)
 
     def build(self, seed: int = 0) -> Objective:
         torch.manual_seed(seed)
@@ -279,6 +314,7 @@ class ObjectiveContract(Contract):
             output = objective(self.make_batch(seed=step))
             optimizer.zero_grad(set_to_none=True)
             output.total.backward()
+            objective.before_update(step)
             optimizer.step()
             objective.after_step(step)
             losses.append(output.total.item())
@@ -368,6 +404,7 @@ class ObjectiveContract(Contract):
             total = objective(batch).total
             optimizer.zero_grad(set_to_none=True)
             total.backward()
+            objective.before_update(step)
             optimizer.step()
             objective.after_step(step)
             losses.append(total.item())
@@ -394,7 +431,7 @@ class ObjectiveContract(Contract):
         encoder = objective.exported_encoder().eval()
         assert isinstance(encoder, Encoder), f"exported_encoder returns a {type(encoder).__name__}"
         with torch.no_grad():
-            pooled = encoder(self.make_batch()).pooled
+            pooled = encoder(self.make_encoder_batch(encoder)).pooled
         assert pooled.shape == (self.batch_size, encoder.embed_dim), f"pooled {tuple(pooled.shape)}"
 
     def test_wrong_batches_are_refused(self) -> None:

@@ -21,9 +21,9 @@ from bowerbird import dist
 from bowerbird.batch import Batch
 from bowerbird.data import images_of
 from bowerbird.data.images import Preprocessing, decode_batches
-from bowerbird.errors import InputError, RecipeError
+from bowerbird.errors import DataError, InputError, RecipeError
 from bowerbird.files import new_rows
-from bowerbird.protocols import Dataset, Encoder
+from bowerbird.protocols import Dataset, Encoder, ItemTransform
 
 Position = tuple[int, int]  # epoch and index of an item
 
@@ -73,18 +73,39 @@ def epoch_batches(
     ]
 
 
-class TrainItems(data.Dataset[dict[str, Any]]):
-    """Items of a data set as the batch needs them, augmented by epoch and position."""
+class TrainItems(data.Dataset[dict[str, Any] | None]):
+    """Items of a data set as the batch needs them, augmented by epoch and position.
 
-    def __init__(self, dataset: Dataset, preprocessing: Preprocessing | None, *, augment: str, seed: int) -> None:
+    ``transform`` (``Objective.item_transform``) takes the place of ``preprocessing`` and ``augment``. An item that
+    cannot be read raises ``DataError``, or is ``None`` with ``skip_unreadable``.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        preprocessing: Preprocessing | None,
+        *,
+        augment: str,
+        seed: int,
+        transform: ItemTransform | None = None,
+        skip_unreadable: bool = False,
+    ) -> None:
         self.dataset, self.preprocessing, self.augment, self.seed = dataset, preprocessing, augment, seed
+        self.transform, self.skip_unreadable = transform, skip_unreadable
 
-    def __getitem__(self, position: Position) -> dict[str, Any]:
+    def __getitem__(self, position: Position) -> dict[str, Any] | None:
         epoch, index = position
-        item = {**self.dataset[index], "index": index}
-        if "image" in item and self.preprocessing is not None:
-            generator = np.random.default_rng([self.seed, epoch, index])
-            item["image"] = self.preprocessing(augmented(item["image"], self.augment, generator))
+        generator = np.random.default_rng([self.seed, epoch, index])
+        try:
+            item = {**self.dataset[index], "index": index}
+            if self.transform is not None:
+                return self.transform(item, generator)
+            if "image" in item and self.preprocessing is not None:
+                item["image"] = self.preprocessing(augmented(item["image"], self.augment, generator))
+        except DataError:
+            if self.skip_unreadable:
+                return None
+            raise
         return item
 
 
@@ -106,9 +127,24 @@ def augmented(image: Image.Image, kind: str, generator: np.random.Generator) -> 
     return image
 
 
-def collate(items: Sequence[Mapping[str, Any]], tokenize: Callable[[list[str]], Any] | None = None) -> Batch:
-    """A batch of items: numbers and arrays are stacked, texts are tokenized, the rest becomes a list."""
+SKIPPED = "skipped"  # batch key: how many items of the batch could not be read and were left out
+
+
+def collate(items: Sequence[Mapping[str, Any] | None], tokenize: Callable[[list[str]], Any] | None = None) -> Batch:
+    """A batch of items: numbers and arrays are stacked, texts are tokenized, the rest becomes a list.
+
+    ``None`` stands for an item that could not be read; their number is the entry ``skipped``.
+
+    Raises:
+        DataError: No item of the batch could be read.
+    """
     batch: Batch = {}
+    readable = [item for item in items if item is not None]
+    if not readable:
+        raise DataError(f"none of the {len(items)} items of a batch can be read")
+    if len(readable) < len(items):
+        batch[SKIPPED] = len(items) - len(readable)
+    items = readable
     for key in items[0]:
         values = [item[key] for item in items]
         first = values[0]

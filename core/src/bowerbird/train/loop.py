@@ -40,10 +40,10 @@ from bowerbird.train.checkpoint import (
     restore_random_state,
     save_checkpoint,
 )
-from bowerbird.train.data import CachedTrunk, TrainItems, cache_trunk, epoch_batches, load_batches, to_device
+from bowerbird.train.data import SKIPPED, CachedTrunk, TrainItems, cache_trunk, epoch_batches, load_batches, to_device
 from bowerbird.train.log import RunLog
 from bowerbird.train.run import TrainContext, start_folder
-from bowerbird.train.schedules import lr_factor
+from bowerbird.train.schedules import lr_factor, weight_decay_at
 
 CHECKPOINT_SECONDS = 30  # least time between two checkpoints that no setting asked for
 
@@ -54,12 +54,16 @@ class TrainingError(BowerbirdError):
 
 @dataclass(frozen=True)
 class RunResult:
-    """``finished``: false where the run was stopped; ``metrics``: results of the evaluators."""
+    """``finished``: false where the run was stopped; ``metrics``: results of the evaluators.
+
+    ``skipped``: items that could not be read and were left out since the start or the last resume, once per epoch.
+    """
 
     run_dir: Path
     steps: int
     finished: bool
     metrics: Mapping[str, float] = field(default_factory=dict)
+    skipped: int = 0
 
 
 @dataclass
@@ -79,6 +83,7 @@ class _Run:
     progress: Progress
     labels: list[int] | None
     cached: CachedTrunk | None = None
+    skipped: int = 0  # items that this process could not read since it started, once per epoch
 
     @property
     def settings(self) -> TrainSettings:
@@ -117,7 +122,9 @@ def train(recipe: Recipe, run_dir: str | Path, *, resume: bool = False, show: bo
             shutil.rmtree(run_dir / "cache", ignore_errors=True)
             get_registry().hook.bowerbird_run_finished(run_dir=str(run_dir), metrics=dict(metrics))
         dist.barrier()
-        return RunResult(run_dir=run_dir, steps=run.progress.step, finished=finished, metrics=metrics)
+        return RunResult(
+            run_dir=run_dir, steps=run.progress.step, finished=finished, metrics=metrics, skipped=run.skipped
+        )
 
 
 def _prepare(recipe: Recipe, run_dir: Path, device: torch.device) -> _Run:
@@ -148,6 +155,8 @@ def _prepare(recipe: Recipe, run_dir: Path, device: torch.device) -> _Run:
     modifiers: list[Modifier] = [build(component, "modifier") for component in recipe.modifier]
     for modifier in modifiers:
         modifier.attach(objective.encoder, context.total_steps)
+    if objective.item_transform() is not None:
+        _check_item_transform(recipe)
     if not any(parameter.requires_grad for parameter in objective.parameters()):
         raise RecipeError("nothing to train: every parameter is frozen; add encoder.embed_dim or free the trunk")
     wrapped: nn.Module = objective
@@ -186,6 +195,20 @@ def _prepare(recipe: Recipe, run_dir: Path, device: torch.device) -> _Run:
     return run
 
 
+def _check_item_transform(recipe: Recipe) -> None:
+    """Raise ``RecipeError`` for settings that would be ignored because the objective makes its own views."""
+    if recipe.dataset.augment != "none":
+        raise RecipeError(
+            f"dataset.augment = {recipe.dataset.augment!r}: {recipe.objective.use} makes its own views of a picture; "
+            "remove dataset.augment and see the objective's settings"
+        )
+    if recipe.train.cache_trunk:
+        raise RecipeError(
+            f"train.cache_trunk: {recipe.objective.use} sees a picture differently in every epoch, so nothing can be "
+            "kept; remove train.cache_trunk"
+        )
+
+
 def _train(run: _Run, *, show: bool) -> bool:
     """Train to the end; false where the user stopped it."""
     settings = run.settings
@@ -214,7 +237,8 @@ def _train(run: _Run, *, show: bool) -> bool:
                 if (step + 1) % settings.log_every == 0 or step + 1 == total:
                     means = losses.take()
                     if log is not None:
-                        log.values(step + 1, {"epoch": epoch, **means})
+                        left_out = {SKIPPED: run.skipped} if run.skipped else {}
+                        log.values(step + 1, {"epoch": epoch, **means, **left_out})
                 stop = dist.any_process(stop_request.is_set())
                 due = _checkpoint_due(settings, step + 1, ends_epoch, saved_at)
                 if step + 1 == total:
@@ -243,8 +267,11 @@ def _step(run: _Run, step: int, group: list[Batch]) -> dict[str, Tensor | float]
     """One optimiser step over the forward passes of ``group``; returns what is logged."""
     settings = run.settings
     factor = lr_factor(step, steps_per_epoch=run.steps_per_epoch, settings=settings)
+    decay = weight_decay_at(step, total_steps=settings.epochs * run.steps_per_epoch, settings=settings)
     for parameters in run.optimizer.param_groups:
         parameters["lr"] = settings.lr * parameters["lr_scale"] * factor
+        if parameters["decays_as_recipe"]:
+            parameters["weight_decay"] = decay
     run.objective.before_step(step)
     for modifier in run.modifiers:
         modifier.before_step(step)
@@ -252,6 +279,7 @@ def _step(run: _Run, step: int, group: list[Batch]) -> dict[str, Tensor | float]
     values: dict[str, Any] = {}
     for position, batch in enumerate(group):
         last = position == len(group) - 1
+        run.skipped += batch.pop(SKIPPED, 0)
         # DDP exchanges gradients once per step, with the last forward pass.
         waits = isinstance(run.wrapped, DistributedDataParallel) and not last
         with run.wrapped.no_sync() if waits else nullcontext():  # type: ignore[operator]
@@ -262,6 +290,7 @@ def _step(run: _Run, step: int, group: list[Batch]) -> dict[str, Tensor | float]
         for key, value in seen.items():
             value = value.detach() if isinstance(value, Tensor) else value
             values[key] = values.get(key, 0.0) + value / len(group)
+    run.objective.before_update(step)
     if settings.clip_norm is not None:
         values["grad_norm"] = clip_grad_norm_(
             [p for parameters in run.optimizer.param_groups for p in parameters["params"]], settings.clip_norm
@@ -308,7 +337,14 @@ def _epoch_groups(run: _Run, epoch: int, first_step: int) -> Iterator[list[Batch
         batches = run.cached.batches(order)
     else:
         encoder = run.objective.encoder
-        items = TrainItems(run.dataset, encoder.preprocessing, augment=run.recipe.dataset.augment, seed=settings.seed)
+        items = TrainItems(
+            run.dataset,
+            encoder.preprocessing,
+            augment=run.recipe.dataset.augment,
+            seed=settings.seed,
+            transform=run.objective.item_transform(),
+            skip_unreadable=run.recipe.dataset.unreadable == "skip",
+        )
         batches = load_batches(
             items, order, epoch=epoch, workers=settings.workers, tokenize=getattr(encoder, "tokenize", None)
         )
@@ -332,12 +368,20 @@ def build(component: Component, kind: str, *arguments: Any) -> Any:
 
 def make_optimizer(objective: Objective, settings: TrainSettings) -> torch.optim.Optimizer:
     """The recipe's optimiser over the objective's parameter groups; ``lr_scale`` of a group stays in it."""
-    groups = [{"lr_scale": 1.0, "weight_decay": settings.weight_decay, **g} for g in objective.parameter_groups()]
+    groups = [
+        {
+            "lr_scale": 1.0,
+            "weight_decay": settings.weight_decay,
+            "decays_as_recipe": "weight_decay" not in group,
+            **group,
+        }
+        for group in objective.parameter_groups()
+    ]
     if settings.optimizer == "sgd":
         momentum = 0.9 if settings.momentum is None else settings.momentum
         return torch.optim.SGD(groups, lr=settings.lr, momentum=momentum)
     kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
-    return kind(groups, lr=settings.lr)
+    return kind(groups, lr=settings.lr, betas=settings.betas or (0.9, 0.999))
 
 
 def export_run(objective: Objective, modifiers: list[Modifier], recipe: Recipe, run_dir: Path, dataset: Dataset) -> str:

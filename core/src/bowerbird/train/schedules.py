@@ -1,4 +1,4 @@
-"""Learning-rate schedules as pure functions of the optimiser step."""
+"""Schedules of learning rate and weight decay as pure functions of the optimiser step."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from bowerbird.recipe import TrainSettings
 def lr_factor(step: int, *, steps_per_epoch: int, settings: TrainSettings) -> float:
     """What the peak learning rate is multiplied with at optimiser step ``step`` (counted from 0).
 
-    Warm-up grows linearly and reaches 1 with its last step. After it, ``cosine`` falls from 1 towards 0 (reached after
-    the last step), ``step`` is multiplied with ``step_factor`` every ``step_epochs`` epochs counted from the start
+    Warm-up grows linearly and reaches 1 with its last step. After it, ``cosine`` falls from 1 towards
+    ``min_lr / lr`` (reached after the last step), ``step`` is multiplied with ``step_factor`` every ``step_epochs`` epochs counted from the start
     of the run, and ``constant`` stays at 1.
     """
     warmup = round(settings.warmup * steps_per_epoch)
@@ -19,9 +19,18 @@ def lr_factor(step: int, *, steps_per_epoch: int, settings: TrainSettings) -> fl
         return (step + 1) / warmup
     if settings.schedule == "cosine":
         total = settings.epochs * steps_per_epoch
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+        low = settings.min_lr / settings.lr
+        return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
     if settings.schedule == "step":
         assert settings.step_epochs is not None
         factor = 0.1 if settings.step_factor is None else settings.step_factor
         return factor ** math.floor(step / (settings.step_epochs * steps_per_epoch))
     return 1.0
+
+
+def weight_decay_at(step: int, *, total_steps: int, settings: TrainSettings) -> float:
+    """The weight decay at optimiser step ``step``: constant, or half a cosine from its first to its last value."""
+    if settings.weight_decay_end is None:
+        return settings.weight_decay
+    done = 0.5 * (1 - math.cos(math.pi * step / max(1, total_steps)))
+    return settings.weight_decay + (settings.weight_decay_end - settings.weight_decay) * done

@@ -1,0 +1,42 @@
+"""A teacher that follows its student as a moving average."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from bowerbird.protocols import freeze
+
+
+class EMATeacher(nn.Module):
+    """A frozen copy of ``student`` whose parameters follow it: teacher <- m teacher + (1 - m) student.
+
+    Only parameters move; buffers (batch statistics) follow the teacher's own forward passes.
+
+    Args:
+        student: Copied as it is; the copy never gets a gradient. The teacher may hold fewer parts than the student that
+            ``update`` is given, they are matched by name.
+        momentum_schedule: Optimiser step (counted from 0) -> m in [0, 1].
+    """
+
+    def __init__(self, student: nn.Module, momentum_schedule: Callable[[int], float]) -> None:
+        super().__init__()
+        self.module = freeze(copy.deepcopy(student))
+        self.momentum_schedule = momentum_schedule
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        with torch.no_grad():
+            return self.module(*args, **kwargs)
+
+    @torch.no_grad()
+    def update(self, student: nn.Module, step: int) -> None:
+        """Move towards ``student``; call it after the optimiser of step ``step`` has moved."""
+        momentum = self.momentum_schedule(step)
+        theirs = dict(student.named_parameters())
+        names, ours = zip(*self.module.named_parameters(), strict=True)
+        followed: list[Tensor] = [theirs[name].detach() for name in names]
+        torch._foreach_mul_(list(ours), momentum)
+        torch._foreach_add_(list(ours), followed, alpha=1 - momentum)

@@ -1,0 +1,37 @@
+"""The records of ``bowerbird-mim``. Light: standard library and records only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from bowerbird.hookspecs import hookimpl
+from bowerbird.records import EncoderRecord, ObjectiveRecord
+
+BOWERBIRD_API = "1.0"
+
+
+@hookimpl
+def bowerbird_encoders() -> Iterable[EncoderRecord]:
+    yield EncoderRecord(
+        name="mim:vit",
+        target="bowerbird_mim.vit:ViTEncoder",
+        config="bowerbird_mim.vit:ViTConfig",
+        summary="A plain vision transformer that pre-training can show a part of a picture; reads and writes timm weights.",
+        presets={size: f"bowerbird_mim.vit:{size}" for size in ("tiny", "small", "base", "large")},
+        paper="An Image is Worth 16x16 Words, ICLR 2021, arXiv:2010.11929",
+        outputs=("pooled", "tokens"),
+    )
+
+
+@hookimpl
+def bowerbird_objectives() -> Iterable[ObjectiveRecord]:
+    yield ObjectiveRecord(
+        name="mim:mae",
+        target="bowerbird_mim.mae:MAEObjective",
+        config="bowerbird_mim.mae:MAEConfig",
+        summary="Masked autoencoder: encode a quarter of the patches, restore the pixels of the rest. For fine-tuning.",
+        paper="Masked Autoencoders Are Scalable Vision Learners, CVPR 2022, arXiv:2111.06377",
+        needs=("image",),
+        encoder_needs=("tokens",),
+        batch_additive=True,
+    )
