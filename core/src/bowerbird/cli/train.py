@@ -85,9 +85,7 @@ def command(
         elif result.finished:
             click.echo(f"{result.run_dir}: {result.steps} steps; the encoder is in {result.run_dir / 'encoder'}")
             if result.skipped:
-                click.echo(
-                    f"  left out {result.skipped} times: items that could not be read (dataset.unreadable = 'skip')"
-                )
+                click.echo(f"  items that could not be read were left out {result.skipped} times")
             for name, value in result.metrics.items():
                 click.echo(f"  {name:<40} {value:.4f}")
     if not result.finished:

@@ -10,9 +10,9 @@ from bowerbird.recipe import TrainSettings
 def lr_factor(step: int, *, steps_per_epoch: int, settings: TrainSettings) -> float:
     """What the peak learning rate is multiplied with at optimiser step ``step`` (counted from 0).
 
-    Warm-up grows linearly and reaches 1 with its last step. After it, ``cosine`` falls from 1 towards
-    ``min_lr / lr`` (reached after the last step), ``step`` is multiplied with ``step_factor`` every ``step_epochs`` epochs counted from the start
-    of the run, and ``constant`` stays at 1.
+    Warm-up grows linearly and reaches 1 with its last step. After it, ``cosine`` falls from 1 towards ``min_lr / lr``
+    (reached after the last step), ``step`` is multiplied with ``step_factor`` every ``step_epochs`` epochs counted from
+    the start of the run, and ``constant`` stays at 1.
     """
     warmup = round(settings.warmup * steps_per_epoch)
     if step < warmup:

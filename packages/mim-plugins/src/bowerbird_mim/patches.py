@@ -44,8 +44,8 @@ def unpatchify(patches: Tensor, grid: tuple[int, int], patch_size: int, channels
     rows, columns = grid
     if patches.ndim != 3 or patches.shape[1:] != (rows * columns, patch_size**2 * channels):
         raise InputError(
-            f"patches have shape {tuple(patches.shape)}; a grid of {rows} x {columns} patches of side {patch_size} with "
-            f"{channels} channels needs (B, {rows * columns}, {patch_size**2 * channels})"
+            f"patches have shape {tuple(patches.shape)}; a grid of {rows} x {columns} patches of side {patch_size} "
+            f"with {channels} channels needs (B, {rows * columns}, {patch_size**2 * channels})"
         )
     cut = patches.reshape(len(patches), rows, columns, patch_size, patch_size, channels)
     return cut.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), channels, rows * patch_size, columns * patch_size)

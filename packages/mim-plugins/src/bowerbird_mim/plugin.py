@@ -16,7 +16,7 @@ def bowerbird_encoders() -> Iterable[EncoderRecord]:
         name="mim:vit",
         target="bowerbird_mim.vit:ViTEncoder",
         config="bowerbird_mim.vit:ViTConfig",
-        summary="A plain vision transformer that pre-training can show a part of a picture; reads and writes timm weights.",
+        summary="A plain vision transformer that can be shown a part of a picture; reads and writes timm weights.",
         presets={size: f"bowerbird_mim.vit:{size}" for size in ("tiny", "small", "base", "large")},
         paper="An Image is Worth 16x16 Words, ICLR 2021, arXiv:2010.11929",
         outputs=("pooled", "tokens"),

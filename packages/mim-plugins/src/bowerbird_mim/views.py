@@ -54,7 +54,7 @@ class ColorAugmentation:
     """Colour changes of DINO and BYOL, in their order: jitter, grey, blur, solarise.
 
     Attributes:
-        jitter: Largest change of brightness, contrast, saturation (factors 1 - x to 1 + x) and hue (share of the circle).
+        jitter: Largest change of brightness, contrast, saturation (factors 1 - x to 1 + x), hue (share of the circle).
         jitter_prob, grey_prob, blur_prob, solarize_prob: How often each is applied.
         blur_radius: Range of the radius of the Gaussian blur in pixels.
     """

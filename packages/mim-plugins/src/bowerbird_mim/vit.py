@@ -103,10 +103,7 @@ class ViTEncoder(Encoder):
             self.pos_embed = nn.Parameter(table, requires_grad=False)
         else:
             self.pos_embed = nn.Parameter(torch.zeros(1, rows * columns + 1, embed_dim))
-        self.blocks = nn.ModuleList(
-            self.make_block(drop_path * i / max(1, depth - 1))  # type: ignore[misc]
-            for i in range(depth)
-        )
+        self.blocks = nn.ModuleList(self.make_block(drop_path * i / max(1, depth - 1)) for i in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=layer_norm_eps)
         initialize(self, init)
         nn.init.normal_(self.cls_token, std=0.02)
@@ -135,7 +132,7 @@ class ViTEncoder(Encoder):
             self.mlp_ratio,
             qkv_bias=True,
             drop_path=drop_path,
-            norm_layer=partial(nn.LayerNorm, eps=self.layer_norm_eps),
+            norm_layer=partial(nn.LayerNorm, eps=self.layer_norm_eps),  # type: ignore[arg-type]
         )
 
     # -------------------------------------------------------------------------------------------- tokens
