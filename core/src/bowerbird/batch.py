@@ -17,6 +17,7 @@ BATCH_KEYS: dict[str, str] = {
     "domain": "int64 (B,), index of the domain (style, camera, dataset)",
     "boxes": "list of B float32 (R_i, 4), x1 y1 x2 y2 in pixels",
     "masks": "list of B bool (R_i, H, W)",
+    "box_labels": "list of B lists of R_i class indices, one per box",
     "regions": "float32 (B, T, R, D), region features",
     "frozen_features": "float32 (B, F), cached output of the encoder's frozen trunk; replaces image",
     "old_features": "float32 (B, D_old), output of the old encoder for the same items",

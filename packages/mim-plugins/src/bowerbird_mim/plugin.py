@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from bowerbird.hookspecs import hookimpl
-from bowerbird.records import EncoderRecord, ObjectiveRecord
+from bowerbird.records import DatasetRecord, EncoderRecord, ObjectiveRecord
 
 BOWERBIRD_API = "1.0"
 
@@ -34,4 +34,15 @@ def bowerbird_objectives() -> Iterable[ObjectiveRecord]:
         needs=("image",),
         encoder_needs=("tokens",),
         batch_additive=True,
+    )
+
+
+@hookimpl
+def bowerbird_datasets() -> Iterable[DatasetRecord]:
+    yield DatasetRecord(
+        name="mim:canvases",
+        target="bowerbird_mim.data.canvases:Canvases",
+        config="bowerbird_mim.data.canvases:CanvasesConfig",
+        summary="Items of another data set on textured canvases, with their boxes, masks and classes.",
+        provides=("image", "label", "item_id", "boxes", "masks", "box_labels"),
     )
