@@ -1,6 +1,7 @@
 """Reproduces the claims of a method at small scale: ``python benchmarks/claims/run.py bct [online-backfilling ...]``.
 
-Reads the plan ``<slug>.toml``, runs its arms for every seed, and writes ``results/<slug>.json``: every value of every
+Reads the plan ``<slug>.toml``, runs its arms for every seed (``run(plan, seed)`` of ``<slug>_arms.py``, dashes as
+underscores, or a function of the table below), and writes ``results/<slug>.json``: every value of every
 seed, means with 95 % intervals, the verdicts, versions and the command. ``table.py`` turns the results into
 docs/claims.md.
 """
@@ -9,11 +10,12 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import json
 import sys
 import time
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,17 @@ RUNS = {
     "orders": serving_arms.orders,
     "mergers": serving_arms.mergers,
 }
+
+
+def arms_of(slug: str) -> Callable[[Mapping[str, Any], int], Mapping[str, float]]:
+    if slug in RUNS:
+        return RUNS[slug]
+    return importlib.import_module(f"{slug.replace('-', '_')}_arms").run  # only the method that is asked for
+
+
+def known_slugs() -> list[str]:
+    plans = (file.stem for file in HERE.glob("*.toml"))
+    return sorted(slug for slug in plans if slug in RUNS or (HERE / f"{slug.replace('-', '_')}_arms.py").is_file())
 
 
 def interval(values: np.ndarray) -> dict[str, float]:
@@ -91,7 +104,7 @@ def run(slug: str) -> dict[str, Any]:
         if str(seed) in done["rows"]:
             continue
         start = time.time()
-        done["rows"][str(seed)] = RUNS[slug](plan, seed)
+        done["rows"][str(seed)] = arms_of(slug)(plan, seed)
         done["seconds"][str(seed)] = time.time() - start
         kept.parent.mkdir(exist_ok=True, parents=True)
         write_json(kept, done)
@@ -117,7 +130,7 @@ def run(slug: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("slug", nargs="+", choices=sorted(RUNS))
+    parser.add_argument("slug", nargs="+", choices=known_slugs())
     torch.set_num_threads(1)  # the same numbers on every machine with the same libraries
     for slug in parser.parse_args().slug:
         result = run(slug)
