@@ -146,18 +146,10 @@ class ViTEncoder(Encoder):
         return patch_grid(images.shape[2], images.shape[3], self.patch_size)
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
-        """``(1, 1 + rows * columns, D)``: the table, resized bicubically for another grid than its own.
-
-        As in DINO the scale factors are (rows + 0.1) / own rows, (columns + 0.1) / own columns.
-        """
+        """``(1, 1 + rows * columns, D)``: the table, resized for another grid than its own (``resized_positions``)."""
         if grid == self.grid:
             return self.pos_embed
-        rows, columns = self.grid
-        own = self.pos_embed[:, 1:].reshape(1, rows, columns, -1).permute(0, 3, 1, 2)
-        scale = ((grid[0] + 0.1) / rows, (grid[1] + 0.1) / columns)
-        table = F.interpolate(own, scale_factor=scale, mode="bicubic")
-        assert table.shape[-2:] == grid, (tuple(table.shape), grid)
-        return torch.cat([self.pos_embed[:, :1], table.flatten(2).transpose(1, 2)], dim=1)
+        return torch.cat([self.pos_embed[:, :1], resized_positions(self.pos_embed[:, 1:], self.grid, grid)], dim=1)
 
     def embed(
         self,
@@ -218,6 +210,19 @@ class ViTEncoder(Encoder):
         return Features(pooled=pooled, tokens=patches, grid=grid)
 
 
+def resized_positions(table: Tensor, own: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """Bicubic resampling of the codes ``(1, L, D)`` of the patches of the grid ``own``, for the patches of ``grid``.
+
+    As in DINO the scale factors are (rows + 0.1) / own rows and (columns + 0.1) / own columns: where ``grid`` is
+    ``own``, the result still differs a little from the table.
+    """
+    codes = table.reshape(1, *own, -1).permute(0, 3, 1, 2)
+    scale = ((grid[0] + 0.1) / own[0], (grid[1] + 0.1) / own[1])
+    resampled = F.interpolate(codes, scale_factor=scale, mode="bicubic")
+    assert resampled.shape[-2:] == grid, (tuple(resampled.shape), grid)
+    return resampled.flatten(2).transpose(1, 2)
+
+
 def initialize(module: nn.Module, kind: Literal["xavier", "truncated"]) -> None:
     """First weights of every linear layer, layer norm and patch convolution below ``module``; see ``ViTEncoder``."""
     for part in module.modules():
@@ -235,8 +240,8 @@ def initialize(module: nn.Module, kind: Literal["xavier", "truncated"]) -> None:
             nn.init.xavier_uniform_(part.proj.weight.view(part.proj.out_channels, -1))
 
 
-class ViTConfig(BaseModel):
-    """Settings of ``mim:vit``."""
+class PatchViTConfig(BaseModel):
+    """What encoders made of patches and transformer blocks share."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -246,16 +251,9 @@ class ViTConfig(BaseModel):
     depth: int = Field(default=12, ge=1, description="Number of blocks.")
     num_heads: int = Field(default=6, ge=1, description="Attention heads; a divisor of embed_dim.")
     mlp_ratio: float = Field(default=4.0, gt=0, description="Hidden width of a block's perceptron, over embed_dim.")
-    position: Literal["sincos", "learned"] = Field(
-        default="sincos", description="Fixed sine-cosine codes (MAE, SAIM) or a learned table (DINO, timm)."
-    )
-    pooling: Literal["mean", "class"] = Field(
-        default="mean", description="The embedding: mean of the patch tokens, or the class token."
-    )
     drop_path: float = Field(default=0.0, ge=0, lt=1, description="Largest rate of stochastic depth.")
-    init: Literal["xavier", "truncated"] = Field(default="xavier", description="First weights: as MAE, or as DINO.")
     weights: str | None = Field(
-        default=None, description="First weights: a file of a timm ViT (.safetensors, or .pth with tensors only)."
+        default=None, description="First weights: a file of timm's model (.safetensors, or .pth with tensors only)."
     )
     resize: Literal["squash", "crop"] = Field(
         default="squash", description="squash: the whole picture; crop: shorter side, then the centre."
@@ -281,12 +279,10 @@ class ViTConfig(BaseModel):
             raise ValueError(str(error)) from error
         if self.embed_dim % self.num_heads:
             raise ValueError(f"embed_dim = {self.embed_dim} is no multiple of num_heads = {self.num_heads}")
-        if self.position == "sincos" and self.embed_dim % 4:
-            raise ValueError(f"embed_dim = {self.embed_dim}: sine-cosine positions need a multiple of 4")
         return self
 
     def architecture(self) -> dict[str, Any]:
-        """The arguments of ``ViTEncoder`` but for the preprocessing."""
+        """The arguments of the encoder but for the preprocessing."""
         others = {"weights", "resize", "crop_pct", "mean", "std"}
         return {name: getattr(self, name) for name in type(self).model_fields if name not in others}
 
@@ -294,6 +290,24 @@ class ViTConfig(BaseModel):
         return Preprocessing(
             size=self.image_size, mean=self.mean, std=self.std, resize=self.resize, crop_pct=self.crop_pct
         )
+
+
+class ViTConfig(PatchViTConfig):
+    """Settings of ``mim:vit``."""
+
+    position: Literal["sincos", "learned"] = Field(
+        default="sincos", description="Fixed sine-cosine codes (MAE, SAIM) or a learned table (DINO, timm)."
+    )
+    pooling: Literal["mean", "class"] = Field(
+        default="mean", description="The embedding: mean of the patch tokens, or the class token."
+    )
+    init: Literal["xavier", "truncated"] = Field(default="xavier", description="First weights: as MAE, or as DINO.")
+
+    @model_validator(mode="after")
+    def _codes_fit_the_width(self) -> Self:
+        if self.position == "sincos" and self.embed_dim % 4:
+            raise ValueError(f"embed_dim = {self.embed_dim}: sine-cosine positions need a multiple of 4")
+        return self
 
 
 def tiny() -> dict[str, Any]:
