@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from bowerbird.protocols import freeze
+from bowerbird_mim.schedules import Schedule, as_schedule
 
 
 class EMATeacher(nn.Module):
@@ -19,13 +19,13 @@ class EMATeacher(nn.Module):
     Args:
         student: Copied as it is; the copy never gets a gradient. The teacher may hold fewer parts than the student that
             ``update`` is given, they are matched by name.
-        momentum_schedule: Optimiser step (counted from 0) -> m in [0, 1].
+        momentum_schedule: m in [0, 1] at every optimiser step (counted from 0): a number, a table or a function.
     """
 
-    def __init__(self, student: nn.Module, momentum_schedule: Callable[[int], float]) -> None:
+    def __init__(self, student: nn.Module, momentum_schedule: Schedule) -> None:
         super().__init__()
         self.module = freeze(copy.deepcopy(student))
-        self.momentum_schedule = momentum_schedule
+        self.momentum_schedule = as_schedule(momentum_schedule)
 
     def forward(self, *args: object, **kwargs: object) -> object:
         with torch.no_grad():
