@@ -173,7 +173,7 @@ def test_weights_of_a_pass_network_are_read_and_others_are_refused(tmp_path) -> 
     images = {"image": torch.randn(1, 3, 16, 8)}
     assert torch.equal(loaded(images).pooled, first(images).pooled)
     assert not torch.equal(other(images).pooled, first(images).pooled)
-    with pytest.raises(DataError, match="do not fit PartTokenViT.*part_token3"):
+    with pytest.raises(DataError, match=r"do not fit PartTokenViT.*part_token3"):
         PartViTEncoder.build(PartViTConfig(**SMALL, num_parts=2, weights=str(file)))
 
 

@@ -10,6 +10,7 @@ B batch, C channels, H x W pixels, L patches, D width, J parts, P part tokens in
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 import torch
@@ -22,7 +23,7 @@ from bowerbird.errors import InputError
 from bowerbird.protocols import Encoder, Features
 from bowerbird_mim.patches import patch_grid
 from bowerbird_mim.timm_weights import load_vit_weights
-from bowerbird_mim.vit import ImageSize, ViTConfig, ViTEncoder, resized_positions
+from bowerbird_mim.vit import ImageSize, PatchViTConfig, ViTEncoder, resized_positions
 
 FUSIONS = ("cat", "mean")
 
@@ -164,15 +165,16 @@ class PartViTEncoder(Encoder):
         super().__init__()
         if pooling != "class" and not vit.num_parts:
             raise InputError(f"pooling = {pooling!r} needs part tokens; with num_parts = 0 only 'class' is left")
-        self.vit, self.pooling, self.preprocessing = vit, pooling, preprocessing
+        self.vit, self.preprocessing = vit, preprocessing
+        self.fusion: Literal["cat", "mean"] | None = None if pooling == "class" else pooling
         self.embed_dim = 2 * vit.embed_dim if pooling == "cat" else vit.embed_dim
 
     @classmethod
     def build(cls, config: PartViTConfig) -> Self:
         """Raises ``DataError`` for weights that do not fit, naming what differs."""
         plain = ViTEncoder(**config.architecture())
-        state = {} if config.weights is None else read_weights(config.weights)
-        of_pass = "cls_pos" in state or any("part_token" in key for key in state)
+        state = read_weights(config.weights) if config.weights is not None else {}
+        of_pass = any(key.endswith("cls_pos") for key in state)
         if config.weights is not None and not of_pass:
             load_vit_weights(plain, config.weights)
         vit = PartTokenViT(plain, config.num_parts, native_pos_interpolation=config.native_pos_interpolation)
@@ -180,13 +182,13 @@ class PartViTEncoder(Encoder):
             load_strictly(vit, backbone_state(state), source=str(config.weights))
         return cls(vit, config.pooling, config.preprocessing())
 
-    def stored_config(self, config: dict[str, Any]) -> dict[str, Any]:  # type: ignore[override]
+    def stored_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """``config`` without the source of the first weights: the weights lie beside it."""
         return {key: value for key, value in config.items() if key != "weights"}
 
     def fuse(self, cls: Tensor, parts: Tensor) -> Tensor:
         """``(B, D)`` and ``(B, J, D)`` to ``(B, embed_dim)``."""
-        return cls if self.pooling == "class" else fuse_part_features(cls, parts, self.pooling)
+        return cls if self.fusion is None else fuse_part_features(cls, parts, self.fusion)
 
     def forward(self, batch: Batch) -> Features:
         images = batch["image"]
@@ -205,25 +207,21 @@ def backbone_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: value for key, value in named.items() if not heads.match(key)}
 
 
-class PartViTConfig(ViTConfig):
-    """Settings of ``mim:part-vit``: those of ``mim:vit`` with the defaults of PASS, and the part tokens."""
+class PartViTConfig(PatchViTConfig):
+    """Settings of ``mim:part-vit``."""
 
     image_size: ImageSize = Field(default=(256, 128), description="[height, width] in pixels, or a square's side.")
-    position: Literal["sincos", "learned"] = Field(
-        default="learned", description="Positions of the patches: a learned table, or fixed sine-cosine codes."
-    )
-    init: Literal["xavier", "truncated"] = Field(default="truncated", description="First weights: as MAE, or as DINO.")
-    pooling: Literal["cat", "mean", "class"] = Field(  # type: ignore[assignment]
+    num_parts: int = Field(default=3, ge=0, description="Number of part tokens.")
+    pooling: Literal["cat", "mean", "class"] = Field(
         default="cat",
         description="The embedding. cat: class token and mean part token, twice the width; mean: their mean; class: "
         "the class token.",
     )
-    weights: str | None = Field(
-        default=None, description="First weights: a file of a timm ViT, or of a PASS network (tensors only)."
-    )
-    num_parts: int = Field(default=3, ge=0, description="Number of part tokens.")
     native_pos_interpolation: bool = Field(
         default=False, description="Resample positions at the native size, too, as the authors' pre-training code does."
+    )
+    weights: str | None = Field(
+        default=None, description="First weights: a file of a timm ViT, or of a PASS network (tensors only)."
     )
 
     @model_validator(mode="after")
@@ -234,8 +232,9 @@ class PartViTConfig(ViTConfig):
 
     def architecture(self) -> dict[str, Any]:
         """The arguments of the ``ViTEncoder`` whose parts are used."""
-        own = {"num_parts", "native_pos_interpolation"}
-        return {k: v for k, v in super().architecture().items() if k not in own} | {"pooling": "class"}
+        own = {"num_parts", "pooling", "native_pos_interpolation"}
+        settings = {name: value for name, value in super().architecture().items() if name not in own}
+        return settings | {"position": "learned", "init": "truncated"}
 
 
 def part_vit_of(encoder: Encoder, method: str) -> PartViTEncoder:

@@ -89,18 +89,17 @@ class FusionNeck(nn.Module):
 
     def __init__(self, encoder: Encoder, multi_neck: bool = False) -> None:
         super().__init__()
-        fused = isinstance(encoder, PartViTEncoder) and encoder.pooling != "class"
-        if multi_neck and not fused:
-            raise InputError(
-                "multi_neck normalises every part token by itself: it needs the encoder mim:part-vit with pooling 'cat' "
-                "or 'mean'"
-            )
-        self.mode = encoder.pooling if isinstance(encoder, PartViTEncoder) and fused else None
-        self.multi_neck = multi_neck
-        self.num_parts = encoder.vit.num_parts if isinstance(encoder, PartViTEncoder) and fused else 0
-        dim = encoder.vit.embed_dim if multi_neck and isinstance(encoder, PartViTEncoder) else encoder.embed_dim
+        self.mode = encoder.fusion if isinstance(encoder, PartViTEncoder) else None
+        self.num_parts, dim = 0, encoder.embed_dim
+        if multi_neck:
+            if not isinstance(encoder, PartViTEncoder) or encoder.fusion is None:
+                raise InputError(
+                    "multi_neck normalises every part token by itself: it needs the encoder mim:part-vit with pooling "
+                    "'cat' or 'mean'"
+                )
+            self.num_parts, dim = encoder.vit.num_parts, encoder.vit.embed_dim
         self.bottleneck = _neck(dim)
-        for part in range(1, self.num_parts + 1) if multi_neck else ():
+        for part in range(1, self.num_parts + 1):
             self.add_module(f"bottleneck_{part}", _neck(dim))
 
     def forward(self, cls: Tensor, parts: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -109,7 +108,7 @@ class FusionNeck(nn.Module):
             return cls, self.bottleneck(cls)
         assert parts is not None
         before = fuse_part_features(cls, parts, self.mode)
-        if not self.multi_neck:
+        if not self.num_parts:
             return before, self.bottleneck(before)
         necks = [getattr(self, f"bottleneck_{part}") for part in range(1, self.num_parts + 1)]
         normalised = torch.stack([neck(part) for neck, part in zip(necks, parts.unbind(1), strict=True)], dim=1)
@@ -158,7 +157,7 @@ class FinetuneObjective(Objective):
 
     def forward(self, batch: Batch) -> LossOutput:
         images, labels = batch["image"], batch["label"]
-        if isinstance(self.encoder, PartViTEncoder) and self.encoder.pooling != "class":
+        if isinstance(self.encoder, PartViTEncoder) and self.encoder.fusion is not None:
             before, after = self.neck(*self.encoder.vit(images))
         else:
             before, after = self.neck(self.encoder(batch).pooled)
