@@ -215,6 +215,8 @@ class VectorQuantizer(nn.Module):
     """
 
     codebook: Tensor
+    cluster_size: Tensor
+    embed_sum: Tensor
 
     def __init__(
         self,
