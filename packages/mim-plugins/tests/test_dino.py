@@ -12,9 +12,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-from bowerbird.errors import InputError
-from bowerbird.testing import assert_close
+from bowerbird.batch import Batch
+from bowerbird.data.images import Preprocessing
+from bowerbird.errors import InputError, RecipeError
+from bowerbird.protocols import Encoder, Features
+from bowerbird.testing import ObjectiveContract, SimpleBuildContext, TinyEncoder, assert_close, override_contract_test
 from bowerbird_mim.dino import (
+    DINOConfig,
+    DINOObjective,
     EMATeacher,
     MultiCrop,
     ProjectionHead,
@@ -25,7 +30,53 @@ from bowerbird_mim.dino import (
     knn_votes,
     linear_then_constant,
 )
-from bowerbird_mim.vit import ViTEncoder
+from bowerbird_mim.vit import ViTConfig, ViTEncoder
+
+ENCODER = {
+    "image_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0,
+    "position": "learned", "pooling": "class", "init": "truncated",
+}  # fmt: skip
+SMALL = {"out_dim": 12, "head_hidden": 16, "head_bottleneck": 8, "local_size": 8, "local_crops": 2}
+
+
+class DINOContract(ObjectiveContract):
+    name = "mim:dino"
+    config = SMALL
+    image_size = 16
+
+    @override_contract_test(reason="the goal moves: the loss rises while the centre settles, so both are held")
+    def test_training_on_one_batch_lowers_the_loss(self) -> None:
+        self.config = {**SMALL, "momentum_teacher": 1.0, "center_momentum": 1.0}
+        super().test_training_on_one_batch_lowers_the_loss()
+
+
+class TestContract(DINOContract):
+    def make_encoder(self) -> ViTEncoder:
+        return ViTEncoder.build(ViTConfig(**ENCODER))
+
+
+class SomeNetwork(Encoder):
+    """No vision transformer: convolution, batch norm, dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_dim = 6
+        self.preprocessing = Preprocessing(size=16)
+        self.layers = nn.Sequential(nn.Conv2d(3, 6, 3, 2), nn.BatchNorm2d(6), nn.Dropout(0.5), nn.GELU())
+
+    def forward(self, batch: Batch) -> Features:
+        return Features(pooled=self.layers(batch["image"]).mean(dim=(2, 3)))
+
+
+class TestContractWithAnotherNetwork(DINOContract):
+    def make_encoder(self) -> SomeNetwork:
+        return SomeNetwork()
+
+    test_a_joined_batch_gives_the_mean_of_its_halves_where_the_record_says_so = None
+    removed = {
+        "test_a_joined_batch_gives_the_mean_of_its_halves_where_the_record_says_so": "batch norm sees the whole batch"
+    }
+
 
 # ------------------------------------------------------------------------------------------------ official numbers
 
@@ -306,7 +357,115 @@ def test_crops_have_their_sizes_and_depend_on_the_generator_alone() -> None:
     assert MultiCrop(16, 8, 0)({"image": picture}, np.random.default_rng(1)).keys() == {"global_views"}
 
 
+# ------------------------------------------------------------------------------------------------ training
+
+
+def objective(encoder: Encoder | None = None, **changes) -> DINOObjective:
+    encoder = encoder or ViTEncoder.build(ViTConfig(**ENCODER))
+    return DINOObjective.build(DINOConfig(**{**SMALL, **changes}), encoder, SimpleBuildContext(total_steps=10)).train()
+
+
+def views(batch: int = 3) -> dict[str, torch.Tensor]:
+    return {"global_views": torch.randn(batch, 2, 3, 16, 16), "local_views": torch.randn(batch, 2, 3, 8, 8)}
+
+
+def step(trained: DINOObjective, number: int, batch: dict[str, torch.Tensor]) -> None:
+    optimizer = torch.optim.SGD([p for p in trained.parameters() if p.requires_grad], lr=0.1)
+    trained.before_step(number)
+    trained(batch).total.backward()
+    trained.before_update(number)
+    optimizer.step()
+    trained.after_step(number)
+
+
+def test_every_crop_is_seen_by_the_student_and_only_large_ones_by_the_teacher() -> None:
+    trained, batch = objective(), views()
+    output = trained.dino(**batch)
+    assert output.student.shape == (4 * 3, 12) and output.teacher.shape == (2 * 3, 12)
+    own = trained.dino.student
+    for crop, images in enumerate([*batch["global_views"].unbind(1), *batch["local_views"].unbind(1)]):
+        logits = own.head(own.backbone({"image": images}).pooled)
+        torch.testing.assert_close(output.student[3 * crop : 3 * crop + 3], logits)
+        if crop < 2:  # the teacher is still equal to the student
+            torch.testing.assert_close(output.teacher[3 * crop : 3 * crop + 3], logits)
+
+
+def test_the_last_layer_waits_for_its_epoch() -> None:
+    trained, batch = objective(freeze_last_layer=1), views()
+    last = trained.dino.student.head.last_layer.weight_v
+    before, others = last.detach().clone(), trained.dino.student.head.mlp[0].weight.detach().clone()
+    step(trained, 0, batch)
+    assert torch.equal(last, before)
+    assert not torch.equal(trained.dino.student.head.mlp[0].weight, others)
+    trained.on_epoch_start(1)
+    step(trained, 1, batch)
+    assert not torch.equal(last, before)
+
+
+def test_the_teacher_follows_along_its_schedule_and_the_centre_after_the_step() -> None:
+    trained, batch = objective(momentum_teacher=0.5, center_momentum=0.8), views()
+    loss, teacher, student = trained.dino.loss, trained.dino.teacher.module, trained.dino.student
+    for number, momentum in enumerate(cosine_schedule(0.5, 1.0, 10)[:3]):
+        before, center = teacher.backbone.cls_token.clone(), loss.center.clone()
+        logits = trained.dino.teacher(batch["global_views"].transpose(0, 1).flatten(0, 1))
+        step(trained, number, batch)
+        expected = momentum * before + (1 - momentum) * student.backbone.cls_token
+        torch.testing.assert_close(teacher.backbone.cls_token, expected.detach())
+        torch.testing.assert_close(loss.center, 0.8 * center + 0.2 * logits.mean(dim=0, keepdim=True))
+    assert trained.exported_encoder() is teacher.backbone
+
+
+def test_the_teachers_temperature_follows_the_epoch() -> None:
+    trained = objective(warmup_teacher_temp=0.04, teacher_temp=0.07, warmup_teacher_temp_epochs=4)
+    seen = []
+    for epoch in (0, 1, 3, 9):
+        trained.on_epoch_start(epoch)
+        trained.before_step(0)
+        seen.append(float(trained.dino.loss.teacher_temp))
+    assert seen == pytest.approx([0.04, 0.05, 0.07, 0.07])
+
+
+def test_gradients_of_single_tensors_are_clipped_before_the_optimiser_moves() -> None:
+    trained = objective(clip_grad=1e-3)
+    trained(views()).total.backward()
+    trained.before_update(0)
+    norms = [float(p.grad.norm()) for p in trained.parameters() if p.grad is not None]
+    assert max(norms) <= 1e-3 * 1.001 and min(norms) >= 0
+
+
+def test_the_teacher_drops_nothing_while_the_student_does() -> None:
+    for encoder in (ViTEncoder.build(ViTConfig(**ENCODER, drop_path=0.5)), SomeNetwork()):
+        trained, images = objective(encoder), torch.randn(16, 3, 16, 16)
+        first, second = (trained.dino.student(images) for _ in range(2))
+        assert not torch.equal(first, second)
+        first, second = (trained.dino.teacher(images) for _ in range(2))
+        assert torch.equal(first, second)
+
+
+def test_signs_of_collapse_are_logged() -> None:
+    loss = SelfDistillationLoss(8, 0.1, 0.1)
+    one_output, uniform = torch.zeros(6, 8), torch.zeros(6, 8)
+    one_output[:, 3] = 100.0
+    apart = torch.eye(8) * 100
+    for teacher, entropy, of_mean in ((one_output, 0, 0), (uniform, math.log(8), math.log(8)), (apart, 0, math.log(8))):
+        found = loss.entropies(teacher)
+        assert math.isclose(float(found["teacher_entropy"]), entropy, abs_tol=1e-5)
+        assert math.isclose(float(found["mean_entropy"]), of_mean, abs_tol=1e-5)
+
+
 # ------------------------------------------------------------------------------------------------ refusals
+
+
+def test_encoders_that_cannot_see_the_crops_are_refused() -> None:
+    with pytest.raises(RecipeError, match=r"local_size = 10.*multiples of patch_size"):
+        objective(local_size=10)
+    with pytest.raises(RecipeError, match="TinyEncoder does not say how a picture is prepared"):
+        objective(TinyEncoder())
+    dino = objective().dino
+    with pytest.raises(InputError, match=r"global_views have shape \(2, 3, 3, 16, 16\)"):
+        dino(torch.zeros(2, 3, 3, 16, 16))
+    with pytest.raises(InputError, match=r"local_views have shape \(1, 2, 3, 8, 8\); expected \(2, n, C, H, W\)"):
+        dino(torch.zeros(2, 2, 3, 16, 16), torch.zeros(1, 2, 3, 8, 8))
 
 
 def test_what_does_not_fit_is_refused() -> None:

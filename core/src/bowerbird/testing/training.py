@@ -282,7 +282,8 @@ class ObjectiveContract(Contract):
 
     @cached_property
     def _transform(self) -> ItemTransform | None:
-        return self.build().item_transform()
+        with torch.random.fork_rng(devices=[]):  # asked for in the middle of a test: its random state must not move
+            return self.build().item_transform()
 
     def make_encoder_batch(self, encoder: Encoder) -> Batch:
         """What the exported encoder reads."""

@@ -9,343 +9,277 @@ Rows of n crops lie crop by crop: all pictures' crop 0, all pictures' crop 1, ..
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Self
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from numpy.typing import NDArray
-from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from bowerbird import dist
-from bowerbird.data.images import Preprocessing
-from bowerbird.errors import InputError
+from bowerbird.batch import Batch
+from bowerbird.errors import RecipeError
+from bowerbird.protocols import BuildContext, Encoder, ItemTransform, LossOutput, Objective
+from bowerbird_mim.crops import MultiCrop
+from bowerbird_mim.distillation import (
+    GLOBAL_VIEWS,
+    ProjectionHead,
+    SelfDistillationLoss,
+    check_views,
+    clip_gradients_per_tensor,
+    crop_major,
+    cross_view_terms,
+    teacher_targets,
+)
 from bowerbird_mim.ema import EMATeacher
-from bowerbird_mim.schedules import Schedule, as_schedule, cosine_schedule, linear_then_constant
-from bowerbird_mim.views import ColorAugmentation, View, resized
-from bowerbird_mim.vit import IMAGENET_MEAN, IMAGENET_STD, ImageSize, initialize
+from bowerbird_mim.neighbours import knn_classify, knn_votes
+from bowerbird_mim.schedules import Schedule, cosine_schedule, linear_then_constant
+from bowerbird_mim.views import ColorAugmentation
 
 __all__ = [
-    "EMATeacher", "MultiCrop", "ProjectionHead", "SelfDistillationLoss", "clip_gradients_per_tensor",
-    "cosine_schedule", "cross_view_terms", "knn_classify", "knn_votes", "linear_then_constant", "teacher_targets",
+    "DINOConfig", "DINOObjective", "DINOOutput", "EMATeacher", "MultiCrop", "ProjectionHead", "SelfDistillation",
+    "SelfDistillationLoss", "clip_gradients_per_tensor", "cosine_schedule", "crop_major", "cross_view_terms",
+    "knn_classify", "knn_votes", "linear_then_constant", "teacher_targets",
 ]  # fmt: skip
 
-GLOBAL_VIEWS = 2
+# ------------------------------------------------------------------------------------------------ model
 
 
-# ------------------------------------------------------------------------------------------------ crops
+class BackboneAndHead(nn.Module):
+    """The network that student and teacher share."""
 
-# What DINO does to the colours of the first global crop, of the second, and of local crops.
-DINO_COLORS = (
-    ColorAugmentation(blur_prob=1.0),
-    ColorAugmentation(blur_prob=0.1, solarize_prob=0.2),
-    ColorAugmentation(blur_prob=0.5),
-)
+    def __init__(self, backbone: Encoder, head: ProjectionHead) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, head
+
+    def forward(self, *groups: Tensor) -> Tensor:
+        """Logits ``(N, K)`` of groups of pictures, each group of one size: ``(N_i, C, H_i, W_i)``."""
+        return self.head(torch.cat([self.backbone({"image": images}).pooled for images in groups]))
 
 
-class MultiCrop:
-    """Two large crops and several small ones of a picture: entries ``global_views`` and ``local_views``.
+@dataclass(frozen=True)
+class DINOOutput:
+    """``loss``: scalar; ``student``: ``(n * B, K)`` and ``teacher``: ``(2 * B, K)`` logits, crop by crop."""
+
+    loss: Tensor
+    student: Tensor
+    teacher: Tensor
+
+
+class SelfDistillation(nn.Module):
+    """Student, teacher and loss.
 
     Args:
-        global_size, local_size: Side in pixels, or (height, width), of the two kinds of crops.
-        n_local: Number of small crops; with 0 there is no entry ``local_views``.
-        preprocessing: Where mean, standard deviation and resampling come from; by default ImageNet's, bicubic.
-        global_scale, local_scale: Ranges of a crop's share of the picture's area.
-        flip_prob: How often a crop is mirrored.
-        colors: Colour changes of the first global crop, of the second and of local crops; ``None`` changes nothing.
-
-    Raises:
-        InputError: A negative number of crops, or scales that are no shares.
+        encoder: The student's backbone; ``Features.pooled`` goes into the head. It must take both sizes of crops.
+        head: The student's head. The teacher is a copy of both, without stochastic depth and dropout.
+        loss: Its centre follows the teacher's outputs.
+        momentum_schedule: Of the teacher, at every optimiser step.
     """
 
     def __init__(
         self,
-        global_size: ImageSize = 224,
-        local_size: ImageSize = 96,
-        n_local: int = 8,
-        *,
-        preprocessing: Preprocessing | None = None,
-        global_scale: tuple[float, float] = (0.4, 1.0),
-        local_scale: tuple[float, float] = (0.05, 0.4),
-        flip_prob: float = 0.5,
-        colors: Sequence[ColorAugmentation | None] = DINO_COLORS,
-    ) -> None:
-        if n_local < 0 or len(colors) != 3:
-            raise InputError(
-                f"n_local = {n_local} and {len(colors)} colour changes: expected 0 or more small crops, and colours of "
-                "the first global, the second global and the local crops"
-            )
-        base = preprocessing or Preprocessing(size=global_size, mean=IMAGENET_MEAN, std=IMAGENET_STD)
-        first, second, local = colors
-        large, small = resized(base, global_size), resized(base, local_size)
-        self.global_views = [
-            View(preprocessing=large, scale=global_scale, flip_prob=flip_prob, color=color) for color in (first, second)
-        ]
-        self.local_view = View(preprocessing=small, scale=local_scale, flip_prob=flip_prob, color=local)
-        self.n_local = n_local
-
-    def __call__(self, item: dict[str, Any], generator: np.random.Generator) -> dict[str, Any]:
-        return self.crops(item["image"], generator)
-
-    def crops(self, image: Image.Image, generator: np.random.Generator) -> dict[str, NDArray[np.float32]]:
-        """``global_views (2, 3, H, W)`` and ``local_views (n_local, 3, h, w)``, float32."""
-        views = {"global_views": np.stack([view(image, generator) for view in self.global_views])}
-        if self.n_local:
-            views["local_views"] = np.stack([self.local_view(image, generator) for _ in range(self.n_local)])
-        return views
-
-
-# ------------------------------------------------------------------------------------------------ head
-
-
-class WeightNormLinear(nn.Module):
-    """A linear map without bias whose row i is ``weight_g[i] * weight_v[i] / |weight_v[i]|``."""
-
-    def __init__(self, in_dim: int, out_dim: int, *, trainable_norm: bool) -> None:
-        super().__init__()
-        self.weight_g = nn.Parameter(torch.ones(out_dim, 1), requires_grad=trainable_norm)
-        self.weight_v = nn.Parameter(nn.Linear(in_dim, out_dim, bias=False).weight.detach())
-
-    def forward(self, x: Tensor) -> Tensor:
-        norms = torch.linalg.vector_norm(self.weight_v, dim=1, keepdim=True)
-        return F.linear(x, self.weight_v * (self.weight_g / norms))
-
-
-class ProjectionHead(nn.Module):
-    """A perceptron with GELU, a unit bottleneck, and a weight-normalised linear layer: ``(..., D)`` to ``(..., K)``.
-
-    Args:
-        in_dim: D.
-        out_dim: K.
-        hidden: Width of the perceptron.
-        bottleneck: Width of the unit vector.
-        layers: Linear layers of the perceptron; at least 1.
-        norm_last: Keep the rows of the last layer at norm 1; outputs then lie in [-1, 1].
-    """
-
-    def __init__(
-        self,
-        in_dim: int,
-        out_dim: int,
-        hidden: int = 2048,
-        bottleneck: int = 256,
-        layers: int = 3,
-        norm_last: bool = True,
+        encoder: Encoder,
+        head: ProjectionHead,
+        loss: SelfDistillationLoss,
+        momentum_schedule: Schedule = 0.996,
     ) -> None:
         super().__init__()
-        if min(in_dim, out_dim, hidden, bottleneck, layers) < 1:
-            raise InputError(
-                f"in_dim = {in_dim}, out_dim = {out_dim}, hidden = {hidden}, bottleneck = {bottleneck}, "
-                f"layers = {layers}: all must be at least 1"
-            )
-        widths = [in_dim, *[hidden] * (layers - 1), bottleneck]
-        parts: list[nn.Module] = []
-        for width, following in pairwise(widths):
-            parts += [nn.Linear(width, following), nn.GELU()]
-        self.mlp = nn.Sequential(*parts[:-1])
-        initialize(self.mlp, "truncated")
-        self.last_layer = WeightNormLinear(bottleneck, out_dim, trainable_norm=not norm_last)
+        self.student = BackboneAndHead(encoder, head)
+        self.teacher = EMATeacher(self.student, momentum_schedule)
+        without_dropout(self.teacher)
+        self.loss = loss
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last_layer(F.normalize(self.mlp(x), dim=-1))
-
-
-# ------------------------------------------------------------------------------------------------ loss
-
-
-def teacher_targets(teacher: Tensor, center: Tensor, temperature: float | Tensor) -> Tensor:
-    """softmax((t - c) / temperature) without gradient, in float32 at least: ``(N, K)`` to ``(N, K)``."""
-    return ((_at_least_float32(teacher.detach()) - center.detach()) / temperature).softmax(dim=-1)
-
-
-def cross_view_terms(student: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, int]:
-    """Cross-entropies of every target view with every other view, added up, and how many there are.
-
-    Each of the ``2 n - 2`` terms is a mean over the batch.
-
-    Args:
-        student: ``(n * B, K)`` logits, crop by crop, the two global crops first.
-        targets: ``(2 * B, K)`` probabilities of the two global crops.
-        temperature: Of the student.
-
-    Raises:
-        InputError: The numbers of rows are not n B and 2 B with n >= 2, or the widths differ.
-    """
-    if student.ndim != 2 or targets.ndim != 2 or student.shape[1] != targets.shape[1]:
-        raise InputError(
-            f"student outputs {tuple(student.shape)} and teacher outputs {tuple(targets.shape)}: expected (n * B, K) "
-            "and (2 * B, K)"
-        )
-    batch = len(targets) // GLOBAL_VIEWS
-    if not batch or len(targets) % GLOBAL_VIEWS or len(student) % batch or len(student) < len(targets):
-        raise InputError(
-            f"{len(student)} student rows for {len(targets)} teacher rows: the teacher gives 2 per picture, the "
-            "student n >= 2 per picture"
-        )
-    n = len(student) // batch
-    log_q = (_at_least_float32(student) / temperature).log_softmax(dim=-1).view(n, batch, -1)
-    p = targets.view(GLOBAL_VIEWS, batch, -1)
-    # sum_{i, v != i} p_i log q_v = (sum_i p_i) (sum_v log q_v) - sum_i p_i log q_i: three products instead of 2 n - 2
-    total = (p * log_q[:GLOBAL_VIEWS]).sum() - (p.sum(dim=0) * log_q.sum(dim=0)).sum()
-    return total / batch, GLOBAL_VIEWS * (n - 1)
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-class SelfDistillationLoss(nn.Module):
-    """The loss of DINO, with the moving centre of the teacher's outputs in the buffer ``center (1, K)``.
-
-    Args:
-        out_dim: K.
-        student_temp: Temperature of the student, above 0.
-        teacher_temp_schedule: Temperature of the teacher at every step; DINO counts epochs here.
-        center_momentum: Share of the old centre that is kept by an update, in [0, 1].
-        defer_center: Leave the centre alone until ``update_center`` is called: several forward passes of one
-            optimiser step then see the same centre. Otherwise a forward pass in training mode ends with an update.
-
-    Raises:
-        InputError: Values outside these ranges.
-    """
-
-    center: Tensor
-
-    def __init__(
-        self,
-        out_dim: int,
-        student_temp: float = 0.1,
-        teacher_temp_schedule: Schedule = 0.04,
-        center_momentum: float = 0.9,
-        *,
-        defer_center: bool = False,
-    ) -> None:
-        super().__init__()
-        self.schedule = as_schedule(teacher_temp_schedule)
-        if out_dim < 1 or student_temp <= 0 or self.schedule(0) <= 0 or not 0 <= center_momentum <= 1:
-            raise InputError(
-                f"out_dim = {out_dim}, student_temp = {student_temp}, teacher temperature {self.schedule(0)}, "
-                f"center_momentum = {center_momentum}: expected a positive number of outputs, positive temperatures "
-                "and a momentum from 0 to 1"
-            )
-        self.student_temp, self.center_momentum, self.defer_center = student_temp, center_momentum, defer_center
-        self.register_buffer("center", torch.zeros(1, out_dim))
-        # A tensor, so that a compiled step is not compiled again when it moves; float64 keeps the schedule's value.
-        self.teacher_temp = torch.tensor(self.schedule(0), dtype=torch.float64)
-        self.seen: list[Tensor] = []  # means of the teacher's outputs since the last update
-
-    def at_step(self, step: int) -> None:
-        """Set the teacher's temperature of ``step``, and forget outputs that no update has used."""
-        self.teacher_temp.fill_(self.schedule(step))
-        self.seen.clear()
-
-    def targets(self, teacher: Tensor) -> Tensor:
-        """The teacher's probabilities, ``(N, K)``, for its logits ``(N, K)``."""
-        return teacher_targets(teacher, self.center, self.teacher_temp)
-
-    def forward(self, student: Tensor, teacher: Tensor, step: int | None = None) -> Tensor:
-        """The mean over all pairs of a target view and another view: a scalar.
+    def forward(self, global_views: Tensor, local_views: Tensor | None = None) -> DINOOutput:
+        """The loss of a batch.
 
         Args:
-            student: ``(n * B, K)`` logits of all crops, crop by crop, the two global crops first.
-            teacher: ``(2 * B, K)`` logits of the two global crops.
-            step: Where the schedule of the temperature is read; by default as ``at_step`` left it.
+            global_views: ``(B, 2, C, H, W)``.
+            local_views: ``(B, n - 2, C, h, w)``, or none.
 
         Raises:
             InputError: Shapes that do not fit.
         """
-        if teacher.ndim != 2 or teacher.shape[1] != self.center.shape[1]:
-            raise InputError(f"teacher outputs {tuple(teacher.shape)}: expected (2 * B, {self.center.shape[1]})")
-        if step is not None:
-            self.at_step(step)
-        total, count = cross_view_terms(student, self.targets(teacher), self.student_temp)
-        if self.training:
-            self.seen.append(_at_least_float32(teacher.detach()).mean(dim=0, keepdim=True))
-            if not self.defer_center:
-                self.update_center()
-        return total / count
+        groups = self.groups(global_views, local_views)
+        teacher = self.teacher(groups[0])
+        student = self.student(*groups)
+        return DINOOutput(loss=self.loss(student, teacher), student=student, teacher=teacher)
 
-    @torch.no_grad()
-    def update_center(self) -> None:
-        """Move the centre towards the mean of the outputs seen since the last update, over all processes."""
-        if self.seen:
-            mean = dist.mean_over_processes(torch.stack(self.seen).mean(dim=0))
-            self.center.mul_(self.center_momentum).add_(mean, alpha=1 - self.center_momentum)
-            self.seen.clear()
+    @staticmethod
+    def groups(global_views: Tensor, local_views: Tensor | None) -> list[Tensor]:
+        """The crops of every size, crop by crop. Raises ``InputError`` for shapes that do not fit."""
+        check_views(global_views, "global_views", count=GLOBAL_VIEWS)
+        if local_views is None:
+            return [crop_major(global_views)]
+        check_views(local_views, "local_views", batch=len(global_views))
+        return [crop_major(global_views), crop_major(local_views)]
 
-    @torch.no_grad()
-    def entropies(self, teacher: Tensor) -> dict[str, Tensor]:
-        """Signs of collapse, in nats; both lie in [0, ln K].
 
-        ``teacher_entropy`` is the mean entropy of the targets: near ln K all are uniform. ``mean_entropy`` is the
-        entropy of their mean: near 0 all name the same output.
-        """
-        targets = self.targets(teacher)
-        mean = targets.mean(dim=0)
-        return {
-            "teacher_entropy": -torch.special.xlogy(targets, targets).sum(dim=-1).mean(),
-            "mean_entropy": -torch.special.xlogy(mean, mean).sum(),
-        }
+def without_dropout(module: nn.Module) -> None:
+    """Switch off dropout and stochastic depth below ``module`` for good, in training mode, too.
+
+    A teacher cannot simply be in eval mode: where a network has batch norm, DINO's teacher uses the batch's statistics.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+        elif hasattr(part, "drop_prob"):  # stochastic depth, of timm and of others
+            part.drop_prob = 0.0  # type: ignore[assignment]
+
+
+# ------------------------------------------------------------------------------------------------ objective
+
+Range = Annotated[tuple[float, float], Field(strict=False)]
+
+
+class DINOConfig(BaseModel):
+    """Settings of ``mim:dino``. Learning rate and weight decay are the recipe's (``train.weight_decay_end``)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    out_dim: int = Field(default=65536, ge=2, description="Outputs of the head.")
+    head_hidden: int = Field(default=2048, ge=1, description="Width of the head's perceptron.")
+    head_bottleneck: int = Field(default=256, ge=1, description="Width of the unit vector before the last layer.")
+    head_layers: int = Field(default=3, ge=1, description="Linear layers of the head's perceptron.")
+    norm_last_layer: bool = Field(default=True, description="Keep the rows of the last layer at norm 1.")
+    freeze_last_layer: int = Field(default=1, ge=0, description="Epochs in which the last layer stays as it is.")
+    momentum_teacher: float = Field(
+        default=0.996, ge=0, le=1, description="Of the teacher; grows to 1 along half a cosine."
+    )
+    student_temp: float = Field(default=0.1, gt=0, description="Temperature of the student.")
+    teacher_temp: float = Field(default=0.04, gt=0, description="Temperature of the teacher, after its warm-up.")
+    warmup_teacher_temp: float = Field(default=0.04, gt=0, description="Temperature of the teacher at the start.")
+    warmup_teacher_temp_epochs: int = Field(
+        default=0, ge=0, description="Epochs from the one temperature to the other, in a line."
+    )
+    center_momentum: float = Field(
+        default=0.9, ge=0, le=1, description="Share of the old centre kept by a step; with 1 nothing is centred."
+    )
+    clip_grad: float | None = Field(
+        default=3.0, gt=0, description="Largest norm of the gradient of every single parameter tensor."
+    )
+    local_size: int = Field(default=96, ge=1, description="Side of small crops in pixels; large ones: the encoder's.")
+    local_crops: int = Field(default=8, ge=0, description="Small crops per picture.")
+    global_scale: Range = Field(default=(0.4, 1.0), description="Range of a large crop's share of the picture.")
+    local_scale: Range = Field(default=(0.05, 0.4), description="Range of a small crop's share of the picture.")
+    flip_prob: float = Field(default=0.5, ge=0, le=1, description="How often a crop is mirrored.")
+    jitter: Annotated[tuple[float, float, float, float], Field(strict=False)] = Field(
+        default=(0.4, 0.4, 0.2, 0.1), description="Largest change of brightness, contrast, saturation, hue."
+    )
+    jitter_prob: float = Field(default=0.8, ge=0, le=1, description="How often these change.")
+    grey_prob: float = Field(default=0.2, ge=0, le=1, description="How often a crop becomes grey.")
+    blur_prob: Annotated[tuple[float, float, float], Field(strict=False)] = Field(
+        default=(1.0, 0.1, 0.5), description="How often the first, the second large crop, and small crops are blurred."
+    )
+    blur_radius: Range = Field(default=(0.1, 2.0), description="Range of the blur's radius in pixels.")
+    solarize_prob: float = Field(default=0.2, ge=0, le=1, description="How often the second large crop is solarised.")
+
+    def crops(self, encoder: Encoder) -> MultiCrop:
+        """Raises ``RecipeError`` for an encoder that says nothing about pictures, or scales that are no shares."""
+        if encoder.preprocessing is None:
+            raise RecipeError(
+                f"the encoder {type(encoder).__name__} does not say how a picture is prepared; views of pictures need "
+                "an encoder with preprocessing, such as mim:vit or core:timm"
+            )
+        colors = [
+            ColorAugmentation(
+                jitter=self.jitter,
+                jitter_prob=self.jitter_prob,
+                grey_prob=self.grey_prob,
+                blur_prob=blur_prob,
+                blur_radius=self.blur_radius,
+                solarize_prob=solarize_prob,
+            )
+            for blur_prob, solarize_prob in zip(self.blur_prob, (0.0, self.solarize_prob, 0.0), strict=True)
+        ]
+        prepared = encoder.preprocessing
+        return MultiCrop(
+            (prepared.height, prepared.width),
+            self.local_size,
+            self.local_crops,
+            preprocessing=prepared,
+            global_scale=self.global_scale,
+            local_scale=self.local_scale,
+            flip_prob=self.flip_prob,
+            colors=colors,
+        )
+
+    def self_distillation(self, encoder: Encoder, context: BuildContext) -> SelfDistillation:
+        """Raises ``RecipeError`` for an encoder that does not take the small crops."""
+        if self.local_crops:
+            check_local_size(encoder, self.local_size)
+        temperatures = linear_then_constant(
+            self.warmup_teacher_temp, self.teacher_temp, self.warmup_teacher_temp_epochs
+        )
+        return SelfDistillation(
+            encoder,
+            ProjectionHead(
+                encoder.embed_dim,
+                self.out_dim,
+                self.head_hidden,
+                self.head_bottleneck,
+                self.head_layers,
+                self.norm_last_layer,
+            ),
+            SelfDistillationLoss(
+                self.out_dim, self.student_temp, temperatures, self.center_momentum, defer_center=True
+            ),
+            cosine_schedule(self.momentum_teacher, 1.0, context.total_steps),
+        )
 
 
 @torch.no_grad()
-def clip_gradients_per_tensor(module: nn.Module, max_norm: float) -> Tensor:
-    """Scale every parameter's gradient on its own to a norm of at most ``max_norm``; returns the norms before, (P,).
-
-    The factor is ``max_norm / (norm + 1e-6)`` where that is below 1. Parameters without a gradient are left out.
-    """
-    if not max_norm > 0:
-        raise InputError(f"max_norm = {max_norm}: expected a norm above 0")
-    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
-    if not gradients:
-        return torch.zeros(0)
-    norms = torch.stack(torch._foreach_norm(gradients))
-    torch._foreach_mul_(gradients, list((max_norm / (norms + 1e-6)).clamp(max=1.0)))
-    return norms
-
-
-# ------------------------------------------------------------------------------------------------ nearest neighbours
+def check_local_size(encoder: Encoder, size: int) -> None:
+    """Raise ``RecipeError`` where ``encoder`` cannot take square pictures of ``size`` pixels."""
+    training, parameter = encoder.training, next(encoder.parameters())
+    try:
+        encoder.eval()({"image": parameter.new_zeros(1, 3, size, size)})
+    except Exception as error:  # whatever a library raises for a size that it does not take
+        raise RecipeError(
+            f"objective.local_size = {size}: the encoder {type(encoder).__name__} does not take pictures of that size "
+            f"({error}). Use a size that it takes, or local_crops = 0"
+        ) from error
+    finally:
+        encoder.train(training)
 
 
-def knn_votes(
-    train: Tensor, labels: Tensor, test: Tensor, k: int = 20, temperature: float = 0.07, *, block: int = 1024
-) -> Tensor:
-    """Votes of the ``k`` nearest training items for every class: ``(M, classes)``.
+class DINOObjective(Objective):
+    """``mim:dino``. Heads and student are thrown away; the exported encoder is the teacher's backbone."""
 
-    A neighbour with cosine s votes for its class with exp(s / temperature) (Wu et al., CVPR 2018; DINO, section 4.1).
-    The votes for an item are divided by that of its nearest neighbour, so that no temperature is too low.
+    def __init__(self, dino: SelfDistillation, config: DINOConfig) -> None:
+        super().__init__()
+        self.dino, self.config, self.epoch = dino, config, 0
+        self.crops: ItemTransform = config.crops(self.encoder)
 
-    Args:
-        train: ``(N, D)`` unit vectors, a tensor or an array.
-        labels: int64 ``(N,)``, from 0.
-        test: ``(M, D)`` unit vectors.
-        k: Neighbours, 1 to N.
-        temperature: Above 0.
-        block: Test items at a time.
+    @property
+    def encoder(self) -> Encoder:  # one owner: a second one would store it twice
+        return self.dino.student.backbone
 
-    Raises:
-        InputError: Shapes that do not fit, or values outside these ranges.
-    """
-    train, labels, test = torch.as_tensor(train), torch.as_tensor(labels), torch.as_tensor(test)
-    if train.ndim != 2 or test.ndim != 2 or train.shape[1] != test.shape[1] or labels.shape != train.shape[:1]:
-        raise InputError(
-            f"train {tuple(train.shape)}, labels {tuple(labels.shape)}, test {tuple(test.shape)}: expected (N, D), "
-            "(N,) and (M, D)"
-        )
-    if not 1 <= k <= len(train) or temperature <= 0:
-        raise InputError(f"k = {k}, temperature = {temperature}: expected 1 to {len(train)} neighbours, and above 0")
-    classes = int(labels.max()) + 1
-    votes = test.new_zeros(len(test), classes)
-    for start in range(0, len(test), block):
-        similarity, neighbours = (test[start : start + block] @ train.T).topk(k, dim=1)
-        weights = ((similarity - similarity[:, :1]) / temperature).exp()
-        votes[start : start + block].scatter_add_(1, labels[neighbours], weights)
-    return votes
+    @classmethod
+    def build(cls, config: DINOConfig, encoder: Encoder, context: BuildContext) -> Self:
+        return cls(config.self_distillation(encoder, context), config)
 
+    def item_transform(self) -> ItemTransform:
+        return self.crops
 
-def knn_classify(train: Tensor, labels: Tensor, test: Tensor, k: int = 20, temperature: float = 0.07) -> Tensor:
-    """The class with most votes of the ``k`` nearest training items, int64 ``(M,)``; see ``knn_votes``."""
-    return knn_votes(train, labels, test, k, temperature).argmax(dim=1)
+    def on_epoch_start(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def before_step(self, step: int) -> None:
+        self.dino.loss.at_step(self.epoch)
+
+    def forward(self, batch: Batch) -> LossOutput:
+        output = self.dino(batch["global_views"], batch["local_views"] if self.config.local_crops else None)
+        return LossOutput(total=output.loss, stats=self.dino.loss.entropies(output.teacher))
+
+    def before_update(self, step: int) -> None:
+        if self.config.clip_grad is not None:
+            clip_gradients_per_tensor(self, self.config.clip_grad)
+        if self.epoch < self.config.freeze_last_layer:
+            for parameter in self.dino.student.head.last_layer.parameters():
+                parameter.grad = None
+
+    def after_step(self, step: int) -> None:
+        self.dino.loss.update_center()
+        self.dino.teacher.update(self.dino.student, step)
+
+    def exported_encoder(self) -> Encoder:
+        return self.dino.teacher.module.backbone

@@ -1,0 +1,52 @@
+"""Weighted votes of nearest neighbours, the classifier without training of self-supervision.
+
+N training items, M test items, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bowerbird.errors import InputError
+
+
+def knn_votes(
+    train: Tensor, labels: Tensor, test: Tensor, k: int = 20, temperature: float = 0.07, *, block: int = 1024
+) -> Tensor:
+    """Votes of the ``k`` nearest training items for every class: ``(M, classes)``.
+
+    A neighbour with cosine s votes for its class with exp(s / temperature) (Wu et al., CVPR 2018; DINO, section 4.1).
+    The votes for an item are divided by that of its nearest neighbour, so that no temperature is too low.
+
+    Args:
+        train: ``(N, D)`` unit vectors, a tensor or an array.
+        labels: int64 ``(N,)``, from 0.
+        test: ``(M, D)`` unit vectors.
+        k: Neighbours, 1 to N.
+        temperature: Above 0.
+        block: Test items at a time.
+
+    Raises:
+        InputError: Shapes that do not fit, or values outside these ranges.
+    """
+    train, labels, test = torch.as_tensor(train), torch.as_tensor(labels), torch.as_tensor(test)
+    if train.ndim != 2 or test.ndim != 2 or train.shape[1] != test.shape[1] or labels.shape != train.shape[:1]:
+        raise InputError(
+            f"train {tuple(train.shape)}, labels {tuple(labels.shape)}, test {tuple(test.shape)}: expected (N, D), "
+            "(N,) and (M, D)"
+        )
+    if not 1 <= k <= len(train) or temperature <= 0:
+        raise InputError(f"k = {k}, temperature = {temperature}: expected 1 to {len(train)} neighbours, and above 0")
+    classes = int(labels.max()) + 1
+    votes = test.new_zeros(len(test), classes)
+    for start in range(0, len(test), block):
+        similarity, neighbours = (test[start : start + block] @ train.T).topk(k, dim=1)
+        weights = ((similarity - similarity[:, :1]) / temperature).exp()
+        votes[start : start + block].scatter_add_(1, labels[neighbours], weights)
+    return votes
+
+
+def knn_classify(train: Tensor, labels: Tensor, test: Tensor, k: int = 20, temperature: float = 0.07) -> Tensor:
+    """The class with most votes of the ``k`` nearest training items, int64 ``(M,)``; see ``knn_votes``."""
+    return knn_votes(train, labels, test, k, temperature).argmax(dim=1)
