@@ -43,6 +43,23 @@ class Features:
 
 
 @dataclass(frozen=True)
+class TimmForm:
+    """A model of the timm library that computes an encoder's ``Features.pooled``.
+
+    Attributes:
+        architecture: The first argument of ``timm.create_model``.
+        arguments: Its other arguments but ``num_classes``; plain data.
+        state: The weights, under timm's names.
+        num_classes: Width of the classifier that serves as the encoder's projection; 0: there is none.
+    """
+
+    architecture: str
+    arguments: Mapping[str, Any]
+    state: Mapping[str, Tensor]
+    num_classes: int = 0
+
+
+@dataclass(frozen=True)
 class LossOutput:
     """``total``: the scalar to differentiate; ``parts``: its named scalar terms; ``stats``: other scalars to log."""
 
@@ -82,6 +99,13 @@ class Encoder(nn.Module):
         ``config`` is what the encoder was built with, as plain data. By default it is kept as it is.
         """
         return dict(config)
+
+    def timm_form(self) -> TimmForm | None:
+        """This encoder as a timm model, for ``bowerbird export --format timm``; ``None`` where timm has none like it.
+
+        May raise ``InputError`` that says why a setting of the encoder has no counterpart in timm.
+        """
+        return None
 
 
 @dataclass(frozen=True)
@@ -242,5 +266,5 @@ def freeze(module: nn.Module) -> nn.Module:
 
 __all__ = [
     "Batch", "BuildContext", "Dataset", "Encoder", "EvalContext", "Evaluator", "Features", "ItemTransform",
-    "LossOutput", "Metrics", "Modifier", "Objective", "TrainedRun", "Transform", "freeze",
+    "LossOutput", "Metrics", "Modifier", "Objective", "TimmForm", "TrainedRun", "Transform", "freeze",
 ]  # fmt: skip

@@ -9,8 +9,17 @@ from typing import Any
 from torch import Tensor
 
 
-def model_card(name: str, manifest: Mapping[str, Any], text: str, state: Mapping[str, Tensor]) -> str:
-    """Markdown with the front matter that model hubs read."""
+def model_card(
+    name: str, manifest: Mapping[str, Any], text: str, state: Mapping[str, Tensor], usage: str | None = None
+) -> str:
+    """Markdown with the front matter that model hubs read. ``usage`` is Python for folders of other libraries."""
+    usage = (
+        usage
+        or f"""from bowerbird.encoders import load_encoder
+
+encoder = load_encoder("{name}")  # this folder
+vectors = encoder.encode(["a.png", "b.jpg"])  # (2, {manifest["dim"]}), unit length"""
+    )
     size = sum(tensor.numel() for tensor in state.values())
     kind = "image-feature-extraction" if manifest["preprocessing"] is not None else "feature-extraction"
     trained = f"{len(manifest['classes'])} classes" if manifest["classes"] else "no named classes"
@@ -39,10 +48,7 @@ Vectors of encoders with different fingerprints must not be compared, unless one
 other.
 
 ```python
-from bowerbird.encoders import load_encoder
-
-encoder = load_encoder("{name}")  # this folder
-vectors = encoder.encode(["a.png", "b.jpg"])  # (2, {manifest["dim"]}), unit length
+{usage}
 ```
 
 Settings:

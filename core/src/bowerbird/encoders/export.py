@@ -13,6 +13,7 @@ from bowerbird.encoders.bundle import LoadedEncoder, load_encoder, read_classifi
 from bowerbird.encoders.card import model_card
 from bowerbird.errors import InputError, MissingExtraError
 from bowerbird.files import atomic_folder, write_json
+from bowerbird.protocols import TimmForm
 
 
 def export_encoder(ref: str | Path, folder: str | Path, *, kind: str = "bowerbird") -> LoadedEncoder:
@@ -21,8 +22,9 @@ def export_encoder(ref: str | Path, folder: str | Path, *, kind: str = "bowerbir
     Args:
         ref: A run, an exported folder, or a name with settings.
         folder: Where to. It must not exist, or be empty; a folder of ours may be replaced by one.
-        kind: ``bowerbird``; ``timm`` (``timm.create_model("local-dir:FOLDER")``, the projection as its classifier); or
-            ``transformers`` (``AutoModel.from_pretrained``; only without a projection).
+        kind: ``bowerbird``; ``timm`` (``timm.create_model("local-dir:FOLDER", pretrained=True)``, the projection as its
+            classifier; encoders of other plugins say how in ``Encoder.timm_form``); or ``transformers``
+            (``AutoModel.from_pretrained``; only without a projection).
 
     Raises:
         InputError: The encoder has no such form, or the folder is in use.
@@ -55,13 +57,56 @@ def export_encoder(ref: str | Path, folder: str | Path, *, kind: str = "bowerbir
 def _export_timm(loaded: LoadedEncoder, folder: Path) -> None:
     import timm
 
+    form = loaded.module.timm_form() or _timm_form_of_trunk(loaded)
+    preprocessing = loaded.module.preprocessing
+    if preprocessing is None:
+        raise InputError(f"encoder {loaded.spec.use!r} takes no pictures; --format timm does not apply")
+    known = timm.get_pretrained_cfg(form.architecture)
+    kept = ("tag", "pool_size", "first_conv", "classifier", "fixed_input_size")
+    settings = {
+        "architecture": form.architecture,
+        "num_classes": form.num_classes,
+        "num_features": loaded.module.embed_dim,
+        "pretrained_cfg": {
+            **{k: v for k, v in (known.to_dict() if known else {}).items() if k in kept},
+            "input_size": [3, preprocessing.height, preprocessing.width],
+            "mean": list(preprocessing.mean),
+            "std": list(preprocessing.std),
+            "interpolation": preprocessing.interpolation,
+            "crop_pct": preprocessing.crop_pct,
+            "crop_mode": "squash" if preprocessing.resize == "squash" else "center",
+        },
+    }
+    if form.arguments:
+        settings["model_args"] = dict(form.arguments)
+    written = "".join(
+        f", {key}={value!r}" for key, value in {**form.arguments, "num_classes": form.num_classes}.items()
+    )
+    usage = f"""import timm
+
+model = timm.create_model("local-dir:{folder.name}", pretrained=True)  # this folder
+# or
+model = timm.create_model("{form.architecture}"{written},
+                          checkpoint_path="{folder.name}/model.safetensors")
+vectors = model.eval()(images)  # (N, {loaded.dim}), not of unit length"""
+    with atomic_folder(folder) as temporary:
+        state = {k: v.detach().clone().contiguous() for k, v in form.state.items()}
+        save_file(state, temporary / "model.safetensors")
+        write_json(temporary / "config.json", settings)
+        (temporary / "README.md").write_text(_foreign_card(loaded, folder, state, usage))
+
+
+def _timm_form_of_trunk(loaded: LoadedEncoder) -> TimmForm:
+    """For ``core:timm`` and its relatives, whose trunk is a timm model."""
+    import timm
+
     model: Any = getattr(getattr(loaded.module, "trunk", None), "model", None)
     head = getattr(loaded.module, "head", None)
-    preprocessing = loaded.module.preprocessing
     architecture = getattr(model, "pretrained_cfg", {}).get("architecture")
-    if model is None or architecture is None or preprocessing is None:
+    if model is None or architecture is None:
         raise InputError(
-            f"encoder {loaded.spec.use!r} is no timm model; --format timm is for core:timm and its relatives"
+            f"encoder {loaded.spec.use!r} is no timm model; --format timm is for core:timm and its relatives, and for "
+            "encoders that say which timm model they are, such as mim:vit"
         )
     if not isinstance(head, nn.Linear | nn.Identity):
         raise InputError("a timm model ends with one linear layer at most; this encoder has head = 'mlp'")
@@ -76,24 +121,7 @@ def _export_timm(loaded: LoadedEncoder, folder: Path) -> None:
         if not isinstance(target, nn.Linear) or not isinstance(name, str):
             raise InputError(f"timm's {architecture!r} has no plain linear classifier that could hold the projection")
         state |= {f"{name}.weight": head.weight, f"{name}.bias": head.bias}
-    settings = {
-        "architecture": architecture,
-        "num_classes": width,
-        "num_features": loaded.module.embed_dim,
-        "pretrained_cfg": {
-            **{k: v for k, v in model.pretrained_cfg.items() if k in ("tag", "pool_size", "first_conv", "classifier")},
-            "input_size": [3, preprocessing.height, preprocessing.width],
-            "mean": list(preprocessing.mean),
-            "std": list(preprocessing.std),
-            "interpolation": preprocessing.interpolation,
-            "crop_pct": preprocessing.crop_pct,
-            "crop_mode": "squash" if preprocessing.resize == "squash" else "center",
-        },
-    }
-    with atomic_folder(folder) as temporary:
-        save_file({k: v.detach().clone().contiguous() for k, v in state.items()}, temporary / "model.safetensors")
-        write_json(temporary / "config.json", settings)
-        (temporary / "README.md").write_text(_foreign_card(loaded, folder, state))
+    return TimmForm(architecture=architecture, arguments={}, state=state, num_classes=width)
 
 
 def _export_transformers(loaded: LoadedEncoder, folder: Path) -> None:
@@ -109,10 +137,13 @@ def _export_transformers(loaded: LoadedEncoder, folder: Path) -> None:
         tokenizer = getattr(loaded.module, "tokenizer", None)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        (temporary / "README.md").write_text(_foreign_card(loaded, folder, dict(model.state_dict())))
+        usage = f"""from transformers import AutoModel
+
+model = AutoModel.from_pretrained("{folder.name}")  # this folder"""
+        (temporary / "README.md").write_text(_foreign_card(loaded, folder, dict(model.state_dict()), usage))
 
 
-def _foreign_card(loaded: LoadedEncoder, folder: Path, state: dict[str, Any]) -> str:
+def _foreign_card(loaded: LoadedEncoder, folder: Path, state: dict[str, Any], usage: str) -> str:
     from bowerbird import __version__
 
     preprocessing = loaded.module.preprocessing
@@ -125,7 +156,7 @@ def _foreign_card(loaded: LoadedEncoder, folder: Path, state: dict[str, Any]) ->
         "fingerprint": loaded.fingerprint,
         "versions": {"bowerbird-core": __version__},
     }
-    return model_card(folder.name, manifest, _card_text(loaded.spec.path), state)
+    return model_card(folder.name, manifest, _card_text(loaded.spec.path), state, usage)
 
 
 def _card_text(source: Path | None) -> str:

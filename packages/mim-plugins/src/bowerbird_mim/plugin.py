@@ -111,7 +111,7 @@ def bowerbird_objectives() -> Iterable[ObjectiveRecord]:
         target="bowerbird_mim.saim:SAIMObjective",
         config="bowerbird_mim.saim:SAIMConfig",
         summary="Predict every patch from those before it in a random order (two streams): no mask token anywhere.",
-        paper="Exploring Stochastic Autoregressive Image Modeling for Visual Representation, AAAI 2023, arXiv:2212.01610",
+        paper="Exploring Stochastic Autoregressive Image Modeling, AAAI 2023, arXiv:2212.01610",
         needs=("image",),
         encoder_needs=("tokens",),
         batch_additive=True,
@@ -135,6 +135,14 @@ def bowerbird_datasets() -> Iterable[DatasetRecord]:
         config="bowerbird_mim.data.canvases:CanvasesConfig",
         summary="Items of another data set on textured canvases, with their boxes, masks and classes.",
         provides=("image", "label", "item_id", "boxes", "masks", "box_labels"),
+    )
+    yield DatasetRecord(
+        name="mim:composite-people",
+        target="bowerbird_mim.data.people:CompositePeople",
+        config="bowerbird_mim.data.people:PeopleConfig",
+        summary="Stacks of three items of another data set as identities, seen by several cameras.",
+        provides=("image", "label", "item_id", "domain"),
+        splits=("train", "query", "gallery"),
     )
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from bowerbird.batch import Batch
 from bowerbird.data.images import Preprocessing
 from bowerbird.errors import InputError
-from bowerbird.protocols import Encoder, Features
+from bowerbird.protocols import Encoder, Features, TimmForm
 from bowerbird_mim.patches import patch_grid, sincos_position_embedding
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -117,12 +117,18 @@ class ViTEncoder(Encoder):
 
         encoder = cls(**config.architecture(), preprocessing=config.preprocessing())
         if config.weights is not None:
-            load_vit_weights(encoder, config.weights)
+            load_vit_weights(encoder, config.weights, resize_positions=config.resize_positions)
         return encoder
 
     def stored_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """``config`` without the source of the first weights: the weights lie beside it."""
-        return {key: value for key, value in config.items() if key != "weights"}
+        return {key: value for key, value in config.items() if key not in ("weights", "resize_positions")}
+
+    def timm_form(self) -> TimmForm:
+        """The timm model that gives the same embedding; see ``bowerbird_mim.timm_weights``."""
+        from bowerbird_mim.timm_weights import vit_timm_form
+
+        return vit_timm_form(self)
 
     def make_block(self, drop_path: float = 0.0, dim: int | None = None, num_heads: int | None = None) -> nn.Module:
         """A fresh block of this encoder's kind, or of another width: decoders are made of them."""
@@ -253,7 +259,8 @@ class PatchViTConfig(BaseModel):
     mlp_ratio: float = Field(default=4.0, gt=0, description="Hidden width of a block's perceptron, over embed_dim.")
     drop_path: float = Field(default=0.0, ge=0, lt=1, description="Largest rate of stochastic depth.")
     weights: str | None = Field(
-        default=None, description="First weights: a file of timm's model (.safetensors, or .pth with tensors only)."
+        default=None,
+        description="First weights: a file of timm's model (.safetensors, or .pth with tensors only), or its folder.",
     )
     resize: Literal["squash", "crop"] = Field(
         default="squash", description="squash: the whole picture; crop: shorter side, then the centre."
@@ -283,7 +290,7 @@ class PatchViTConfig(BaseModel):
 
     def architecture(self) -> dict[str, Any]:
         """The arguments of the encoder but for the preprocessing."""
-        others = {"weights", "resize", "crop_pct", "mean", "std"}
+        others = {"weights", "resize_positions", "resize", "crop_pct", "mean", "std"}
         return {name: getattr(self, name) for name in type(self).model_fields if name not in others}
 
     def preprocessing(self) -> Preprocessing:
@@ -302,6 +309,9 @@ class ViTConfig(PatchViTConfig):
         default="mean", description="The embedding: mean of the patch tokens, or the class token."
     )
     init: Literal["xavier", "truncated"] = Field(default="xavier", description="First weights: as MAE, or as DINO.")
+    resize_positions: bool = Field(
+        default=False, description="With weights of another size of pictures: resample their table of positions."
+    )
 
     @model_validator(mode="after")
     def _codes_fit_the_width(self) -> Self:
