@@ -25,14 +25,7 @@ from bowerbird import dist
 from bowerbird.batch import Batch
 from bowerbird.data.images import Preprocessing
 from bowerbird.errors import InputError
-from bowerbird.protocols import (
-    BuildContext,
-    Encoder,
-    ItemTransform,
-    LossOutput,
-    Objective,
-    freeze,
-)
+from bowerbird.protocols import BuildContext, Encoder, ItemTransform, LossOutput, Objective, freeze
 from bowerbird_mim.codes import (
     GumbelQuantizer,
     VectorQuantizer,
@@ -45,7 +38,8 @@ from bowerbird_mim.codes import (
     perplexity,
     usage_kl,
 )
-from bowerbird_mim.tokenizer_models import VQVAE, CodeEncoder, DiscreteVAE, DVAEConfig, DVAELoss, VQVAEConfig
+from bowerbird_mim.tokenizer_configs import DVAEConfig, VQVAEConfig
+from bowerbird_mim.tokenizer_models import VQVAE, CodeEncoder, DiscreteVAE, DVAELoss
 from bowerbird_mim.views import crop_resized, random_crop_box
 
 __all__ = [
@@ -66,10 +60,10 @@ __all__ = [
     "load_tokenizer",
     "save_tokenizer",
     "temperature_at",
-    "tokenizer_quality",
     "train_tokenizer",
     "usage_kl",
 ]  # fmt: skip
+
 
 LEAST_USAGE = 0.1  # share of the codes below which a tokenizer has collapsed
 
@@ -351,8 +345,8 @@ def train_tokenizer(
         output.total.backward()
         optimizer.step()
         if progress is not None:
-            values = {"loss": output.total, **output.parts, **output.stats}
-            progress(step + 1, {name: float(value) for name, value in values.items()})
+            values = {"loss": output.total.detach(), **output.parts, **output.stats}
+            progress(step + 1, {name: float(torch.as_tensor(value).detach()) for name, value in values.items()})
     return objective.exported_encoder().eval()
 
 
