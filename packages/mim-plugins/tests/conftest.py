@@ -15,13 +15,16 @@ DATA = Path(__file__).parent / "data"
 
 @pytest.fixture
 def golden() -> Callable[[str], dict[str, Any]]:
-    """``golden("mae/patchify")``: arrays as tensors, values without dimensions as Python numbers."""
+    """``golden("mae/patchify")``: arrays as tensors, of texts as lists, values without dimensions as Python's."""
 
     def load(name: str) -> dict[str, Any]:
         with np.load(DATA / f"{name}.npz") as arrays:
-            return {
-                key: torch.from_numpy(arrays[key]) if arrays[key].ndim else arrays[key].item() for key in arrays.files
-            }
+            return {key: plain(arrays[key]) for key in arrays.files}
+
+    def plain(array: np.ndarray) -> Any:
+        if array.ndim == 0:
+            return array.item()
+        return array.tolist() if array.dtype.kind == "U" else torch.from_numpy(array)
 
     return load
 

@@ -45,7 +45,7 @@ class KNN(Evaluator):
         c = self.config
         train = context.dataset(c.dataset, split=c.train_split, **c.settings)
         test = context.dataset(c.dataset, split=c.test_split, **c.settings)
-        train_labels, test_labels = _common_labels(train, test)
+        train_labels, test_labels = common_labels(train, test)
         classes, vote_for = np.unique(train_labels, return_inverse=True)
         if not np.isin(test_labels, classes).any():
             raise InputError(f"splits {c.train_split!r} and {c.test_split!r} of {c.dataset} have no class in common.")
@@ -174,7 +174,7 @@ def _task(context: EvalContext, c: RetrievalConfig | UpgradeConfig) -> tuple[Dat
     own = queries.relevance(gallery)
     if own is not None:
         return queries, gallery, own
-    query_labels, gallery_labels = _common_labels(queries, gallery)
+    query_labels, gallery_labels = common_labels(queries, gallery)
     relevance = Relevance.from_labels(
         query_labels, gallery_labels, query_ids=queries.item_ids, gallery_ids=gallery.item_ids
     )
@@ -188,7 +188,8 @@ def _embed(
     return Embeddings(query_vectors, query_vectors if gallery is None else context.embed(gallery, encoder))
 
 
-def _common_labels(first: Dataset, second: Dataset) -> tuple[NDArray[Any], NDArray[Any]]:
+def common_labels(first: Dataset, second: Dataset) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The labels of both; where their classes have names and differ, the names, so that labels can be compared."""
     labels = [np.asarray(dataset.labels()) for dataset in (first, second)]
     if list(first.classes) != list(second.classes) and len(first.classes) and len(second.classes):
         labels = [np.asarray(d.classes)[values] for d, values in zip((first, second), labels, strict=True)]
