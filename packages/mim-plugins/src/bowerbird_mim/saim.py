@@ -266,14 +266,17 @@ class StochasticAutoregressiveModel(nn.Module):
             content = two_streams(block, content, None, content_mask)
             if i % self.stride == 0:
                 query = two_streams(self.query_blocks[i // self.stride - 1], query, content, query_mask)
-        return self.prediction_head(encoder.norm(query[:, 1:]))
+        pred: Tensor = self.prediction_head(encoder.norm(query[:, 1:]))
+        return pred
 
     @torch.no_grad()
     def target(self, images: Tensor) -> Tensor:
         """``(B, L, P)``: the patches of the blurred pictures, normalised if the model says so."""
         with torch.autocast(images.device.type, enabled=False):
-            sharp = images.to(torch.promote_types(images.dtype, torch.float32))
-            patches = patchify(sharp if self.gaussian_blur is None else self.gaussian_blur(sharp), self.encoder.patch_size)
+            pictures = images.to(torch.promote_types(images.dtype, torch.float32))
+            if self.gaussian_blur is not None:
+                pictures = self.gaussian_blur(pictures)
+            patches = patchify(pictures, self.encoder.patch_size)
             return normalize_patches(patches) if self.norm_pix_loss else patches
 
     def to_encoder(self) -> ViTEncoder:

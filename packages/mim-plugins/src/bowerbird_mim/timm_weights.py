@@ -191,7 +191,7 @@ def vit_timm_form(encoder: ViTEncoder) -> TimmForm:
     with torch.device("meta"):
         model = timm.create_model(architecture, num_classes=0, **arguments)  # type: ignore[arg-type]
     state = encoder.state_dict()
-    differing = _differences(state, model.state_dict())
+    differing = _differences(model.state_dict(), state)
     if differing:
         raise InputError(
             f"{type(encoder).__name__} is no vision transformer as timm has it: {'; '.join(differing)}; "
