@@ -125,6 +125,15 @@ def bowerbird_objectives() -> Iterable[ObjectiveRecord]:
         needs=("image",),
         encoder_needs=("tokens",),
     )
+    yield ObjectiveRecord(
+        name="mim:univip",
+        target="bowerbird_mim.univip:UniVIPObjective",
+        config="bowerbird_mim.univip:UniVIPConfig",
+        summary="UniVIP, for pictures of many objects: crops that share them, scene and objects, transport. And BYOL.",
+        presets={"byol": "bowerbird_mim.univip:byol"},
+        paper="UniVIP: A Unified Framework for Self-Supervised Visual Pre-training, CVPR 2022, arXiv:2203.06965",
+        needs=("image",),
+    )
 
 
 @hookimpl

@@ -1,0 +1,54 @@
+"""Entropic optimal transport between small sets.
+
+Cuturi: Sinkhorn Distances: Lightspeed Computation of Optimal Transport, NeurIPS 2013.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bowerbird.errors import InputError
+
+_TINY_MASS = 1e-8  # added to masses before their logarithm (OTA, official code)
+
+
+def sinkhorn(cost: Tensor, row_mass: Tensor, col_mass: Tensor, epsilon: float = 0.1, iterations: int = 50) -> Tensor:
+    """Plan of entropic optimal transport ``(..., M, N)``: rows are scaled first, columns last.
+
+    In the log domain, so that float32 and small ``epsilon`` do. After the last update columns sum to ``col_mass`` (plus
+    1e-8); rows approach ``row_mass`` with the iterations where both sides have equal totals.
+
+    Args:
+        cost: ``(..., M, N)``.
+        row_mass, col_mass: ``(..., M)`` and ``(..., N)``, not negative. Zero counts as 1e-8.
+        epsilon: Weight of the entropy, in units of the cost.
+        iterations: Updates of both sides.
+
+    Raises:
+        InputError: Shapes that do not fit, a negative mass, ``epsilon`` not above 0 or no iteration.
+    """
+    if not epsilon > 0 or iterations < 1:
+        raise InputError(f"epsilon = {epsilon}, iterations = {iterations}: expected epsilon > 0 and iterations >= 1")
+    fits = cost.ndim >= 2 and row_mass.ndim and col_mass.ndim
+    if not fits or (row_mass.shape[-1], col_mass.shape[-1]) != cost.shape[-2:]:
+        raise InputError(
+            f"cost {tuple(cost.shape)}, row_mass {tuple(row_mass.shape)} and col_mass {tuple(col_mass.shape)} do not "
+            "fit: expected (..., M, N), (..., M) and (..., N)"
+        )
+    if not torch.compiler.is_compiling():
+        for name, mass in (("row_mass", row_mass), ("col_mass", col_mass)):
+            if not (mass >= 0).all():
+                raise InputError(f"{name} has the value {mass.min().item()}: masses must be 0 or more")
+    scores = at_least_float32(cost) / -epsilon
+    rows, columns = ((at_least_float32(mass) + _TINY_MASS).log() for mass in (row_mass, col_mass))
+    v = torch.zeros_like(columns)
+    for _ in range(iterations):
+        u = rows - torch.logsumexp(scores + v[..., None, :], dim=-1)
+        v = columns - torch.logsumexp(scores + u[..., :, None], dim=-2)
+    return (scores + u[..., :, None] + v[..., None, :]).exp()
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """``x``, half precision as float32."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
