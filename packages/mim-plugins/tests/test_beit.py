@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 from timm.models.beit import Block
+from token_world import SMALL, ColourTokenizer, compare_gradients, context_with, from_golden
 from torch import Tensor
 
 from bowerbird.data.images import Preprocessing
 from bowerbird.errors import DataError, InputError, RecipeError
-from bowerbird.protocols import BuildContext, Encoder, TrainedRun
+from bowerbird.protocols import BuildContext, Encoder
 from bowerbird.testing import EncoderContract, ObjectiveContract, SimpleBuildContext, assert_close
 from bowerbird_mim.beit import (
     BEiTConfig,
@@ -32,30 +33,9 @@ from bowerbird_mim.beit import (
     masked_token_loss,
     relative_position_index,
 )
-from bowerbird_mim.beit_vit import BEiTEncoder, BEiTViTConfig, timm_arguments, timm_state
+from bowerbird_mim.beit_vit import BEiTEncoder, BEiTViTConfig
 from bowerbird_mim.patches import patchify, unpatchify
 from bowerbird_mim.vit import ViTEncoder
-
-SMALL = {"image_size": 16, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 3, "mlp_ratio": 2.0}
-
-
-class ColourTokenizer(Encoder):
-    """A tokenizer without training: the distance of a cell's mean colour to ``vocab_size`` fixed colours."""
-
-    def __init__(self, vocab_size: int = 6, stride: int = 2) -> None:
-        super().__init__()
-        self.vocab_size, self.stride, self.embed_dim = vocab_size, stride, vocab_size
-        self.preprocessing = Preprocessing(size=8)
-        generator = torch.Generator().manual_seed(0)
-        self.colours = torch.nn.Parameter(torch.randn(vocab_size, 3, generator=generator))
-
-    def logits(self, images: Tensor) -> Tensor:
-        means = F.avg_pool2d(images, self.stride)  # (N, 3, h, w)
-        return -(means[:, None] - self.colours[..., None, None]).square().sum(dim=2)
-
-
-def context_with(tokenizer: Encoder) -> BuildContext:
-    return SimpleBuildContext(runs={"runs/t": TrainedRun("runs/t", tokenizer, {}, (), {})})
 
 
 class TestContract(ObjectiveContract):
@@ -81,37 +61,6 @@ class TestContractOfTheEncoderForFineTuning(EncoderContract):
 
 
 # ------------------------------------------------------------------------------------------------ official numbers
-
-
-def from_golden(values: dict) -> MaskedTokenModel:
-    encoder = BEiTEncoder(
-        image_size=values["img_size"],
-        patch_size=values["patch_size"],
-        in_channels=values["images"].shape[1],
-        embed_dim=values["embed_dim"],
-        depth=values["depth"],
-        num_heads=values["num_heads"],
-        mlp_ratio=values["mlp_ratio"],
-        layer_scale=values["layer_scale_init"],
-        layer_norm_eps=values["layernorm_eps"],
-    )
-    model = MaskedTokenModel(encoder, values["vocab_size"]).double()
-    state = {
-        name.removeprefix("sd."): value
-        for name, value in values.items()
-        if name.startswith("sd.") and not name.endswith("relative_position_index")
-    }
-    own = ("mask_token", "lm_head")
-    model.load_state_dict({k if k.startswith(own) else f"encoder.{k}": value for k, value in state.items()})
-    return model
-
-
-def compare_gradients(model: MaskedTokenModel, values: dict) -> None:
-    named = {name.removeprefix("encoder."): parameter for name, parameter in model.named_parameters()}
-    gradients = {name.removeprefix("grad."): value for name, value in values.items() if name.startswith("grad.")}
-    assert gradients.keys() == named.keys()
-    for name, value in gradients.items():
-        assert_close(named[name].grad, value, atol=1e-10, where=name)
 
 
 def test_a_whole_step(golden) -> None:
@@ -365,9 +314,9 @@ def seeded_encoder(**options: object) -> BEiTEncoder:
 @pytest.mark.parametrize("pooling", ["mean", "class", "mean-norm"])
 def test_timm_reads_the_weights(pooling: str, tmp_path) -> None:
     encoder = seeded_encoder(pooling=pooling)
-    file = tmp_path / "model.safetensors"
-    save_file({name: value.contiguous() for name, value in timm_state(encoder).items()}, file)
-    model = timm.create_model("beit_base_patch16_224", checkpoint_path=str(file), **timm_arguments(encoder)).eval()
+    form, file = encoder.timm_form(), tmp_path / "model.safetensors"
+    save_file({name: value.contiguous() for name, value in form.state.items()}, file)
+    model = timm.create_model(form.architecture, checkpoint_path=str(file), num_classes=0, **form.arguments).eval()
     images = pictures().float()
     with torch.no_grad():
         assert torch.equal(model(images), encoder({"image": images}).pooled)
@@ -382,19 +331,14 @@ def test_timm_reads_the_weights(pooling: str, tmp_path) -> None:
 def test_fine_tuning_starts_from_the_shared_bias_in_every_block() -> None:
     encoder = seeded_encoder()
     tuned = encoder.for_finetuning()
-    images = pictures().float()
     table = encoder.rel_pos_bias.relative_position_bias_table
+    own = [block.attn.relative_position_bias_table for block in tuned.blocks]
     assert tuned.rel_pos_bias is None
-    for block in tuned.blocks:
-        assert torch.equal(block.attn.relative_position_bias_table, table)
-        assert block.attn.relative_position_bias_table is not table
+    assert all(torch.equal(one, table) for one in own)
+    assert len({one.data_ptr() for one in (table, *own)}) == 3
+    batch = {"image": pictures().float()}
     with torch.no_grad():
-        own = encoder.tokens(images)  # normalised
-        assert_close(encoder.norm(tuned.tokens(images)), own, rtol=1e-5, atol=1e-6)
-        pooled = tuned({"image": images}).pooled
-        assert_close(pooled, F.layer_norm(tuned.tokens(images)[:, 1:].mean(dim=1), (12,), eps=1e-6), atol=1e-6)
-    fresh = BEiTEncoder(**SMALL, relative_position="per-block", pooling="mean-norm")
-    fresh.load_state_dict(tuned.state_dict(), strict=True)
+        assert torch.equal(tuned(batch).pooled, encoder(batch).pooled)
 
 
 def test_a_pretraining_checkpoint_is_cloned_into_the_blocks(tmp_path) -> None:
@@ -416,14 +360,6 @@ def test_weights_of_another_architecture_are_refused(tmp_path) -> None:
         BEiTEncoder.build(BEiTViTConfig(**SMALL, weights=str(file)))
 
 
-def test_layers_for_layer_wise_rates() -> None:
-    encoder = BEiTEncoder(**SMALL)
-    layers = {name: encoder.layer_of(name) for name, _ in encoder.named_parameters()}
-    assert layers["cls_token"] == layers["patch_embed.proj.weight"] == 0
-    assert layers["blocks.0.gamma_1"] == 1 and layers["blocks.1.attn.qkv.weight"] == 2
-    assert layers["rel_pos_bias.relative_position_bias_table"] == layers["norm.weight"] == 3
-
-
 # ------------------------------------------------------------------------------------------------ refusals
 
 
@@ -433,11 +369,13 @@ def build(tokenizer: Encoder, encoder: Encoder | None = None, **settings: object
 
 
 def test_a_tokenizer_that_does_not_fit_is_refused_with_both_shapes() -> None:
-    with pytest.raises(InputError, match="gives 8 x 8 tokens; the encoder has 4 x 4 patches. Needed: 8 x 8 pixels"):
+    with pytest.raises(
+        InputError, match="grid of 8 x 8 codes, but there are 4 x 4 patches; it needs pictures of 8 x 8"
+    ):
         build(ColourTokenizer(), tokenizer_size=16)
-    with pytest.raises(InputError, match="has 6 tokens; vocab_size = 8192"):
+    with pytest.raises(InputError, match="vocab_size = 8192, but the tokenizer has 6 codes"):
         build(ColourTokenizer(), vocab_size=8192)
-    with pytest.raises(InputError, match="holds a ViTEncoder, which is no image tokenizer"):
+    with pytest.raises(InputError, match="is a ViTEncoder, which gives no codes"):
         build(ViTEncoder(**SMALL))
     with pytest.raises(RecipeError, match="no run in 'runs/t'"):
         BEiTObjective.build(BEiTConfig(tokenizer="runs/t"), BEiTEncoder(**SMALL), SimpleBuildContext())
@@ -465,5 +403,5 @@ def test_what_does_not_fit_is_refused() -> None:
         MaskedTokenModel(BEiTEncoder(**SMALL, pooling="mean-norm"), 5)
     with pytest.raises(InputError, match=r"window = \(0, 3\)"):
         relative_position_index((0, 3))
-    with pytest.raises(InputError, match="mask_ratio = 0.05 hides none of 4 x 4 patches"):
+    with pytest.raises(InputError, match=r"mask_ratio = 0\.05 hides none of 4 x 4 patches"):
         RandomMaskGenerator((4, 4), 0.05)

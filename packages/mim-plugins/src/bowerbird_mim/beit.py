@@ -27,6 +27,8 @@ from bowerbird.data.images import Preprocessing, to_rgb
 from bowerbird.errors import InputError
 from bowerbird.protocols import BuildContext, Encoder, ItemTransform, LossOutput, Objective, freeze
 from bowerbird_mim.beit_vit import BEiTEncoder, RelativePositionBias, relative_position_index, truncated_normal_
+from bowerbird_mim.codes import at_least_float32
+from bowerbird_mim.tokenizer import check_token_grid, load_tokenizer
 from bowerbird_mim.views import ColorAugmentation, crop_resized, random_crop_box, resized
 from bowerbird_mim.vit import ViTEncoder
 
@@ -209,12 +211,16 @@ class TwoViews:
 
 @runtime_checkable
 class TokenTargets(Protocol):
-    """What a tokenizer must offer to be a teacher: ``logits(images (N, C, H, W)) -> (N, V, H / stride, W / stride)``."""
+    """What a tokenizer must offer to be a teacher; see ``bowerbird_mim.tokenizer.ImageTokenizer``."""
 
-    vocab_size: int
-    stride: int
+    @property
+    def vocab_size(self) -> int: ...
 
-    def logits(self, images: Tensor) -> Tensor: ...
+    @property
+    def stride(self) -> int: ...
+
+    def logits(self, images: Tensor) -> Tensor:
+        """``(N, C, H, W)`` to ``(N, V, H / stride, W / stride)``."""
 
 
 class MaskedTokenModel(nn.Module):
@@ -291,10 +297,6 @@ def masked_token_loss(logits_masked: Tensor, ids_masked: Tensor) -> Tensor:
     return F.cross_entropy(at_least_float32(logits_masked), ids_masked)
 
 
-def at_least_float32(values: Tensor) -> Tensor:
-    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
-
-
 # ------------------------------------------------------------------------------------------------ objective
 
 
@@ -365,7 +367,7 @@ class MaskedTokenObjective(Objective):
         self.tokenizer = freeze(tokenizer) if isinstance(tokenizer, nn.Module) else tokenizer
 
     @property
-    def encoder(self) -> Encoder:  # type: ignore[override]  # one owner: a second one would store it twice
+    def encoder(self) -> Encoder:
         return self.model.encoder
 
     def train(self, mode: bool = True) -> Self:
@@ -388,8 +390,8 @@ class MaskedTokenObjective(Objective):
         wanted = (len(images), self.model.vocab_size, *self.model.encoder.grid)
         if logits.shape != wanted:
             raise InputError(
-                f"the tokenizer's logits have shape {tuple(logits.shape)} (items, tokens, rows, columns); the encoder's "
-                f"patches and the vocabulary need {wanted}"
+                f"the tokenizer's logits have shape {tuple(logits.shape)} (items, tokens, rows, columns); the patches "
+                f"and the vocabulary need {wanted}"
             )
         return logits
 
@@ -407,26 +409,14 @@ def load_parts(
     Raises:
         InputError: The tokenizer is none, or its grid or vocabulary is not the recipe's: both are named.
     """
-    tokenizer: Any = context.load_run(config.tokenizer).encoder
-    if not isinstance(tokenizer, TokenTargets) or tokenizer.preprocessing is None:
-        raise InputError(
-            f"tokenizer = {config.tokenizer!r} holds a {type(tokenizer).__name__}, which is no image tokenizer; train "
-            "one with the objective mim:tokenizer"
-        )
-    if config.vocab_size not in (None, tokenizer.vocab_size):
-        raise InputError(
-            f"tokenizer = {config.tokenizer!r} has {tokenizer.vocab_size} tokens; vocab_size = {config.vocab_size}"
-        )
-    model = MaskedTokenModel(encoder, tokenizer.vocab_size)  # type: ignore[arg-type]  # it checks
+    tokenizer = load_tokenizer(config.tokenizer, context)
+    if tokenizer.preprocessing is None:
+        raise InputError(f"tokenizer = {config.tokenizer!r} takes tensors only; one that takes pictures is needed")
+    model = MaskedTokenModel(encoder, tokenizer.vocab_size)
     grid, stride = model.encoder.grid, tokenizer.stride
     size = config.tokenizer_size or (grid[0] * stride, grid[1] * stride)
     height, width = (size, size) if isinstance(size, int) else size
-    if (height, width) != (grid[0] * stride, grid[1] * stride):
-        raise InputError(
-            f"tokenizer_size = {height} x {width} pixels with a token every {stride} gives {height / stride:g} x "
-            f"{width / stride:g} tokens; the encoder has {grid[0]} x {grid[1]} patches. Needed: "
-            f"{grid[0] * stride} x {grid[1] * stride} pixels, or another patch_size or tokenizer"
-        )
+    check_token_grid(tokenizer, (height, width), grid, vocab_size=config.vocab_size)
     assert model.encoder.preprocessing is not None
     views = TwoViews(
         preprocessing=model.encoder.preprocessing,

@@ -23,7 +23,7 @@ from bowerbird.batch import Batch
 from bowerbird.data.images import Preprocessing
 from bowerbird.encoders.weights import load_strictly, read_weights
 from bowerbird.errors import InputError
-from bowerbird.protocols import Encoder, Features
+from bowerbird.protocols import Encoder, Features, TimmForm
 from bowerbird_mim.patches import patch_grid
 from bowerbird_mim.vit import ImageSize, PatchEmbedding, PatchViTConfig, image_sides
 from bowerbird_mim.vit import large as vit_large
@@ -32,7 +32,6 @@ BiasKind = Literal["shared", "per-block"]
 Pooling = Literal["mean", "mean-norm", "class"]
 
 INIT_STD = 0.02
-TIMM_ARCHITECTURE = "beit_base_patch16_224"  # its settings are overridden by those of the exported encoder
 
 
 # ------------------------------------------------------------------------------------------------ relative positions
@@ -232,7 +231,7 @@ class BEiTEncoder(Encoder):
     # -------------------------------------------------------------------------------------------- fine-tuning
 
     def for_finetuning(self) -> BEiTEncoder:
-        """A copy as BEiT fine-tunes it: every block owns a clone of the bias table, a fresh norm follows the mean."""
+        """A copy that computes the same and whose blocks own a clone of the bias table each, as BEiT fine-tunes."""
         tuned = BEiTEncoder(
             image_size=self.image_size,
             patch_size=self.patch_size,
@@ -243,24 +242,33 @@ class BEiTEncoder(Encoder):
             mlp_ratio=self.mlp_ratio,
             layer_scale=self.layer_scale,
             relative_position="per-block",
-            pooling="mean-norm",
+            pooling=self.pooling,
             drop_path=self.drop_path,
             layer_norm_eps=self.layer_norm_eps,
             preprocessing=self.preprocessing,
         ).to(self.cls_token)
-        fresh = {f"norm.{name}": value for name, value in tuned.norm.state_dict().items()}
-        tuned.load_state_dict(per_block_state(self) | fresh)
-        return tuned
+        tuned.load_state_dict(per_block_state(self))
+        return tuned.train(self.training)
 
-    def layer_of(self, name: str) -> int:
-        """Depth of a parameter for layer-wise rates: 0 before the blocks, 1 to ``depth``, then ``depth + 1``.
-
-        As in the official fine-tuning a bias table outside the blocks counts as last.
-        """
-        if name.startswith(("cls_token", "patch_embed.")):
-            return 0
-        found = re.match(r"blocks\.(\d+)\.", name)
-        return int(found[1]) + 1 if found else self.depth + 1
+    def timm_form(self) -> TimmForm:
+        """timm's ``beit_base_patch16_224`` with other sizes; a shared bias table is cloned into every block."""
+        norm = "fc_norm." if self.pooling == "mean-norm" else "norm."
+        return TimmForm(
+            architecture="beit_base_patch16_224",
+            arguments={
+                "img_size": list(self.image_size),
+                "patch_size": self.patch_size,
+                "in_chans": self.in_channels,
+                "embed_dim": self.embed_dim,
+                "depth": self.depth,
+                "num_heads": self.num_heads,
+                "mlp_ratio": self.mlp_ratio,
+                "init_values": self.layer_scale or None,
+                "global_pool": "token" if self.pooling == "class" else "avg",
+                "use_fc_norm": self.pooling == "mean-norm",
+            },
+            state={re.sub(r"^norm\.", norm, key): value for key, value in per_block_state(self).items()},
+        )
 
 
 def truncated_normal_(tensor: Tensor) -> Tensor:
@@ -308,29 +316,6 @@ def load_beit_weights(encoder: BEiTEncoder, path: str) -> None:
     if encoder.relative_position == "per-block":
         state = _cloned_into_blocks(state, encoder.depth)
     load_strictly(encoder, state, source=str(path))
-
-
-def timm_arguments(encoder: BEiTEncoder) -> dict[str, Any]:
-    """Keyword arguments with which ``timm.create_model("beit_base_patch16_224", ...)`` makes the same network."""
-    return {
-        "img_size": list(encoder.image_size),
-        "patch_size": encoder.patch_size,
-        "in_chans": encoder.in_channels,
-        "embed_dim": encoder.embed_dim,
-        "depth": encoder.depth,
-        "num_heads": encoder.num_heads,
-        "mlp_ratio": encoder.mlp_ratio,
-        "init_values": encoder.layer_scale or None,
-        "num_classes": 0,
-        "global_pool": "token" if encoder.pooling == "class" else "avg",
-        "use_fc_norm": encoder.pooling == "mean-norm",
-    }
-
-
-def timm_state(encoder: BEiTEncoder) -> dict[str, Tensor]:
-    """The weights under timm's names."""
-    norm = "fc_norm." if encoder.pooling == "mean-norm" else "norm."
-    return {re.sub(r"^norm\.", norm, key): value for key, value in per_block_state(encoder).items()}
 
 
 def per_block_state(encoder: BEiTEncoder) -> dict[str, Tensor]:

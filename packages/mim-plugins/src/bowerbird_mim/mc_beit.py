@@ -23,13 +23,18 @@ from bowerbird_mim.beit import (
     MaskedTokenModel,
     MaskedTokenObjective,
     TokenTargets,
-    at_least_float32,
     load_parts,
     share_of_masked,
 )
+from bowerbird_mim.codes import at_least_float32
 
 __all__ = [
-    "McBEiTConfig", "McBEiTObjective", "multi_choice_loss", "patch_similarity", "perplexity", "refine_choices",
+    "McBEiTConfig",
+    "McBEiTObjective",
+    "mean_perplexity",
+    "multi_choice_loss",
+    "patch_similarity",
+    "refine_choices",
     "soft_choices",
 ]  # fmt: skip
 
@@ -132,7 +137,7 @@ def _soft_cross_entropy(logits: Tensor, choices: Tensor) -> Tensor:
     return -(choices * at_least_float32(logits).log_softmax(dim=-1)).sum(dim=-1).mean()
 
 
-def perplexity(choices: Tensor) -> Tensor:
+def mean_perplexity(choices: Tensor) -> Tensor:
     """exp of the entropy, averaged over all rows of ``(..., V)``: 1 for single choices, V for uniform ones."""
     return torch.special.entr(choices).sum(dim=-1).exp().mean()
 
@@ -240,7 +245,7 @@ class McBEiTObjective(MaskedTokenObjective):
         with torch.no_grad():
             # The most likely token is the same at every temperature.
             accuracy = (logits.argmax(dim=-1) == choices[mask].argmax(dim=-1)).float().mean()
-            softness = perplexity(choices[:4])  # of a few pictures: it costs a pass over all choices
+            softness = mean_perplexity(choices[:4])  # of a few pictures: it costs a pass over all choices
         return LossOutput(
             total=_soft_cross_entropy(logits, refined) * share_of_masked(mask),
             stats={"masked_accuracy": accuracy, "choice_perplexity": softness},
