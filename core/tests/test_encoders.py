@@ -292,6 +292,14 @@ def test_an_exported_timm_folder_gives_the_same_embedding_in_timm(tmp_path: Path
         export_encoder(tmp_path / "e", tmp_path / "t", kind="timm")
 
 
+def test_an_exported_timm_folder_keeps_another_size_of_pictures(tmp_path: Path) -> None:
+    name = "core:timm?model=vit_tiny_patch16_224&image_size=32&embed_dim=6"
+    encoder = export_encoder(name, tmp_path / "t", kind="timm").module
+    model = timm.create_model(f"local-dir:{tmp_path / 't'}", pretrained=True).eval()
+    with torch.inference_mode():
+        assert torch.equal(model(images(size=32)), encoder({"image": images(size=32)}).pooled)
+
+
 # ----------------------------------------------------------------------------------------------------- transformers
 
 VIT = {"model_type": "vit", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,

@@ -100,6 +100,8 @@ def _timm_form_of_trunk(loaded: LoadedEncoder) -> TimmForm:
     """For ``core:timm`` and its relatives, whose trunk is a timm model."""
     import timm
 
+    from bowerbird.encoders.timm_encoder import takes_image_size
+
     model: Any = getattr(getattr(loaded.module, "trunk", None), "model", None)
     head = getattr(loaded.module, "head", None)
     architecture = getattr(model, "pretrained_cfg", {}).get("architecture")
@@ -121,7 +123,9 @@ def _timm_form_of_trunk(loaded: LoadedEncoder) -> TimmForm:
         if not isinstance(target, nn.Linear) or not isinstance(name, str):
             raise InputError(f"timm's {architecture!r} has no plain linear classifier that could hold the projection")
         state |= {f"{name}.weight": head.weight, f"{name}.bias": head.bias}
-    return TimmForm(architecture=architecture, arguments={}, state=state, num_classes=width)
+    size = loaded.spec.config.get("image_size")
+    arguments = {"img_size": size} if size is not None and takes_image_size(architecture) else {}
+    return TimmForm(architecture=architecture, arguments=arguments, state=state, num_classes=width)
 
 
 def _export_transformers(loaded: LoadedEncoder, folder: Path) -> None:
