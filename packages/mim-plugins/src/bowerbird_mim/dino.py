@@ -244,10 +244,16 @@ def check_local_size(encoder: Encoder, size: int) -> None:
 class DINOObjective(Objective):
     """``mim:dino``. Heads and student are thrown away; the exported encoder is the teacher's backbone."""
 
-    def __init__(self, dino: SelfDistillation, config: DINOConfig) -> None:
+    def __init__(self, model: nn.Module, config: DINOConfig) -> None:
         super().__init__()
-        self.dino, self.config, self.epoch = dino, config, 0
-        self.crops: ItemTransform = config.crops(self.encoder)
+        self.model, self.config, self.epoch = model, config, 0
+        self.crops = config.crops(self.encoder)
+
+    @property
+    def dino(self) -> SelfDistillation:
+        """Student, teacher and loss: here the whole model."""
+        assert isinstance(self.model, SelfDistillation)
+        return self.model
 
     @property
     def encoder(self) -> Encoder:  # one owner: a second one would store it twice

@@ -99,6 +99,15 @@ def bowerbird_objectives() -> Iterable[ObjectiveRecord]:
         batch_additive=True,
     )
     yield ObjectiveRecord(
+        name="mim:mst",
+        target="bowerbird_mim.mst:MSTObjective",
+        config="bowerbird_mim.mst:MSTConfig",
+        summary="DINO that hides patches its teacher does not look at, and restores the picture. Also for dense tasks.",
+        paper="MST: Masked Self-Supervised Transformer for Visual Representation, NeurIPS 2021, arXiv:2106.05656",
+        needs=("image",),
+        encoder_needs=("tokens",),
+    )
+    yield ObjectiveRecord(
         name="mim:reid-finetune",
         target="bowerbird_mim.reid:FinetuneObjective",
         config="bowerbird_mim.reid:FinetuneConfig",
