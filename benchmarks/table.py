@@ -98,6 +98,20 @@ def losses(r: Mapping[str, Any]) -> list[Row]:
     ]  # fmt: skip
 
 
+def steps(r: Mapping[str, Any]) -> list[Row]:
+    limit, memory_limit = r["limit_ratio"], r["limit_memory_ratio"]
+    rows: list[Row] = []
+    for method, v in r["methods"].items():
+        what = f"a pre-training step, against the formula in plain torch: {method}"
+        measured = f"{v['ratio']:.2f}x ({v['ours_ms']:.1f} ms against {v['plain_ms']:.1f} ms of processor time)"
+        rows.append((what, measured, f"at most {limit}x", v["ratio"] <= limit))
+        measured = f"{v['memory_ratio']:.2f}x ({v['ours_mb']:.1f} MiB against {v['plain_mb']:.1f} MiB)"
+        rows.append(
+            (f"its peak memory: {method}", measured, f"at most {memory_limit}x", v["memory_ratio"] <= memory_limit)
+        )
+    return rows
+
+
 def maps(r: Mapping[str, Any]) -> list[Row]:
     # Held against processor time: with others on the machine the clock counts them, too.
     limit = r["limit_s"]
@@ -124,6 +138,7 @@ ROWS: dict[str, Callable[[Mapping[str, Any]], list[Row]]] = {
     "upgrade_run": share("`upgrade run`, against the bare encoder on the same files", "ratio_wall", "limit_ratio"),
     "upgrade_workers": workers,
     "compat_losses": losses,
+    "mim_steps": steps,
     "transforms": maps,
 }
 
