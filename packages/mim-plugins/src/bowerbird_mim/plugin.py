@@ -108,6 +108,16 @@ def bowerbird_objectives() -> Iterable[ObjectiveRecord]:
         encoder_needs=("tokens",),
     )
     yield ObjectiveRecord(
+        name="mim:pass",
+        target="bowerbird_mim.part_aware:PassObjective",
+        config="bowerbird_mim.part_aware:PassConfig",
+        summary="DINO with part tokens and crops of every part's area. For retrieval of people, upright objects.",
+        paper="PASS: Part-Aware Self-Supervised Pre-Training for Person Re-Identification, ECCV 2022, arXiv:2203.03931",
+        needs=("image",),
+        encoder_needs=("tokens",),
+        batch_additive=True,
+    )
+    yield ObjectiveRecord(
         name="mim:reid-finetune",
         target="bowerbird_mim.reid:FinetuneObjective",
         config="bowerbird_mim.reid:FinetuneConfig",
