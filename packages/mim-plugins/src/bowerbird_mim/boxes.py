@@ -115,8 +115,8 @@ def scene_overlap(crop1: Sequence[int], crop2: Sequence[int], min_side: int = 1)
 def boxes_inside(boxes: ArrayLike | Tensor, region: Sequence[float]) -> NDArray[np.bool_]:
     """``(M,)``: which of ``boxes`` ``(M, 4)`` lie wholly in ``region``; they may touch its edges."""
     array = np.asarray(boxes)
-    inside: NDArray[np.bool_] = (array[:, :2] >= region[:2]).all(axis=1) & (array[:, 2:] <= region[2:]).all(axis=1)
-    return inside
+    left, top, right, bottom = array.T
+    return (left >= region[0]) & (top >= region[1]) & (right <= region[2]) & (bottom <= region[3])
 
 
 def sample_overlapping_scenes(
