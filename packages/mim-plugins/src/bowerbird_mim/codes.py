@@ -250,6 +250,7 @@ class VectorQuantizer(nn.Module):
 
     def forward(self, z: Tensor) -> Quantized:
         """``(B, d)`` or ``(B, d, h, w)``; with ``ema_decay`` moves the codes if in training mode."""
+        z = at_least_float32(z)
         ids = check_finite(self.distances(z)).argmin(dim=1)
         codes = self.lookup(ids).to(z.dtype)
         to_codes, to_features = F.mse_loss(codes, z.detach()), F.mse_loss(z, codes.detach())
@@ -269,7 +270,10 @@ class VectorQuantizer(nn.Module):
             raise InputError(f"features have shape {tuple(z.shape)}; expected (B, {self.dim}, ...)")
         rows = at_least_float32(z).movedim(1, -1)
         codes = self.codebook.to(rows.dtype)
-        squared = rows.square().sum(dim=-1, keepdim=True) - 2 * rows @ codes.T + codes.square().sum(dim=1)
+        with torch.autocast(z.device.type, enabled=False):  # differences of large numbers
+            # As one matrix: for more axes torch adds in another order where gradients are needed.
+            products = (rows.reshape(-1, self.dim) @ codes.T).reshape(*rows.shape[:-1], len(codes))
+            squared = rows.square().sum(dim=-1, keepdim=True) - 2 * products + codes.square().sum(dim=1)
         return squared.movedim(-1, 1)
 
     def lookup(self, ids: Tensor) -> Tensor:
@@ -282,8 +286,9 @@ class VectorQuantizer(nn.Module):
         if self.ema_decay is None:
             raise InputError("this quantiser has ema_decay = None: its codes are learned by gradient")
         rows = z.movedim(1, -1).reshape(-1, self.dim).to(self.embed_sum.dtype)
-        chosen = F.one_hot(ids.flatten(), self.num_codes).to(rows.dtype)
-        counts, sums = chosen.sum(dim=0), chosen.T @ rows
+        ids = ids.flatten()
+        counts = torch.zeros_like(self.cluster_size).index_add_(0, ids, rows.new_ones(len(ids)))
+        sums = torch.zeros_like(self.embed_sum).index_add_(0, ids, rows)
         if dist.is_distributed():
             counts, sums = (dist.mean_over_processes(part) * dist.world_size() for part in (counts, sums))
         self.cluster_size.lerp_(counts, 1 - self.ema_decay)
