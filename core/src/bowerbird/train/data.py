@@ -160,8 +160,10 @@ def collate(items: Sequence[Mapping[str, Any] | None], tokenize: Callable[[list[
 
 
 class _Order(data.Sampler[list[Position]]):
-    def __init__(self, epoch: int, batches: Sequence[NDArray[np.int64]]) -> None:
-        self.epoch, self.batches = epoch, batches
+    """The batches of one epoch as positions; changed between epochs, while no iterator is in use."""
+
+    epoch: int = 0
+    batches: Sequence[NDArray[np.int64]] = ()
 
     def __iter__(self) -> Iterator[list[Position]]:
         return ([(self.epoch, int(index)) for index in batch] for batch in self.batches)
@@ -170,22 +172,34 @@ class _Order(data.Sampler[list[Position]]):
         return len(self.batches)
 
 
-def load_batches(
-    items: TrainItems,
-    batches: Sequence[NDArray[np.int64]],
-    *,
-    epoch: int,
-    workers: int = 0,
-    tokenize: Callable[[list[str]], Any] | None = None,
-) -> Iterable[Batch]:
-    """Read, augment and collate ``batches``."""
-    return data.DataLoader(
-        items,
-        batch_sampler=_Order(epoch, batches),
-        num_workers=workers,
-        collate_fn=_Collate(tokenize),
-        generator=torch.Generator().manual_seed(items.seed),  # its own: the loader must not move the global one
-    )
+class BatchReader:
+    """Reads, augments and collates the items of one data set, epoch by epoch.
+
+    Worker processes start with the first epoch and live as long as the reader: starting them again for every epoch of a
+    small data set would take longer than the epoch. ``items`` goes to them once.
+
+    Args:
+        workers: Processes that read; 0 reads in this one, while the network waits.
+        tokenize: Of texts.
+    """
+
+    def __init__(
+        self, items: TrainItems, *, workers: int = 0, tokenize: Callable[[list[str]], Any] | None = None
+    ) -> None:
+        self._order = _Order()
+        self._loader = data.DataLoader(
+            items,
+            batch_sampler=self._order,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            collate_fn=_Collate(tokenize),
+            generator=torch.Generator().manual_seed(items.seed),  # its own: it must not move the global one
+        )
+
+    def epoch(self, epoch: int, batches: Sequence[NDArray[np.int64]]) -> Iterator[Batch]:
+        """``batches`` of positions, read for ``epoch``. One epoch at a time."""
+        self._order.epoch, self._order.batches = epoch, batches
+        return iter(self._loader)
 
 
 class _Collate:

@@ -1,15 +1,55 @@
-"""What a run tells: ``metrics.jsonl``, the event hooks, and a progress bar."""
+"""What a run tells: ``metrics.jsonl``, ``timing.json``, the event hooks, and a progress bar."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
+from bowerbird.files import write_json
 from bowerbird.registry import get_registry
+
+T = TypeVar("T")
+
+
+class Timing:
+    """How long the loop has run and how much of it was spent waiting for data. Apart from the log of the losses, which
+    is the same for every run of a recipe.
+    """
+
+    def __init__(self) -> None:
+        self.steps, self.waited, self.started = 0, 0.0, time.monotonic()
+
+    def waiting_for(self, groups: Iterable[T]) -> Iterator[T]:
+        """``groups``, one per step; the time until each is there counts as waiting."""
+        iterator = iter(groups)
+        while True:
+            asked = time.monotonic()
+            try:
+                group = next(iterator)
+            except StopIteration:
+                return
+            finally:
+                self.waited += time.monotonic() - asked
+            self.steps += 1
+            yield group
+
+    @property
+    def share(self) -> float:
+        """Waiting for data, over the whole time."""
+        return self.waited / max(time.monotonic() - self.started, 1e-9)
+
+    def to_dict(self) -> dict[str, float]:
+        seconds = time.monotonic() - self.started
+        return {
+            "steps": self.steps,
+            "seconds": round(seconds, 3),
+            "data_wait_seconds": round(self.waited, 3),
+            "data_wait_share": round(self.waited / max(seconds, 1e-9), 4),
+        }
 
 
 class RunLog:
@@ -19,11 +59,12 @@ class RunLog:
         run_dir: Folder of the run.
         total_steps: For the bar.
         first_step: Lines of later steps, written before an interruption, are dropped.
+        timing: Of this process; written to ``timing.json`` at the end.
         show: Whether to draw a bar (on standard error).
     """
 
-    def __init__(self, run_dir: Path, *, total_steps: int, first_step: int, show: bool) -> None:
-        self.run_dir = run_dir
+    def __init__(self, run_dir: Path, *, total_steps: int, first_step: int, timing: Timing, show: bool) -> None:
+        self.run_dir, self.timing = run_dir, timing
         self.total_steps, self.first_step = total_steps, first_step
         self._bar = _make_bar() if show else None
         self._task: Any = None
@@ -47,6 +88,7 @@ class RunLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
+        write_json(self.run_dir / "timing.json", self.timing.to_dict())
         if self._bar is not None:
             self._bar.stop()
 
@@ -61,7 +103,8 @@ class RunLog:
         self._file.flush()
         get_registry().hook.bowerbird_step_logged(run_dir=str(self.run_dir), step=step, values=dict(values))
         if self._bar is not None:
-            self._bar.update(self._task, note=f"loss {values['loss']:.4f}")
+            waits = f", {self.timing.share:.0%} waiting for data" if self.timing.share >= 0.05 else ""
+            self._bar.update(self._task, note=f"loss {values['loss']:.4f}{waits}")
 
 
 def _step_of(line: str) -> int:

@@ -12,7 +12,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -40,8 +40,8 @@ from bowerbird.train.checkpoint import (
     restore_random_state,
     save_checkpoint,
 )
-from bowerbird.train.data import SKIPPED, CachedTrunk, TrainItems, cache_trunk, epoch_batches, load_batches, to_device
-from bowerbird.train.log import RunLog
+from bowerbird.train.data import SKIPPED, BatchReader, CachedTrunk, TrainItems, cache_trunk, epoch_batches, to_device
+from bowerbird.train.log import RunLog, Timing
 from bowerbird.train.run import TrainContext, start_folder
 from bowerbird.train.schedules import lr_factor, weight_decay_at
 
@@ -213,7 +213,11 @@ def _train(run: _Run, *, show: bool) -> bool:
     """Train to the end; false where the user stopped it."""
     settings = run.settings
     total = settings.epochs * run.steps_per_epoch
-    log = RunLog(run.run_dir, total_steps=total, first_step=run.progress.step, show=show) if dist.is_main() else None
+    timing = Timing()
+    log = None
+    if dist.is_main():
+        log = RunLog(run.run_dir, total_steps=total, first_step=run.progress.step, timing=timing, show=show)
+    reader = _reader(run) if run.cached is None else None
     with log or nullcontext(), _stop_request() as stop_request:
         losses = _Averages()
         saved_at = time.monotonic()
@@ -221,7 +225,8 @@ def _train(run: _Run, *, show: bool) -> bool:
             first = run.progress.step_in_epoch
             if not first:
                 run.objective.on_epoch_start(epoch)
-            for step_in_epoch, group in enumerate(_epoch_groups(run, epoch, first), start=first + 1):
+            groups = timing.waiting_for(_epoch_groups(run, reader, epoch, first))
+            for step_in_epoch, group in enumerate(groups, start=first + 1):
                 step = run.progress.step
                 values = _step(run, step, group)
                 losses.add(values)
@@ -328,26 +333,28 @@ def _epoch_batches(settings: TrainSettings, count: int, epoch: int, labels: list
     )
 
 
-def _epoch_groups(run: _Run, epoch: int, first_step: int) -> Iterator[list[Batch]]:
+def _reader(run: _Run) -> BatchReader:
+    encoder = run.objective.encoder
+    items = TrainItems(
+        run.dataset,
+        encoder.preprocessing,
+        augment=run.recipe.dataset.augment,
+        seed=run.settings.seed,
+        transform=run.objective.item_transform(),
+        skip_unreadable=run.recipe.dataset.unreadable == "skip",
+    )
+    return BatchReader(items, workers=run.settings.workers, tokenize=getattr(encoder, "tokenize", None))
+
+
+def _epoch_groups(run: _Run, reader: BatchReader | None, epoch: int, first_step: int) -> Iterator[list[Batch]]:
     """The batches of every optimiser step of an epoch, without the first ``first_step`` steps."""
     settings = run.settings
     order = _epoch_batches(settings, len(run.dataset), epoch, run.labels)[first_step * settings.accumulate :]
-    batches: Iterable[Batch]
-    if run.cached is not None:
+    if reader is None:
+        assert run.cached is not None
         batches = run.cached.batches(order)
     else:
-        encoder = run.objective.encoder
-        items = TrainItems(
-            run.dataset,
-            encoder.preprocessing,
-            augment=run.recipe.dataset.augment,
-            seed=settings.seed,
-            transform=run.objective.item_transform(),
-            skip_unreadable=run.recipe.dataset.unreadable == "skip",
-        )
-        batches = load_batches(
-            items, order, epoch=epoch, workers=settings.workers, tokenize=getattr(encoder, "tokenize", None)
-        )
+        batches = reader.epoch(epoch, order)
     group: list[Batch] = []
     for batch in batches:
         group.append(batch)

@@ -3,6 +3,7 @@
 recipe.json, recipe.toml   the resolved recipe
 environment.json           versions, platform, seed, git state, command
 metrics.jsonl              one line per logged step
+timing.json                time of the training loop since its last start, and how much of it waited for data
 checkpoints/step-*/        the newest checkpoint
 encoder/                   the exported encoder, with its classifier where the objective has one
 metrics.json, per_query/   results of the evaluators

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
@@ -26,14 +27,15 @@ from timm.data.transforms_factory import create_transform
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
+from bowerbird.batch import Batch
 from bowerbird.data import images_of, subset
 from bowerbird.data.images import Preprocessing, decode_batches
 from bowerbird.errors import InputError
-from bowerbird.protocols import Dataset, Encoder, EvalContext, Evaluator, ItemTransform, Metrics
+from bowerbird.protocols import Dataset, Encoder, EvalContext, Evaluator, Metrics
 from bowerbird.retrieval.configs import Intervals
 from bowerbird.retrieval.evaluators import common_labels, summarise
 from bowerbird.retrieval.metrics import PerQuery
-from bowerbird.train.data import TrainItems, epoch_batches, load_batches
+from bowerbird.train.data import BatchReader, TrainItems, epoch_batches
 from bowerbird_mim.dino import knn_votes
 from bowerbird_mim.features import FeatureKind, frozen_features, run_blocks, transformer_of
 from bowerbird_mim.optim import LARS, layer_decay_groups, warmup_cosine
@@ -288,9 +290,11 @@ class LinearProbe(Evaluator):
         optimizer = kind(head.parameters(), lr=lr, momentum=0.9, weight_decay=c.weight_decay)
         known = None if c.augment else task.apply(features, task.train)
         labels = task.train_labels.to(task.device)
+        view = View(preprocessing=task.preprocessing, scale=c.crop_scale)
+        reader = Reader(task, view, seed=c.seed, workers=c.workers)
         for epoch in range(c.epochs):
             batches = epoch_batches(len(task.train), batch_size=size, epoch=epoch, seed=c.seed)
-            inputs = self._views(features, task, epoch, batches) if known is None else (known[b] for b in batches)
+            inputs = self._views(features, reader, epoch, batches) if known is None else (known[b] for b in batches)
             for step, (index, x) in enumerate(zip(batches, inputs, strict=True)):
                 now = epoch + (step / len(batches) if c.optimizer == "lars" else 0)
                 for group in optimizer.param_groups:
@@ -301,23 +305,29 @@ class LinearProbe(Evaluator):
                 optimizer.step()
 
     def _views(
-        self, features: Callable[[Tensor], Tensor], task: Task, epoch: int, batches: list[NDArray[np.int64]]
+        self, features: Callable[[Tensor], Tensor], reader: Reader, epoch: int, batches: list[NDArray[np.int64]]
     ) -> Iterator[Tensor]:
-        """Features of a fresh view of every item, batch by batch; pictures are read in smaller parts."""
-        view = LabelledView(View(preprocessing=task.preprocessing, scale=self.config.crop_scale))
-        parts = [batch[i : i + task.chunk] for batch in batches for i in range(0, len(batch), task.chunk)]
-        read = iter(_read(task, view, parts, epoch=epoch, seed=self.config.seed, workers=self.config.workers))
-        for batch in batches:
+        """Features of a fresh view of every item, batch by batch."""
+        for parts in reader.epoch(epoch, batches):
             with torch.no_grad():
-                found = [features(next(read)["image"].to(task.device)) for _ in range(0, len(batch), task.chunk)]
+                found = [features(part["image"].to(reader.task.device)) for part in parts]
             yield torch.cat(found)
 
 
-def _read(
-    task: Task, transform: ItemTransform, parts: list[NDArray[np.int64]], *, epoch: int, seed: int, workers: int
-) -> Any:
-    items = TrainItems(task.train, None, augment="none", seed=seed, transform=transform)
-    return load_batches(items, parts, epoch=epoch, workers=workers)
+class Reader:
+    """Batches of random views of the training items, each read in parts of ``task.chunk`` items."""
+
+    def __init__(self, task: Task, view: Callable[[Any, np.random.Generator], Any], *, seed: int, workers: int) -> None:
+        self.task = task
+        items = TrainItems(task.train, None, augment="none", seed=seed, transform=LabelledView(view))
+        self.reader = BatchReader(items, workers=workers)
+
+    def epoch(self, epoch: int, batches: list[NDArray[np.int64]]) -> Iterator[Iterator[Batch]]:
+        """For every batch its parts: ``image`` and ``index``, the position in the task's training items."""
+        cut = [[b[i : i + self.task.chunk] for i in range(0, len(b), self.task.chunk)] for b in batches]
+        read = self.reader.epoch(epoch, [part for parts in cut for part in parts])
+        for parts in cut:
+            yield islice(read, len(parts))
 
 
 def dino_linear() -> dict[str, Any]:
@@ -493,12 +503,11 @@ class Finetune(Evaluator):
         lr = c.base_lr * size / 256
         optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999))
         mix = self._mix(task.classes)
-        view = LabelledView(TimmView(task.preprocessing, c.crop_scale, c.flip, c.rand_augment, c.erasing))
+        view = TimmView(task.preprocessing, c.crop_scale, c.flip, c.rand_augment, c.erasing)
+        reader = Reader(task, view, seed=c.seed, workers=c.workers)
         for epoch in range(c.epochs):
             batches = epoch_batches(len(task.train), batch_size=size, epoch=epoch, seed=c.seed)
-            parts = [batch[i : i + task.chunk] for batch in batches for i in range(0, len(batch), task.chunk)]
-            read = iter(_read(task, view, parts, epoch=epoch, seed=c.seed, workers=c.workers))
-            for step, batch in enumerate(batches):
+            for step, (batch, parts) in enumerate(zip(batches, reader.epoch(epoch, batches), strict=True)):
                 now = warmup_cosine(
                     epoch + step / len(batches),
                     lr=lr,
@@ -509,10 +518,9 @@ class Finetune(Evaluator):
                 for group in optimizer.param_groups:
                     group["lr"] = now * group["lr_scale"]
                 optimizer.zero_grad(set_to_none=True)
-                for _ in range(0, len(batch), task.chunk):
-                    found = next(read)
-                    loss = self._loss(model, found["image"], task.train_labels[found["index"]], mix, task.device)
-                    (loss * len(found["image"]) / len(batch)).backward()
+                for part in parts:
+                    loss = self._loss(model, part["image"], task.train_labels[part["index"]], mix, task.device)
+                    (loss * len(part["image"]) / len(batch)).backward()
                 optimizer.step()
 
     def _mix(self, classes: int) -> Mixup | None:
