@@ -169,6 +169,13 @@ def test_a_blur_keeps_what_is_constant_away_from_the_border(half: int, sigma: fl
         assert (blurred[..., 0, 0] < 3).all()  # zeros around the picture
 
 
+def test_a_mask_of_truth_values_says_who_may_be_attended() -> None:
+    block = TwoStreamBlock(12, 3).double()
+    q, kv = torch.randn(2, 5, 12, dtype=torch.float64), torch.randn(2, 5, 12, dtype=torch.float64)
+    additive, _ = permutation_attention_masks(torch.rand(2, 4))
+    assert_close(block(q, kv, additive == 0), block(q, kv, additive))
+
+
 # ------------------------------------------------------------------------------------------------ who depends on whom
 
 SIZES = {**SMALL, "image_size": (8, 12)}  # 2 x 3 patches
