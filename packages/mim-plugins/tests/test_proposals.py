@@ -276,7 +276,9 @@ def test_a_file_that_holds_no_boxes_is_refused(tmp_path: Path) -> None:
 def test_boxes_of_a_data_set_can_be_stored_from_the_command_line(tmp_path: Path) -> None:
     file = tmp_path / "boxes.npz"
     arguments = ["mim:canvases?source=core:digits&count=4&canvas_size=48&items=[2,2]&item_size=[10,20]", str(file)]
-    result = CliRunner().invoke(main, [*arguments, "--split", "test", "--source", "random", "--min-side", "8"])
+    result = CliRunner().invoke(
+        main, [*arguments, "--split", "test", "--source", "random", "--min-side", "8", "--workers", "1"]
+    )
     assert result.exit_code == 0, result.output
     stored = read_boxes(file)
     assert len(stored) == 4 and all(len(check_boxes(boxes, (48, 48))) > 3 for boxes in stored.values())

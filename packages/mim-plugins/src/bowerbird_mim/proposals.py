@@ -23,7 +23,9 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from torch import Tensor
+from torch.utils import data
 
+from bowerbird.data.dataset import Dataset
 from bowerbird.errors import DataError, InputError, MissingExtraError, did_you_mean
 from bowerbird.files import write_atomically
 from bowerbird_mim.boxes import check_boxes, filter_proposals, random_boxes
@@ -199,6 +201,20 @@ def write_boxes(file: str | Path, boxes: Mapping[str, ArrayLike | Tensor]) -> No
     write_atomically(file, memory.getvalue())
 
 
+class BoxesOfItems(data.Dataset[tuple[str, Tensor]]):
+    """Id and boxes of every item of a data set, for processes that search side by side."""
+
+    def __init__(self, items: Dataset, find: ItemProposals) -> None:
+        self.items, self.find = items, find
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[str, Tensor]:
+        item = self.items[index]
+        return item["item_id"], self.find(item)
+
+
 @click.command(help="Find boxes in every picture of DATASET (NAME or NAME?key=value) and keep them in FILE (.npz).")
 @click.argument("dataset")
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
@@ -207,8 +223,16 @@ def write_boxes(file: str | Path, boxes: Mapping[str, ArrayLike | Tensor]) -> No
 @click.option("--min-side", default=64, show_default=True, help="Smallest side of a box in pixels.")
 @click.option("--max-aspect", default=3.0, show_default=True, help="Largest ratio of its sides.")
 @click.option("--max-iou", default=0.5, show_default=True, help="Two kept boxes overlap less than this.")
+@click.option("--workers", default=0, show_default=True, help="Processes that search; 0: this one.")
 def main(
-    dataset: str, file: Path, split: str | None, source: str, min_side: int, max_aspect: float, max_iou: float
+    dataset: str,
+    file: Path,
+    split: str | None,
+    source: str,
+    min_side: int,
+    max_aspect: float,
+    max_iou: float,
+    workers: int,
 ) -> None:
     from bowerbird.data.uris import open_dataset
     from bowerbird.errors import BowerbirdError
@@ -217,12 +241,10 @@ def main(
         if file.suffix != ".npz":
             raise InputError(f"FILE = {str(file)!r}: expected a name that ends with .npz")
         find = ItemProposals(source, min_side=min_side, max_aspect=max_aspect, max_iou=max_iou)
-        items, _ = open_dataset(dataset, split)
-        found = {}
-        with click.progressbar(range(len(items)), label="Boxes") as positions:
-            for i in positions:
-                item = items[i]
-                found[item["item_id"]] = find(item)
+        items = BoxesOfItems(open_dataset(dataset, split)[0], find)
+        loader = data.DataLoader(items, batch_size=None, num_workers=workers)
+        with click.progressbar(loader, length=len(items), label="Boxes") as pairs:
+            found = dict(pairs)
         write_boxes(file, found)
     except BowerbirdError as error:
         raise click.ClickException(str(error)) from error
