@@ -13,11 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from bowerbird import dist
 from bowerbird.data.images import Preprocessing
 from bowerbird.encoders import load_encoder
 from bowerbird.errors import InputError
 from bowerbird.protocols import TrainedRun
+from bowerbird.recipe import resolve_recipe
 from bowerbird.testing import EncoderContract, ObjectiveContract, SimpleBuildContext, assert_close
+from bowerbird.train.loop import train
 from bowerbird_mim.codes import code_mixture, count_codes, item_noise, perplexity
 from bowerbird_mim.tokenizer import (
     VQVAE,
@@ -229,6 +232,20 @@ def test_divergences_are_0_for_constant_logits_and_ln_v_for_one_code() -> None:
     one[:, 3] = 1e3
     assert_close(code_kl(one), math.log(5))
     assert_close(usage_kl(one.softmax(dim=1)), math.log(5))
+
+
+def test_two_processes_have_the_usage_and_the_gradient_of_the_joined_batch(monkeypatch) -> None:
+    logits = torch.randn(4, 5, 3, 3, dtype=torch.float64, requires_grad=True)
+    joined = usage_kl(logits.softmax(dim=1))
+    (gradient,) = torch.autograd.grad(joined, logits)
+    means = [part.softmax(dim=1).mean(dim=(0, 2, 3)).detach() for part in logits.chunk(2)]
+    monkeypatch.setattr(dist, "is_distributed", lambda: True)
+    monkeypatch.setattr(dist, "mean_over_processes", lambda _: (means[0] + means[1]) / 2)
+    own = [usage_kl(part.softmax(dim=1)) for part in logits.chunk(2)]
+    (averaged,) = torch.autograd.grad((own[0] + own[1]) / 2, logits)
+    assert_close(own[0], joined)
+    assert_close(own[1], joined)
+    assert_close(averaged, gradient)
 
 
 def test_certain_cells_that_share_the_codes_evenly_cost_no_usage() -> None:
@@ -543,6 +560,26 @@ def test_settings_of_a_recipe_are_checked() -> None:
     tensors_only = TokenizerObjective(DiscreteVAE(8, 1, num_layers=1), TokenizerConfig(), total_steps=1)
     with pytest.raises(InputError, match="reads no picture files"):
         tensors_only.item_transform()
+
+
+def test_a_run_by_recipe_is_measured_and_loaded(tmp_path) -> None:
+    recipe = resolve_recipe(
+        {
+            "name": "digits-tokenizer",
+            "encoder": {"use": "mim:dvae", **SMALL, "hidden_dim": 16},
+            "objective": {"use": "mim:tokenizer"},
+            "dataset": {"use": "core:digits", "split": "train"},
+            "train": {"epochs": 1, "batch_size": 64, "optimizer": "adam", "lr": 0.01, "device": "cpu"},
+            "evaluate": [{"use": "mim:tokenizer-quality", "dataset": "core:digits", "split": "test"}],
+        },
+        "test",
+    )
+    result = train(recipe, tmp_path / "run")
+    assert {"mse_share", "usage", "perplexity", "target_perplexity"} == {key.split("/")[-1] for key in result.metrics}
+    assert result.metrics["mim:tokenizer-quality/mse_share"] < 1
+    assert 1 <= result.metrics["mim:tokenizer-quality/perplexity"] <= 6
+    tokenizer = load_tokenizer(tmp_path / "run")
+    assert tokenizer.ids(torch.zeros(1, 3, 8, 8)).shape == (1, 4, 4)
 
 
 def test_no_warning_where_all_is_well() -> None:
