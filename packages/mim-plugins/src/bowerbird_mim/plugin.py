@@ -79,6 +79,16 @@ def bowerbird_objectives() -> Iterable[ObjectiveRecord]:
         batch_additive=True,
     )
     yield ObjectiveRecord(
+        name="mim:emae",
+        target="bowerbird_mim.emae:EMAEObjective",
+        config="bowerbird_mim.emae:EMAEConfig",
+        summary="MAE on all parts of a picture at once, which must agree on what they restore. For few epochs.",
+        paper="Efficient Masked Autoencoders with Self-Consistency, arXiv:2302.14431",
+        needs=("image",),
+        encoder_needs=("tokens",),
+        batch_additive=True,
+    )
+    yield ObjectiveRecord(
         name="mim:mae",
         target="bowerbird_mim.mae:MAEObjective",
         config="bowerbird_mim.mae:MAEConfig",
