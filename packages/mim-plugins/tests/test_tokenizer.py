@@ -562,11 +562,12 @@ def test_settings_of_a_recipe_are_checked() -> None:
         tensors_only.item_transform()
 
 
-def test_a_run_by_recipe_is_measured_and_loaded(tmp_path) -> None:
+@pytest.mark.parametrize("kind", ["mim:dvae", "mim:vqvae"])
+def test_a_run_by_recipe_is_measured_and_loaded(tmp_path, kind: str) -> None:
     recipe = resolve_recipe(
         {
             "name": "digits-tokenizer",
-            "encoder": {"use": "mim:dvae", **SMALL, "hidden_dim": 16},
+            "encoder": {"use": kind, **SMALL, "hidden_dim": 16},
             "objective": {"use": "mim:tokenizer"},
             "dataset": {"use": "core:digits", "split": "train"},
             "train": {"epochs": 1, "batch_size": 64, "optimizer": "adam", "lr": 0.01, "device": "cpu"},

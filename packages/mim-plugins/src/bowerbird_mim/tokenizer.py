@@ -180,7 +180,7 @@ class TokenizerConfig(BaseModel):
     flip_prob: float = Field(default=0.0, ge=0, le=1, description="How often a picture is mirrored.")
 
 
-DVAE_ONLY = {"temperature", "final_temperature", "straight_through", "usage_weight", "kl_weight", "kl_reduction"}
+DVAE_ONLY = ("temperature", "final_temperature", "straight_through", "usage_weight", "kl_weight", "kl_reduction")
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,9 @@ class TokenizerObjective(Objective):
         """Raises ``InputError`` for another encoder, or for settings that it does not read."""
         if not isinstance(encoder, DiscreteVAE | VQVAE):
             raise InputError(f"mim:tokenizer trains mim:dvae and mim:vqvae, not a {type(encoder).__name__}")
-        if isinstance(encoder, VQVAE) and (unread := sorted(config.model_fields_set & DVAE_ONLY)):
+        # A resolved recipe has written out every default, so only other values tell what was asked for.
+        unread = [name for name in DVAE_ONLY if getattr(config, name) != TokenizerConfig.model_fields[name].default]
+        if isinstance(encoder, VQVAE) and unread:
             raise InputError(
                 f"objective.{unread[0]}: a setting for mim:dvae; mim:vqvae has no Gumbel-softmax. Remove it"
             )
@@ -268,7 +270,7 @@ class TokenizerObjective(Objective):
             assert isinstance(tokenizer, VQVAE)
             output = tokenizer.output(images)
         with torch.no_grad():
-            seen = dist.mean_over_processes(count_codes(output.ids, tokenizer.vocab_size))
+            seen = dist.world_size() * dist.mean_over_processes(count_codes(output.ids, tokenizer.vocab_size))
             if self.training:
                 self.counts.mul_(0.99).add_(seen)
             stats |= {"usage": self.usage(), "perplexity": perplexity(self.counts)}
