@@ -103,13 +103,25 @@ def instance_transport_loss(
         raise InputError(
             f"online {tuple(online.shape)} and target {tuple(target.shape)} do not fit: expected (..., K, D) twice"
         )
-    with torch.autocast(online.device.type, enabled=False):  # no bfloat16 products
-        cosines = cosine_matrix(at_least_float32(online), at_least_float32(target.detach()))
-        with torch.no_grad():
-            rows = cross_reference_weights(online, _mean_scene("target_scenes", target_scenes, online))
-            columns = cross_reference_weights(target, _mean_scene("online_scenes", online_scenes, online))
-            plan = sinkhorn(1 - cosines, rows, columns, epsilon, iterations)
-        return -(cosines * plan).sum(dim=(-2, -1)).mean(), plan
+    cosines = cosine_matrix(online, target.detach())
+    plan = _transport_plan(cosines, online, target, online_scenes, target_scenes, epsilon, iterations)
+    return -(cosines * plan).sum(dim=(-2, -1)).mean(), plan
+
+
+@torch.compiler.disable  # hundreds of tiny operations: a compiler needs minutes for them and gains nothing
+@torch.no_grad()
+def _transport_plan(
+    cosines: Tensor,
+    online: Tensor,
+    target: Tensor,
+    online_scenes: Sequence[Tensor] | Tensor,
+    target_scenes: Sequence[Tensor] | Tensor,
+    epsilon: float,
+    iterations: int,
+) -> Tensor:
+    rows = cross_reference_weights(online, _mean_scene("target_scenes", target_scenes, online))
+    columns = cross_reference_weights(target, _mean_scene("online_scenes", online_scenes, online))
+    return sinkhorn(1 - cosines, rows, columns, epsilon, iterations)
 
 
 def _mean_scene(name: str, scenes: Sequence[Tensor] | Tensor, instances: Tensor) -> Tensor:
@@ -128,8 +140,9 @@ def _mean_scene(name: str, scenes: Sequence[Tensor] | Tensor, instances: Tensor)
 
 
 def cosine_matrix(first: Tensor, second: Tensor) -> Tensor:
-    """``(..., M, D)`` and ``(..., N, D)`` to the cosines ``(..., M, N)``."""
-    return F.normalize(first, dim=-1) @ F.normalize(second, dim=-1).transpose(-2, -1)
+    """``(..., M, D)`` and ``(..., N, D)`` to the cosines ``(..., M, N)``, in float32 also under autocast."""
+    first, second = (F.normalize(at_least_float32(x), dim=-1) for x in (first, second))
+    return (first[..., :, None, :] * second[..., None, :, :]).sum(dim=-1)  # autocast would round a matrix product
 
 
 # ------------------------------------------------------------------------------------------------ other losses
