@@ -275,6 +275,22 @@ def test_faiss_settings_are_checked():
 
 
 @needs_faiss
+def test_the_effort_of_a_graph_is_bounded_where_nothing_leads_to_some_items() -> None:
+    centres = np.random.default_rng(0).standard_normal((60, 16))
+    items = np.repeat(centres, 50, axis=0) + 1e-3 * np.random.default_rng(1).standard_normal((3000, 16))
+    index = FaissIndex("hnsw", m=2, ef_construction=2, target_recall=1.0)
+    index.add(np.arange(3000), items)
+    index.measure()
+    assert index.measured_recall is not None and index.measured_recall < 1
+    effort = index._index.hnsw.efSearch
+    index._set_effort(2048)
+    best = [set(row) for row in index.search(items[:200], 10).ids]
+    index._set_effort(effort)
+    assert effort < 2048
+    assert np.mean([len(a & set(b)) for a, b in zip(best, index.search(items[:200], 10).ids, strict=True)]) > 9
+
+
+@needs_faiss
 @pytest.mark.parametrize("kind", ["ivf", "hnsw"])
 def test_the_effort_of_an_approximate_index_follows_the_recall_that_is_asked_for(kind):
     rng = np.random.default_rng(0)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 KINDS = ("flat", "ivf", "hnsw")
 PAD_ID = -1
+MAX_GRAPH_EFFORT = 2048  # an item that a graph does not find with it is one that nothing leads to
 SAMPLE = 200  # vectors with which the recall of an approximate index is measured
 UNIT_TOLERANCE = 1e-4  # rows whose norm is nearer to 1 than this are used as they are
 
@@ -744,6 +745,8 @@ class FaissIndex:
         if given is not None:
             self._set_effort(min(given, most))
             return
+        if self.kind == "hnsw":
+            most = min(most, MAX_GRAPH_EFFORT)
         assert self._sample is not None
         neighbours, wanted = min(10, len(self)), min(wanted, len(self))
 
@@ -771,14 +774,15 @@ class FaissIndex:
         least = effort = 1 if self.kind == "ivf" else 16
         while (reached := recall(effort)) < self.target_recall and effort < most:
             effort = min(effort * 2, most)
-        low, high = (
-            max(effort // 2, least - 1),
-            effort,
-        )  # the target is missed at low and reached at high (or high is all there is)
+        # The target is missed at low and reached at high. A graph may have items that no effort finds: then what comes
+        # near its best is enough.
+        goal, low, high = self.target_recall, max(effort // 2, least - 1), effort
+        if reached < goal:
+            goal, low = reached - 0.002, least - 1
         while high - low > max(1, low // 8):
             middle = (low + high) // 2
             value = recall(middle)
-            if value >= self.target_recall:
+            if value >= goal:
                 high, reached = middle, value
             else:
                 low = middle
