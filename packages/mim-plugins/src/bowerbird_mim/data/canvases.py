@@ -76,6 +76,7 @@ class Canvases(Dataset):
 
     def __init__(self, source: Dataset, config: CanvasesConfig) -> None:
         self.source, self.config = source, config
+        self._latest: tuple[int, dict[str, Any]] | None = None  # boxes of a canvas are mostly read one after the other
         self.classes = source.classes
 
     @classmethod
@@ -105,7 +106,10 @@ class Canvases(Dataset):
         if self.config.part == "canvases":
             return self.canvas(index)
         canvas, box = self._parts[index]
-        return self._cut_out(self.canvas(canvas), box) | {"item_id": self.item_ids[index]}
+        latest = self._latest
+        if latest is None or latest[0] != canvas:
+            latest = self._latest = canvas, self.canvas(canvas)
+        return self._cut_out(latest[1], box) | {"item_id": self.item_ids[index]}
 
     @cached_property
     def item_ids(self) -> Sequence[str]:
