@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bowerbird.errors import InputError
+from bowerbird.recipe import TrainSettings
 from bowerbird.testing import ObjectiveContract, assert_close
+from bowerbird.train.schedules import lr_factor
 from bowerbird_mim.mae import (
     MaskedAutoencoder,
     masked_reconstruction_loss,
@@ -121,6 +123,26 @@ def test_position_codes(golden, case: str) -> None:
     assert_close(table, values[f"{case}.pos_embed"], rtol=1e-6, atol=1e-7)
 
 
+def test_the_learning_rate(golden) -> None:
+    """The official schedule takes the epoch before the step. Ours agrees from the end of the warm-up on; while warming
+    up it is one step ahead, so that the first step moves and the last reaches the peak."""
+    values = golden("mae/schedule_and_optim")
+    per_epoch, warmup = 2, values["warmup_epochs"]
+    plan = TrainSettings(
+        epochs=values["epochs"], warmup=warmup, lr=values["base_lr"], min_lr=values["min_lr"], schedule="cosine"
+    )
+    steps = values["epochs_t"] * per_epoch
+    assert torch.equal(steps, steps.round())
+    compared = 0
+    for step, golden_lr in zip(steps.int().tolist(), values["lr"].tolist(), strict=True):
+        ours = step - 1 if step < warmup * per_epoch else step
+        if 0 <= ours < values["epochs"] * per_epoch:
+            factor = lr_factor(ours, steps_per_epoch=per_epoch, settings=plan)
+            assert_close(values["base_lr"] * factor, golden_lr, where=f"step {step}")
+            compared += 1
+    assert compared == 39
+
+
 # ------------------------------------------------------------------------------------------------ invariants
 
 
@@ -172,6 +194,35 @@ def test_pixels_of_masked_patches_change_only_the_loss() -> None:
     assert torch.equal(first.latent, second.latent)
     assert torch.equal(first.pred, second.pred)
     assert first.loss != second.loss
+
+
+def test_the_order_of_visible_patches_orders_their_tokens_and_nothing_else() -> None:
+    encoder, images = small_model().encoder, torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    kept, order = torch.tensor([[3, 7, 12, 0], [1, 2, 15, 9]]), torch.tensor([2, 0, 3, 1])
+    tokens, others = encoder.tokens(images, ids_keep=kept), encoder.tokens(images, ids_keep=kept[:, order])
+    assert_close(others[:, 0], tokens[:, 0].detach())
+    assert_close(others[:, 1:], tokens[:, 1:][:, order].detach())
+
+
+def test_all_patches_in_any_order_give_what_the_exported_encoder_gives() -> None:
+    encoder, images = small_model().encoder, torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    order = torch.rand(2, 16).argsort(dim=1)
+    tokens = encoder.tokens(images, ids_keep=order)[:, 1:]
+    back = tokens.gather(1, order.argsort(dim=1)[..., None].expand(-1, -1, 16))
+    assert_close(back, encoder({"image": images}).tokens.detach())
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_the_decoder_predicts_the_same_by_less_work(depth: int) -> None:
+    model = MaskedAutoencoder(ViTEncoder(**SMALL), decoder_dim=8, decoder_depth=depth, decoder_heads=2).double()
+    plan = random_mask(torch.rand(3, 16), 0.7)
+    latent = torch.randn(3, 1 + plan.ids_keep.shape[1], 16, dtype=torch.float64)
+    whole = model.decoder(latent, plan.ids_restore)
+    order = plan.ids_restore.argsort(dim=1)
+    masked = order[:, plan.ids_keep.shape[1] :]
+    for ids, few in ((masked, True), (order, False)):
+        short = model.decoder.predict(latent, plan.ids_keep, masked, masked_only=few)
+        assert_close(short, whole.gather(1, ids[..., None].expand(-1, -1, 48)).detach())
 
 
 def test_the_contrast_of_a_target_patch_does_not_matter_when_pixels_are_normalised() -> None:
