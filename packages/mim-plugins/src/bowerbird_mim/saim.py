@@ -140,7 +140,7 @@ class TwoStreamBlock(Block):
         attention: Any = self.attn
         for projection in attention.qkv.weight.detach().chunk(3):  # three layers, each with its own bounds
             nn.init.xavier_uniform_(projection)
-        self.register_load_state_dict_pre_hook(lambda _, state, prefix, *rest: fuse_projections(state, prefix))
+        self.register_load_state_dict_pre_hook(_join_projections)
 
     def forward(self, q: Tensor, kv: Tensor | None = None, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """One step of the stream ``q``.
@@ -154,6 +154,10 @@ class TwoStreamBlock(Block):
             ``(B, N, D)``.
         """
         return two_streams(self, q, kv, mask)
+
+
+def _join_projections(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    fuse_projections(state, prefix)
 
 
 def two_streams(block: Any, q: Tensor, kv: Tensor | None, mask: Tensor | None) -> Tensor:
