@@ -18,6 +18,7 @@ from timm.models.beit import Block
 from token_world import SMALL, ColourTokenizer, compare_gradients, context_with, from_golden
 from torch import Tensor
 
+from bowerbird import dist
 from bowerbird.data.images import Preprocessing
 from bowerbird.errors import DataError, InputError, RecipeError
 from bowerbird.protocols import BuildContext, Encoder
@@ -298,6 +299,35 @@ def test_the_tokenizer_stays_as_it_is() -> None:
     objective = BEiTObjective(tokenizer, model=MaskedTokenModel(BEiTEncoder(**SMALL), 6)).train()
     assert not tokenizer.training and objective.model.training
     assert not any(parameter.requires_grad for parameter in tokenizer.parameters())
+
+
+def test_class_token_and_vectors_do_not_decay() -> None:
+    objective = BEiTObjective(ColourTokenizer(), model=MaskedTokenModel(BEiTEncoder(**SMALL), 6))
+    names = {id(parameter): name for name, parameter in objective.named_parameters()}
+    decays, still = ({names[id(p)] for p in group["params"]} for group in objective.parameter_groups())
+    assert {"model.mask_token", "model.encoder.rel_pos_bias.relative_position_bias_table"} < decays
+    assert {"model.encoder.cls_token", "model.encoder.blocks.0.gamma_1", "model.lm_head.bias"} < still
+
+
+def test_two_processes_take_the_mean_over_the_masked_patches_of_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    objective = BEiTObjective(ColourTokenizer(), model=MaskedTokenModel(BEiTEncoder(**SMALL), 6)).double()
+    batch = {
+        "image": torch.randn(4, 3, 16, 16).double(),
+        "tokenizer_image": torch.randn(4, 3, 8, 8).double(),
+        "token_mask": torch.arange(16) < torch.tensor([[2], [3], [9], [12]]),  # block masks hide unequal numbers
+    }
+
+    def step(rows: slice) -> list[Tensor]:
+        objective.zero_grad()
+        total = objective({key: value[rows] for key, value in batch.items()}).total
+        total.backward()
+        return [total.detach(), *(p.grad for p in objective.parameters() if p.grad is not None)]
+
+    alone = step(slice(4))
+    monkeypatch.setattr(dist, "is_distributed", lambda: True)
+    monkeypatch.setattr(dist, "mean_over_processes", lambda count: torch.tensor((2 + 3 + 9 + 12) / 2))
+    for whole, first, second in zip(alone, step(slice(2)), step(slice(2, 4)), strict=True):
+        assert_close((first + second) / 2, whole, rtol=1e-6)  # of the count, float32
 
 
 # ------------------------------------------------------------------------------------------------ weights

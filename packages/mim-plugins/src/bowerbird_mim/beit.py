@@ -251,6 +251,16 @@ class MaskedTokenObjective(Objective):
     def item_transform(self) -> ItemTransform | None:
         return self.views
 
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Vectors, biases, the class token and positions without weight decay; bias tables and mask token with it."""
+        decays: list[nn.Parameter] = []
+        still: list[nn.Parameter] = []
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                alone = parameter.ndim <= 1 or name.endswith(("cls_token", "pos_embed"))
+                (still if alone else decays).append(parameter)
+        return [{"params": decays}, {"params": still, "weight_decay": 0.0}]
+
     def tokenizer_logits(self, images: Tensor) -> Tensor:
         """``(N, V, rows, columns)`` of the tokenizer in full precision, without gradient.
 

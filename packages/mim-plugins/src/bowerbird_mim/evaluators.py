@@ -36,6 +36,7 @@ from bowerbird.retrieval.configs import Intervals
 from bowerbird.retrieval.evaluators import common_labels, summarise
 from bowerbird.retrieval.metrics import PerQuery
 from bowerbird.train.data import BatchReader, TrainItems, epoch_batches
+from bowerbird_mim.beit_vit import BEiTEncoder
 from bowerbird_mim.dino import knn_votes
 from bowerbird_mim.features import FeatureKind, frozen_features, run_blocks, transformer_of
 from bowerbird_mim.optim import LARS, layer_decay_groups, warmup_cosine
@@ -483,7 +484,8 @@ class Finetune(Evaluator):
     def _model(self, encoder: Encoder, task: Task) -> Classifier:
         with torch.no_grad():
             width = raw_features(encoder, next(task.pictures(task.test))[:1], self.config.features).shape[1]
-        encoder = copy.deepcopy(encoder)
+        # BEiT fine-tunes with a bias table of its own in every block.
+        encoder = encoder.for_finetuning() if isinstance(encoder, BEiTEncoder) else copy.deepcopy(encoder)
         model = Classifier(encoder, self.config.features, width, task.classes).to(task.device)
         set_drop_path(encoder, self.config.drop_path)
         return model.requires_grad_(True).train()
