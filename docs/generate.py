@@ -25,10 +25,13 @@ KINDS = {
 # Records that share a page with their paper.
 PAGES = {
     "adapter": "adapters",
+    "dvae": "tokenizer",
     "lift": "bict",
     "metric-compatible": "online-backfilling",
     "rank-merge": "online-backfilling",
     "reverse-transform": "online-backfilling",
+    "tokenizer-quality": "tokenizer",
+    "vqvae": "tokenizer",
 }
 # The README has what people look for first; the rest is on the page of methods.
 IN_README = {"objective": "Training", "retriever upgrade": "Ways to upgrade", "retriever store": "Galleries in"}
