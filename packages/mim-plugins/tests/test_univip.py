@@ -402,6 +402,8 @@ def test_what_does_not_fit_is_refused() -> None:
         sinkhorn(cost, mass, mass)
     with pytest.raises(InputError, match=r"expected .*K, D"):
         instance_transport_loss(torch.rand(2, 3, 4), torch.rand(2, 4, 4), torch.rand(2, 2, 4), torch.rand(2, 2, 4))
+    with pytest.raises(InputError, match="K of at least 1"):
+        instance_transport_loss(torch.rand(2, 0, 4), torch.rand(2, 0, 4), torch.rand(2, 2, 4), torch.rand(2, 2, 4))
     with pytest.raises(InputError, match=r"target_scenes have shapes .* expected \(2, 4\) each"):
         scene = torch.rand(2, 4)
         instance_transport_loss(torch.rand(2, 3, 4), torch.rand(2, 3, 4), (scene, scene), (scene, torch.rand(3, 4)))

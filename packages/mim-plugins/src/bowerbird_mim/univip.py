@@ -64,10 +64,11 @@ def cross_reference_weights(instances: Tensor, other_scene_mean: Tensor) -> Tens
     Raises:
         InputError: Shapes that do not fit.
     """
-    if instances.ndim < 2 or other_scene_mean.ndim < 1 or instances.shape[-1] != other_scene_mean.shape[-1]:
+    fits = instances.ndim >= 2 and other_scene_mean.ndim >= 1 and instances.shape[-2] > 0
+    if not fits or instances.shape[-1] != other_scene_mean.shape[-1]:
         raise InputError(
             f"instances {tuple(instances.shape)} and other_scene_mean {tuple(other_scene_mean.shape)} do not fit: "
-            "expected (..., K, D) and (..., D)"
+            "expected (..., K, D) with K of at least 1, and (..., D)"
         )
     agreement = (at_least_float32(instances) * at_least_float32(other_scene_mean)[..., None, :]).sum(dim=-1)
     agreement = agreement.clamp(min=0)
