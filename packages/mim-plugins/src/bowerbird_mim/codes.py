@@ -137,8 +137,8 @@ def count_codes(ids: Tensor, vocab_size: int) -> Tensor:
 
 
 def perplexity(counts: Tensor) -> Tensor:
-    """exp of the entropy of codes: from 1 (one code) to V (all alike). ``counts``: ``(V,)``, not all 0."""
-    share = counts / counts.sum()
+    """exp of the entropy of codes: from 1 (one code, or none) to V (all alike). ``counts``: ``(V,)``."""
+    share = counts / counts.sum().clamp_min(torch.finfo(counts.dtype).tiny)
     return torch.special.entr(share).sum().exp()
 
 
