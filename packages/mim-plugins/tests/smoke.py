@@ -8,8 +8,8 @@ out = subprocess.run(
     [str(Path(sys.executable).with_name("bowerbird")), "list"], capture_output=True, text=True, check=True
 )
 NAMES = """
-vit mae emae saim dino knn linear-probe finetune beit-vit beit mc-beit mst part-vit pass reid-
-finetune reid composite-people dvae vqvae tokenizer tokenizer-quality univip canvases
+vit mae emae saim dino knn linear-probe finetune beit-vit beit mc-beit mst part-vit pass
+reid-finetune reid composite-people dvae vqvae tokenizer tokenizer-quality univip canvases
 """
 for name in NAMES.split():
     assert f"mim:{name}" in out.stdout, f"mim:{name} is not in\n{out.stdout}"
