@@ -217,6 +217,9 @@ class PartViTConfig(PatchViTConfig):
         description="The embedding. cat: class token and mean part token, twice the width; mean: their mean; class: "
         "the class token.",
     )
+    init: Literal["xavier", "truncated"] = Field(
+        default="truncated", description="First weights: as MAE (better for narrow networks), or as DINO and PASS."
+    )
     native_pos_interpolation: bool = Field(
         default=False, description="Resample positions at the native size, too, as the authors' pre-training code does."
     )
@@ -234,7 +237,7 @@ class PartViTConfig(PatchViTConfig):
         """The arguments of the ``ViTEncoder`` whose parts are used."""
         own = {"num_parts", "pooling", "native_pos_interpolation"}
         settings = {name: value for name, value in super().architecture().items() if name not in own}
-        return settings | {"position": "learned", "init": "truncated"}
+        return settings | {"position": "learned"}
 
 
 def part_vit_of(encoder: Encoder, method: str) -> PartViTEncoder:

@@ -194,7 +194,7 @@ class _Camera:
     def of(cls, seed: int, camera: int) -> Self:
         rng = np.random.default_rng([seed, 7, camera])
         shift = (int(rng.integers(-2, 3)), int(rng.integers(-2, 3)))
-        return cls(float(rng.uniform(0.45, 1.0)), float(rng.uniform(0, 70)), shift)
+        return cls(float(rng.uniform(0.6, 1.0)), float(rng.uniform(0, 40)), shift)
 
     def shot(self, canvas: Image.Image, rng: np.random.Generator) -> Image.Image:
         """One picture, RGB: two of them differ by a pixel of place and by noise."""
