@@ -104,6 +104,26 @@ def register() -> None:
         get_registry().register_module("few", importlib.import_module("every_objective"))
 
 
+def made(name: str, folder: Path) -> tuple[Any, Any]:
+    """A fresh objective before its first step, and a batch of eight items; the same every time."""
+    import torch
+
+    from bowerbird.recipe import resolve_recipe
+    from bowerbird.train.data import TrainItems, collate
+    from bowerbird.train.loop import build
+    from bowerbird.train.run import TrainContext
+
+    resolved = resolve_recipe(recipe(name, folder))
+    torch.manual_seed(0)
+    encoder = build(resolved.encoder, "encoder").train()
+    dataset = build(resolved.dataset, "dataset", None)
+    context = TrainContext(dataset, total_steps=10, seed=0, device=torch.device("cpu"))
+    objective = build(resolved.objective, "objective", encoder, context).train()
+    items = TrainItems(dataset, encoder.preprocessing, augment="none", seed=0, transform=objective.item_transform())
+    objective.before_step(0)
+    return objective, collate([items[0, i] for i in range(8)])
+
+
 def run_folder(name: str, kind: str, folder: Path) -> Path:
     if name == "mim:tokenizer" and kind == "undisturbed":
         return folder / TOKENIZER
