@@ -307,6 +307,17 @@ def test_small_crops_lie_in_their_areas_in_order() -> None:
     assert np.array_equal(found["local_views"], again["local_views"])
 
 
+def test_large_crops_show_the_whole_height_where_their_ratio_allows() -> None:
+    """Of a picture twice as high as wide: with the authors' ratio a crop of full width shows two thirds at most."""
+    shares = {}
+    for name, ratio in (("authors", (3 / 4, 4 / 3)), ("high", (0.5, 0.5))):
+        make = PartMultiCrop((32, 16), (16, 8), global_scale=(0.95, 1), global_ratio=ratio, colors=(None, None, None))
+        found = make({"image": striped()}, np.random.default_rng(0))["global_views"]
+        means = found.mean(axis=(2, 3))  # every third of the picture has a colour of its own
+        shares[name] = (means.max(axis=1) - means.min(axis=1)).min()
+    assert shares["high"] < 0.5 < shares["authors"]
+
+
 def test_without_parts_small_crops_are_of_the_whole() -> None:
     make = PartMultiCrop((32, 16), (16, 8), 0, 9, colors=(None, None, None))
     found = make({"image": striped()}, np.random.default_rng(0))["local_views"]
@@ -325,6 +336,8 @@ def test_what_does_not_fit_is_refused() -> None:
         part_areas(1)
     with pytest.raises(InputError, match=r"fraction = 1\.5"):
         PartMultiCrop(fraction=1.5)
+    with pytest.raises(InputError, match="global_ratio"):
+        PartMultiCrop(global_ratio=(0.0, 1.0))
     loss = PartAwareLoss(4, 1)
     rows = torch.zeros(4, 4)
     with pytest.raises(InputError, match=r"student has the branches \['cls'\]"):

@@ -11,7 +11,7 @@ B batch, D width, K outputs of a head, J parts, n crops of every part's area. Br
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -88,6 +88,8 @@ class PartMultiCrop(MultiCrop):
         num_parts: J. With 0 the n small crops are of the whole picture, as in DINO.
         locals_per_part: n; with 0 there is no entry ``local_views``.
         fraction: Height of an area as a share of the picture's (``part_areas``).
+        global_ratio: Range of width over height of a large crop in the picture. The default is the authors'; of a
+            picture twice as high as wide such a crop shows about half.
         preprocessing, global_scale, local_scale, flip_prob, colors: As in ``MultiCrop``; ``local_scale`` is a share of
             the area.
 
@@ -105,6 +107,7 @@ class PartMultiCrop(MultiCrop):
         fraction: float = 0.5,
         preprocessing: Preprocessing | None = None,
         global_scale: tuple[float, float] = (0.4, 1.0),
+        global_ratio: tuple[float, float] = (3 / 4, 4 / 3),
         local_scale: tuple[float, float] = (0.1, 0.8),
         flip_prob: float = 0.5,
         colors: Sequence[ColorAugmentation | None] = DINO_COLORS,
@@ -124,6 +127,9 @@ class PartMultiCrop(MultiCrop):
             flip_prob=flip_prob,
             colors=colors,
         )
+        if not 0 < global_ratio[0] <= global_ratio[1]:
+            raise InputError(f"global_ratio = {list(global_ratio)}: expected 0 < low <= high")
+        self.global_views = [replace(view, ratio=global_ratio) for view in self.global_views]
         self.num_parts, self.locals_per_part, self.fraction = num_parts, locals_per_part, fraction
 
     def crops(self, image: Image.Image, generator: np.random.Generator) -> dict[str, NDArray[np.float32]]:
@@ -326,6 +332,10 @@ class PassConfig(DINOConfig):
     )
     local_crops: int = Field(default=3, ge=0, description="Small crops of every part's area.")
     local_scale: Range = Field(default=(0.1, 0.8), description="Range of a small crop's share of the area.")
+    global_ratio: Range = Field(
+        default=(3 / 4, 4 / 3),
+        description="Range of width over height of a large crop; for the whole of high pictures: lower.",
+    )
     area: float = Field(default=0.5, gt=0, le=1, description="Height of a part's area, as a share of the picture's.")
 
     @model_validator(mode="before")
@@ -346,6 +356,7 @@ class PassConfig(DINOConfig):
             fraction=self.area,
             preprocessing=prepared,
             global_scale=self.global_scale,
+            global_ratio=self.global_ratio,
             local_scale=self.local_scale,
             flip_prob=self.flip_prob,
             colors=[view.color for view in (*plain.global_views, plain.local_view)],
