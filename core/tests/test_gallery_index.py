@@ -19,7 +19,7 @@ from bowerbird.cli import main
 from bowerbird.errors import GalleryError, GalleryLockedError, InputError, MissingExtraError
 from bowerbird.gallery import Gallery, Space
 from bowerbird.gallery.ann import IndexUnusableWarning
-from bowerbird.gallery.covered import CoveredPart
+from bowerbird.gallery.covered import LINKING, CoveredPart
 from bowerbird.gallery.part import Part
 from bowerbird.retrieval.index import FaissIndex
 
@@ -269,6 +269,26 @@ def test_searches_in_many_threads_stay_right_while_the_gallery_changes(gallery: 
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_a_graph_takes_new_items_in_by_a_thread_of_its_own_and_searches_go_on(gallery: Gallery) -> None:
+    gallery.set_index("hnsw")
+    new = clustered(OLD, 3000, seed=77)
+    gallery.add([f"new-{i}" for i in range(3000)], new)
+    assert [row[0] for row in gallery.search(new[:20], 10).ids] == [f"new-{i}" for i in range(20)]
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == LINKING)
+    while thread.is_alive():
+        assert [row[0] for row in gallery.search(new[-5:], 10).ids] == [f"new-{i}" for i in range(2995, 3000)]
+    gallery.search(QUERY, 10)
+    live = gallery.snapshot().new  # every item is in the index now: none is searched exactly
+    scanned: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        search = Part.search
+        patch.setattr(Part, "search", lambda self, *a, **k: (scanned.append(self.count), search(self, *a, **k))[1])
+        found = gallery.search(new[:50], 10)
+    assert not scanned and live.count == COUNT + 3000
+    names = [*NAMES, *(f"new-{i}" for i in range(3000))]
+    assert recall(found.ids, exact(np.vstack([VECTORS[OLD.fingerprint], new]), new[:50]), names) >= 0.8
 
 
 # ------------------------------------------------------------------------------------------------- kept up to date

@@ -2,7 +2,8 @@
 
 The index in memory follows the gallery: before a search it takes in some of the items that it lacks, and inverted lists
 give up the items that have left the part. So it stays good while a gallery grows or is being upgraded, without being
-built again, and what one search pays for that is bounded. What it holds for a given snapshot is looked at anew whenever
+built again, and what one search pays for that is bounded. Linking an item into a graph costs as much as a search, so
+that a graph takes its items in by a thread of its own. What it holds for a given snapshot is looked at anew whenever
 it changed: items of the part that it lacks are searched exactly, items that it holds and the part does not are dropped.
 
 N items, Q queries, k results.
@@ -13,6 +14,8 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
+import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -23,7 +26,8 @@ from bowerbird.gallery.part import MARGIN, Part
 from bowerbird.retrieval.index import FaissIndex, Hits
 
 FRESH_ROWS = 1024  # searching so many exactly costs little; beyond, the index takes them in
-TAKEN_PER_SEARCH = {"ivf": 8192, "hnsw": 64, "flat": 65_536}  # some ten milliseconds of one search
+TAKEN_AT_ONCE = {"ivf": 8192, "hnsw": 64, "flat": 65_536}  # some ten milliseconds in which nobody searches
+LINKING = "bowerbird-link"  # name of the thread that takes items into a graph
 MAX_DEAD = 0.04  # share of items that have left the part, beyond which inverted lists give them up
 MAX_DEAD_GRAPH = 0.8  # nothing can be taken out of a graph: it is left with more dead items than this
 
@@ -43,6 +47,7 @@ class LiveIndex:
         self._has = np.zeros(0, bool)
         self._note(index.ids, True)
         self._tending = threading.Lock()
+        self._linking: threading.Thread | None = None  # of a graph
         self._changing = threading.Condition()
         self._readers = 0
         self._writing = False
@@ -114,12 +119,10 @@ class LiveIndex:
         try:
             self._newest = epoch
             if fresh.count > FRESH_ROWS:
-                nums = fresh.nums[: TAKEN_PER_SEARCH[self.index.kind]]
-                nums = nums[~self.covers(nums)]
-                vectors = part.vectors_of(nums)
-                with self._alone():
-                    self.index.add(nums, vectors, distinct=True)
-                    self._note(nums, True)
+                if self.index.kind == "hnsw":
+                    self._link_apart(part, fresh.nums)
+                else:
+                    self._take_in(part, fresh.nums[: TAKEN_AT_ONCE[self.index.kind]])
             if self.index.kind == "ivf" and len(self) - alive > MAX_DEAD * len(self):
                 nums = self.index.ids
                 nums = nums[nums < part.num_limit]
@@ -129,6 +132,32 @@ class LiveIndex:
                     self._note(nums, False)
         finally:
             self._tending.release()
+
+    def _take_in(self, part: Part, nums: NDArray[np.int64]) -> None:
+        nums = nums[~self.covers(nums)]
+        vectors = part.vectors_of(nums)
+        with self._alone():
+            self.index.add(nums, vectors, distinct=True)
+            self._note(nums, True)
+
+    def _link_apart(self, part: Part, nums: NDArray[np.int64]) -> None:
+        """Let a thread take in ``nums``, unless one is still at work; it ends with the index."""
+        if self._linking is None or not self._linking.is_alive():
+            arguments = (weakref.ref(self), part, nums)
+            self._linking = threading.Thread(target=_link, args=arguments, name=LINKING, daemon=True)
+            self._linking.start()
+
+
+def _link(index: weakref.ref[LiveIndex], part: Part, nums: NDArray[np.int64]) -> None:
+    step = TAKEN_AT_ONCE["hnsw"]
+    for start in range(0, len(nums), step):
+        live = index()
+        if live is None:  # the gallery was closed
+            return
+        begun = time.monotonic()
+        live._take_in(part, nums[start : start + step])
+        del live
+        time.sleep(time.monotonic() - begun)  # half of the time is left to searches
 
 
 @dataclass(frozen=True)
