@@ -112,6 +112,16 @@ def steps(r: Mapping[str, Any]) -> list[Row]:
     return rows
 
 
+def waits(r: Mapping[str, Any]) -> list[Row]:
+    limit = r["limit_share"]
+    return [
+        (f"waiting for data, `recipes/{name}.toml`, {v['workers']} worker",
+         f"{v['wait_share']:.1%} of the loop (processor time: {v['read_cpu_ms']:.0f} ms to read a batch, "
+         f"{v['step_cpu_ms']:.0f} ms for a step)", f"at most {limit:.0%}", v["wait_share"] <= limit)
+        for name, v in r["recipes"].items()
+    ]  # fmt: skip
+
+
 def maps(r: Mapping[str, Any]) -> list[Row]:
     # Held against processor time: with others on the machine the clock counts them, too.
     limit = r["limit_s"]
@@ -139,6 +149,7 @@ ROWS: dict[str, Callable[[Mapping[str, Any]], list[Row]]] = {
     "upgrade_workers": workers,
     "compat_losses": losses,
     "mim_steps": steps,
+    "mim_data_wait": waits,
     "transforms": maps,
 }
 
