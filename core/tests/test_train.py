@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -307,6 +308,20 @@ def test_a_run_records_its_recipe_versions_seed_and_metrics(tmp_path: Path) -> N
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 16))
     assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_a_run_says_how_long_it_waited_for_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(self: Any, index: int) -> dict[str, Any]:
+        time.sleep(0.01)
+        return read(self, index)
+
+    read = tiny.Squares.__getitem__
+    monkeypatch.setattr(tiny.Squares, "__getitem__", slow)
+    train(make_recipe(train={"epochs": 1}), tmp_path / "run")
+    timing = json.loads((tmp_path / "run" / "timing.json").read_text())
+    assert timing["steps"] == 5
+    assert 5 * 8 * 0.01 <= timing["data_wait_seconds"] <= timing["seconds"]
+    assert timing["data_wait_share"] == pytest.approx(timing["data_wait_seconds"] / timing["seconds"], abs=1e-3)
 
 
 def test_a_finished_run_gives_its_encoder_classifier_and_classes(tmp_path: Path) -> None:
