@@ -47,12 +47,36 @@ def retrieval(encoder: PartViTEncoder, query: CompositePeople, gallery: Composit
         features |= {mode: [fuse_part_features(cls, parts, mode) for cls, parts in found] for mode in ("cat", "mean")}
         features["parts"] = [parts.flatten(1) for _, parts in found]
     values: Values = {}
+    if encoder.vit.num_parts:
+        values |= zone_retrieval(*(parts for _, parts in found), query, gallery)
     for name, (of_query, of_gallery) in features.items():
         at, mean = evaluate_reid(
             of_query, of_gallery, query.identities, gallery.identities, query.cameras, gallery.cameras, max_rank=1
         )
         values |= {f"mAP {name}": mean, f"R@1 {name}": float(at[0])}
     return values
+
+
+def zone_retrieval(of_query: Tensor, of_gallery: Tensor, query: CompositePeople, gallery: CompositePeople) -> Values:
+    """mAP of part token j where right is the same item in zone k: mean over j = k, and over j != k.
+
+    Pictures from the query's camera that show the item are left out, as in the protocol for identities.
+    """
+    worn = [people.worn[people.identities] for people in (query, gallery)]
+    zones = range(worn[0].shape[1])
+    matrix = np.array(
+        [
+            [
+                evaluate_reid(
+                    of_query[:, j], of_gallery[:, j], worn[0][:, k], worn[1][:, k], query.cameras, gallery.cameras, 1
+                )[1]
+                for k in zones
+            ]
+            for j in zones
+        ]
+    )
+    own = np.eye(len(matrix), dtype=bool)
+    return {"find own": float(matrix[own].mean()), "find other": float(matrix[~own].mean())}
 
 
 def knowledge(
