@@ -305,6 +305,11 @@ class PartSelfDistillation(nn.Module):
         self.teacher = EMATeacher(student, momentum_schedule)
         without_dropout(self.teacher)
 
+    @property
+    def teacher_network(self) -> PartAwareNetwork:
+        assert isinstance(self.teacher.module, PartAwareNetwork)
+        return self.teacher.module
+
     def forward(self, global_views: Tensor, local_views: Tensor | None = None) -> PassOutput:
         """The loss of ``global_views (B, 2, C, H, W)`` and ``local_views (B, J * n, C, h, w)``.
 
