@@ -106,7 +106,7 @@ class MaskedTokenModel(nn.Module):
         InputError: Another encoder or one for fine-tuning, or a vocabulary of fewer than two tokens.
     """
 
-    def __init__(self, encoder: BEiTEncoder | ViTEncoder, vocab_size: int) -> None:
+    def __init__(self, encoder: Encoder, vocab_size: int) -> None:
         super().__init__()
         if not isinstance(encoder, BEiTEncoder | ViTEncoder):
             raise InputError(
@@ -236,10 +236,10 @@ class MaskedTokenObjective(Objective):
                 "must be the same"
             )
         self.model, self.views = model, views
-        self.tokenizer = freeze(tokenizer) if isinstance(tokenizer, nn.Module) else tokenizer
+        self.tokenizer: Any = freeze(tokenizer) if isinstance(tokenizer, nn.Module) else tokenizer
 
     @property
-    def encoder(self) -> Encoder:
+    def encoder(self) -> Encoder:  # type: ignore[override]
         return self.model.encoder
 
     def train(self, mode: bool = True) -> Self:

@@ -103,6 +103,11 @@ class SelfDistillation(nn.Module):
         student = self.student(*groups)
         return DINOOutput(loss=self.loss(student, teacher), student=student, teacher=teacher)
 
+    @property
+    def teacher_network(self) -> BackboneAndHead:
+        assert isinstance(self.teacher.module, BackboneAndHead)
+        return self.teacher.module
+
     @staticmethod
     def groups(global_views: Tensor, local_views: Tensor | None) -> list[Tensor]:
         """The crops of every size, crop by crop. Raises ``InputError`` for shapes that do not fit."""
@@ -256,7 +261,7 @@ class DINOObjective(Objective):
         return self.model
 
     @property
-    def encoder(self) -> Encoder:  # one owner: a second one would store it twice
+    def encoder(self) -> Encoder:  # type: ignore[override]  # one owner: a second one would store it twice
         return self.dino.student.backbone
 
     @classmethod
@@ -288,4 +293,4 @@ class DINOObjective(Objective):
         self.dino.teacher.update(self.dino.student, step)
 
     def exported_encoder(self) -> Encoder:
-        return self.dino.teacher.module.backbone
+        return self.dino.teacher_network.backbone

@@ -368,7 +368,7 @@ class EMAEObjective(Objective):
         self.register_buffer("consistency_weight", torch.zeros(()))
 
     @property
-    def encoder(self) -> ViTEncoder:  # one owner: a second one would store it twice
+    def encoder(self) -> ViTEncoder:  # type: ignore[override]  # one owner: a second one would store it twice
         return self.model.mae.encoder
 
     @classmethod

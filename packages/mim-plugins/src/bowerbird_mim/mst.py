@@ -278,10 +278,10 @@ class MaskedSelfDistillation(nn.Module):
     @torch.no_grad()
     def teach(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """The teacher's logits ``(N, K)`` of global crops, and its class attention ``(N, L)`` where masks need it."""
-        network = self.dino.teacher.module
+        network = self.dino.teacher_network
         if self.mask_strategy != "attention_low":
             return network(images), None
-        tokens, scores = tokens_and_class_attention(network.backbone, images)
+        tokens, scores = tokens_and_class_attention(vit_of(network.backbone, "mim:mst"), images)
         return network.head(tokens[:, 0]), scores
 
     def draw_mask(

@@ -355,7 +355,7 @@ class SAIMObjective(Objective):
         self.model, self.config = model, config
 
     @property
-    def encoder(self) -> ViTEncoder:  # one owner: a second one would store it twice
+    def encoder(self) -> ViTEncoder:  # type: ignore[override]  # one owner: a second one would store it twice
         return self.model.encoder
 
     @classmethod

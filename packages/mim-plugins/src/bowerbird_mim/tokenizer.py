@@ -349,7 +349,8 @@ def train_tokenizer(
         if progress is not None:
             values = {"loss": output.total.detach(), **output.parts, **output.stats}
             progress(step + 1, {name: float(torch.as_tensor(value).detach()) for name, value in values.items()})
-    return objective.exported_encoder().eval()
+    objective.exported_encoder()  # warns of a collapse
+    return tokenizer.eval()
 
 
 def _seeds(count: int, generator: torch.Generator) -> Tensor:

@@ -436,7 +436,7 @@ class UniVIPObjective(Objective):
         self.model, self.views = model, SceneViews(preprocessing, config)
 
     @property
-    def encoder(self) -> Encoder:  # one owner: a second one would store it twice
+    def encoder(self) -> Encoder:  # type: ignore[override]  # one owner: a second one would store it twice
         backbone = self.model.online.backbone
         assert isinstance(backbone, Pooled)
         return backbone.encoder
