@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from pretraining_arms import Pretrained, Values, World, dataset, measure, pictures, pretrain, untrained
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -65,22 +66,57 @@ def where(made: Pretrained, world: World, low_fraction: float) -> Values:
     }
 
 
-def make_world(seed: int, *, train: int, labelled: int, test: int, **settings: Any) -> World:
-    """Canvases around random items of Fashion-MNIST, drawn by the seed; ``settings`` are those of ``mim:canvases``."""
+class BlackCanvases:
+    """Items of 28 pixels at random places of black canvases, with a box around what is not black."""
+
+    def __init__(self, source: Dataset, side: int, seed: int) -> None:
+        self.source, self.side, self.seed, self.classes = source, side, seed, source.classes
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @property
+    def item_ids(self) -> Sequence[str]:
+        return self.source.item_ids
+
+    def labels(self) -> Sequence[int]:
+        return self.source.labels()
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = self.source[index]
+        picture = item["image"]
+        left, top = np.random.default_rng([self.seed, index]).integers(0, self.side - np.array(picture.size) + 1)
+        canvas = Image.new("RGB", (self.side, self.side))
+        canvas.paste(picture, (int(left), int(top)))
+        bright = np.asarray(picture.convert("L")) > 25
+        rows, columns = np.flatnonzero(bright.any(axis=1)), np.flatnonzero(bright.any(axis=0))
+        box = [left + columns[0], top + rows[0], left + columns[-1] + 1, top + rows[-1] + 1]
+        return {**item, "image": canvas, "boxes": np.array([box], np.float32)}
+
+
+def make_world(seed: int, *, train: int, labelled: int, test: int, black: bool, **settings: Any) -> World:
+    """Canvases around random items of Fashion-MNIST, drawn by the seed.
+
+    Args:
+        black: Black canvases; else ``mim:canvases``, whose settings are ``settings``.
+    """
     generator = np.random.default_rng(seed)
 
-    def canvases(split: str, count: int) -> Dataset:
+    def canvases(split: str, count: int) -> Any:
         source = dataset("core:fashion-mnist", split)
         chosen = subset(source, generator.permutation(len(source))[:count])
+        if black:
+            return BlackCanvases(chosen, settings["canvas_size"], seed)
         return Canvases(chosen, CanvasesConfig(seed=seed, **settings))
 
     return World(canvases("train", train), canvases("train", labelled), canvases("test", test))
 
 
 def run(plan: Mapping[str, Any], seed: int) -> Values:
-    world = make_world(seed, **plan["canvases"])
-    values: Values = {}
+    worlds = {black: make_world(seed, black=black, **plan["canvases"]) for black in (True, False)}
+    values: Values = {"half": 0.5}
     for arm in plan["arms"]:
+        world = worlds[not arm.get("textured", False)]
         make = untrained if arm.get("random") else pretrain
         made = make(plan["recipe"], world.unlabelled, seed, arm.get("set"))
         found = measure(made.encoder, world, seed=seed, kind="pooled", finetune_steps=0)
