@@ -17,6 +17,7 @@ PROJECTS = [ROOT / "core", *sorted(path.parent for path in ROOT.glob("packages/*
 IMPORT_NAMES = {
     "bowerbird-core": {"bowerbird"},
     "pillow": {"PIL"},
+    "opencv-contrib-python-headless": {"cv2"},
     "pytorch-metric-learning": {"pytorch_metric_learning"},
     "scikit-learn": {"sklearn"},
     "faiss-cpu": {"faiss"},
