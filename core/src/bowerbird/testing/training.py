@@ -282,6 +282,8 @@ class ObjectiveContract(Contract):
 
     @cached_property
     def _transform(self) -> ItemTransform | None:
+        if self.target.item_transform is Objective.item_transform:
+            return None  # without building one: a context may be made of batches
         with torch.random.fork_rng(devices=[]):  # asked for in the middle of a test: its random state must not move
             return self.build().item_transform()
 
