@@ -90,10 +90,11 @@ def wheels(session: nox.Session) -> None:
         session.run("uv", "build", "--quiet", "--wheel", "--out-dir", str(out), folder)
     # uv knows a wheel of --find-links by its name: without this it installs the one that an earlier run has built
     refresh = [part for name in PACKAGES for part in ("--refresh-package", f"bowerbird-{name}")]
+    session_python = str(Path(session.bin) / "python")  # by its name uv would look past this environment
     for name, (folder, _, _) in PACKAGES.items():
         venv = Path(session.create_tmp()).resolve() / f"alone-{name}"
         python = venv / ("Scripts" if os.name == "nt" else "bin") / "python"
-        session.run("uv", "venv", "--quiet", "--clear", "--python", session.python or "python", str(venv))
+        session.run("uv", "venv", "--quiet", "--clear", "--python", session_python, str(venv))
         own = ["--find-links", str(out), *refresh, f"bowerbird-{name}"]
         session.run("uv", "pip", "install", "--quiet", "--python", str(python), *own)
         smoke = ROOT / folder / "tests" / "smoke.py"
