@@ -37,8 +37,8 @@ from bowerbird.retrieval.evaluators import common_labels, summarise
 from bowerbird.retrieval.metrics import PerQuery
 from bowerbird.train.data import BatchReader, TrainItems, epoch_batches
 from bowerbird_mim.beit_vit import BEiTEncoder
-from bowerbird_mim.dino import knn_votes
 from bowerbird_mim.features import FeatureKind, frozen_features, run_blocks, transformer_of
+from bowerbird_mim.neighbours import nearest, votes_of
 from bowerbird_mim.optim import LARS, layer_decay_groups, warmup_cosine
 from bowerbird_mim.views import View
 
@@ -187,8 +187,10 @@ class KNN(Evaluator):
 
         train, test = task.apply(unit, task.train), task.apply(unit, task.test)
         values: dict[str, PerQuery] = {}
+        similarity, neighbours = nearest(train, test, max(c.ks))
+        labels = task.train_labels.to(task.device)[neighbours]
         for k in c.ks:
-            votes = knn_votes(train, task.train_labels.to(task.device), test, k, c.temperature)
+            votes = votes_of(similarity[:, :k], labels[:, :k], task.classes, c.temperature)
             values |= {f"{name}@{k}": outcome for name, outcome in task.outcomes(votes).items()}
         return summarise(values, c)
 

@@ -38,13 +38,26 @@ def knn_votes(
         )
     if not 1 <= k <= len(train) or temperature <= 0:
         raise InputError(f"k = {k}, temperature = {temperature}: expected 1 to {len(train)} neighbours, and above 0")
-    classes = int(labels.max()) + 1
-    votes = test.new_zeros(len(test), classes)
-    for start in range(0, len(test), block):
-        similarity, neighbours = (test[start : start + block] @ train.T).topk(k, dim=1)
-        weights = ((similarity - similarity[:, :1]) / temperature).exp()
-        votes[start : start + block].scatter_add_(1, labels[neighbours], weights)
-    return votes
+    similarity, neighbours = nearest(train, test, k, block=block)
+    return votes_of(similarity, labels[neighbours], int(labels.max()) + 1, temperature)
+
+
+def nearest(train: Tensor, test: Tensor, k: int, *, block: int = 1024) -> tuple[Tensor, Tensor]:
+    """Dot products and positions ``(M, k)`` of the ``k`` nearest training items, nearest first.
+
+    Raises:
+        InputError: ``k`` outside 1 to N.
+    """
+    if not 1 <= k <= len(train):
+        raise InputError(f"k = {k}: expected 1 to {len(train)} neighbours")
+    found = [(test[start : start + block] @ train.T).topk(k, dim=1) for start in range(0, max(1, len(test)), block)]
+    return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
+
+
+def votes_of(similarity: Tensor, labels: Tensor, classes: int, temperature: float) -> Tensor:
+    """``(M, classes)`` votes of neighbours with these dot products and labels ``(M, k)``, nearest first."""
+    weights = ((similarity - similarity[:, :1]) / temperature).exp()
+    return similarity.new_zeros(len(similarity), classes).scatter_add_(1, labels, weights)
 
 
 def knn_classify(train: Tensor, labels: Tensor, test: Tensor, k: int = 20, temperature: float = 0.07) -> Tensor:
