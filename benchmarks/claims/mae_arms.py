@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from pretraining_arms import Pretrained, Values, World, measured_arms, pictures
+from pretraining_arms import Pretrained, Values, World, measured_arms, pictures, register
 
 from bowerbird.data import subset
 from bowerbird.hookspecs import hookimpl
 from bowerbird.protocols import ItemTransform
 from bowerbird.records import ObjectiveRecord
-from bowerbird.registry import get_registry
 from bowerbird_mim.mae import MAEObjective, MaskedAutoencoder, NoisyView, noisy_view
 from bowerbird_mim.patches import normalize_patches, patchify
 
@@ -59,10 +59,7 @@ class BlockMAEObjective(MAEObjective):
 
 
 def run(plan: Mapping[str, Any], seed: int) -> Values:
-    if all(status.name != "claims_mae" for status in get_registry().plugins):
-        import mae_arms
-
-        get_registry().register_module("claims_mae", mae_arms)
+    register("claims_mae", sys.modules[__name__])
     return measured_arms(plan, seed, reconstruction)
 
 

@@ -37,6 +37,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,12 @@ def bowerbird_datasets() -> Iterable[DatasetRecord]:
         summary="A random part of another data set, for claims.",
         provides=("image", "label"),
     )
+
+
+def register(name: str, module: ModuleType) -> None:
+    """Make ``module`` the plugin ``name``, unless it is one already."""
+    if all(status.name != name for status in get_registry().plugins):
+        get_registry().register_module(name, module)
 
 
 class Part:
@@ -147,8 +154,7 @@ def _recipe(values: Mapping[str, Any], seed: int, overrides: Mapping[str, Any]) 
     values.setdefault("dataset", {"use": "claims:part"})
     values["train"] = {"device": "cpu", "log_every": 5, "seed": seed, **values.get("train", {})}
     texts = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in overrides.items()]
-    if all(status.name != "claims" for status in get_registry().plugins):
-        get_registry().register_module("claims", sys.modules[__name__])
+    register("claims", sys.modules[__name__])
     return resolve_recipe(values, "plan [recipe]", texts)
 
 

@@ -9,7 +9,18 @@ from typing import Any, Self
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pretraining_arms import Pretrained, Values, World, dataset, features_of, measure, pictures, pretrain, untrained
+from pretraining_arms import (
+    Pretrained,
+    Values,
+    World,
+    dataset,
+    features_of,
+    measure,
+    pictures,
+    pretrain,
+    register,
+    untrained,
+)
 from torch import Tensor, nn
 
 from bowerbird.batch import Batch
@@ -18,7 +29,6 @@ from bowerbird.data.images import Preprocessing
 from bowerbird.hookspecs import hookimpl
 from bowerbird.protocols import Dataset, Encoder, Features
 from bowerbird.records import EncoderRecord
-from bowerbird.registry import get_registry
 from bowerbird_mim.data.canvases import Canvases, CanvasesConfig
 from bowerbird_mim.univip import (
     TERMS,
@@ -79,8 +89,7 @@ class Kept(Dataset):
 
 def run(plan: Mapping[str, Any], seed: int) -> Values:
     """``<arm>.<metric>``: see the plan. The seed sets the canvases, every first weight and every crop."""
-    if all(status.name != PLUGIN for status in get_registry().plugins):
-        get_registry().register_module(PLUGIN, sys.modules[__name__])
+    register(PLUGIN, sys.modules[__name__])
     world, held_out = make_worlds(seed, **plan["canvases"])
     values: Values = {"chance": 1 / plan["recipe"]["objective"]["num_instances"]}
     for arm in plan["arms"]:
