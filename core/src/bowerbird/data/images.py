@@ -164,6 +164,10 @@ class Preprocessing:
             box = (left * x, top * y, min((left + side) * x, width), min((top + side) * y, height))
         if image.size == (self.width, self.height) and box == (0, 0, width, height):
             return image
+        return self.resized_box(image, box)
+
+    def resized_box(self, image: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:
+        """The part ``box`` (left, top, right, bottom in pixels) of an RGB image in ``height`` x ``width`` pixels."""
         return image.resize((self.width, self.height), _RESAMPLING[self.interpolation], box=box)
 
 

@@ -137,9 +137,7 @@ class View:
 
 def crop_resized(image: Image.Image, box: Box, preprocessing: Preprocessing) -> Image.Image:
     """The part ``box`` of ``image`` in the size of ``preprocessing``, RGB."""
-    kinds = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-    image = to_rgb(image, background=preprocessing.background)
-    return image.resize((preprocessing.width, preprocessing.height), kinds[preprocessing.interpolation], box=box)
+    return preprocessing.resized_box(to_rgb(image, background=preprocessing.background), box)
 
 
 def resized(preprocessing: Preprocessing, size: int | tuple[int, int]) -> Preprocessing:
