@@ -26,8 +26,8 @@ from bowerbird.data.images import Preprocessing, to_rgb
 from bowerbird.errors import InputError
 from bowerbird.protocols import BuildContext, Encoder, ItemTransform, LossOutput, Objective, freeze
 from bowerbird_mim.beit_vit import BEiTEncoder, RelativePositionBias, relative_position_index, truncated_normal_
-from bowerbird_mim.codes import at_least_float32
 from bowerbird_mim.masks import BlockwiseMaskGenerator, RandomMaskGenerator
+from bowerbird_mim.precision import at_least_float32
 from bowerbird_mim.tokenizer import check_token_grid, load_tokenizer
 from bowerbird_mim.views import ColorAugmentation, crop_resized, random_crop_box, resized
 from bowerbird_mim.vit import ViTEncoder

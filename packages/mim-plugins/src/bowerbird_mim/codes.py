@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bowerbird import dist
 from bowerbird.errors import InputError
+from bowerbird_mim.precision import at_least_float32
 
 # ------------------------------------------------------------------------------------------------ noise and softmax
 
@@ -76,10 +77,6 @@ def gumbel_softmax(
 def code_mixture(weights: Tensor, codes: Tensor) -> Tensor:
     """z = sum over v of y_v e_v: ``(B, V, h, w)`` and ``(V, d)`` to ``(B, d, h, w)``."""
     return torch.einsum("bvhw,vd->bdhw", weights, codes)
-
-
-def at_least_float32(values: Tensor) -> Tensor:
-    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
 def check_finite(logits: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bowerbird import dist
 from bowerbird.errors import InputError
+from bowerbird_mim.precision import at_least_float32
 from bowerbird_mim.schedules import Schedule, as_schedule
 from bowerbird_mim.vit import initialize
 
@@ -98,7 +99,7 @@ class ProjectionHead(nn.Module):
 
 def teacher_targets(teacher: Tensor, center: Tensor, temperature: float | Tensor) -> Tensor:
     """softmax((t - c) / temperature) without gradient, in float32 at least: ``(N, K)`` to ``(N, K)``."""
-    return ((_at_least_float32(teacher.detach()) - center.detach()) / temperature).softmax(dim=-1)
+    return ((at_least_float32(teacher.detach()) - center.detach()) / temperature).softmax(dim=-1)
 
 
 def cross_view_terms(student: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, int]:
@@ -126,15 +127,11 @@ def cross_view_terms(student: Tensor, targets: Tensor, temperature: float) -> tu
             "student n >= 2 per picture"
         )
     n = len(student) // batch
-    log_q = (_at_least_float32(student) / temperature).log_softmax(dim=-1).view(n, batch, -1)
+    log_q = (at_least_float32(student) / temperature).log_softmax(dim=-1).view(n, batch, -1)
     p = targets.view(GLOBAL_VIEWS, batch, -1)
     # sum_{i, v != i} p_i log q_v = (sum_i p_i) (sum_v log q_v) - sum_i p_i log q_i: three products instead of 2 n - 2
     total = (p * log_q[:GLOBAL_VIEWS]).sum() - (p.sum(dim=0) * log_q.sum(dim=0)).sum()
     return total / batch, GLOBAL_VIEWS * (n - 1)
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 class SelfDistillationLoss(nn.Module):
@@ -203,7 +200,7 @@ class SelfDistillationLoss(nn.Module):
             self.at_step(step)
         total, count = cross_view_terms(student, self.targets(teacher), self.student_temp)
         if self.training:
-            self.seen.append(_at_least_float32(teacher.detach()).mean(dim=0, keepdim=True))
+            self.seen.append(at_least_float32(teacher.detach()).mean(dim=0, keepdim=True))
             if not self.defer_center:
                 self.update_center()
         return total / count

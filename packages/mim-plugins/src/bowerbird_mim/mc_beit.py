@@ -26,7 +26,7 @@ from bowerbird_mim.beit import (
     load_parts,
     share_of_masked,
 )
-from bowerbird_mim.codes import at_least_float32
+from bowerbird_mim.precision import at_least_float32
 
 __all__ = [
     "McBEiTConfig",

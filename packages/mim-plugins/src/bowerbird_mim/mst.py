@@ -26,6 +26,7 @@ from bowerbird_mim.crops import MultiCrop
 from bowerbird_mim.dino import DINOConfig, DINOObjective, SelfDistillation
 from bowerbird_mim.distillation import GLOBAL_VIEWS, crop_major
 from bowerbird_mim.patches import unpatchify
+from bowerbird_mim.precision import at_least_float32
 from bowerbird_mim.vit import ViTEncoder, initialize, vit_of
 
 __all__ = [
@@ -88,9 +89,7 @@ def restoration_loss(restored: Tensor, images: Tensor) -> Tensor:
     """Mean absolute difference over all pixels, in float32 at least: a scalar. Both ``(..., C, H, W)``."""
     if restored.shape != images.shape:
         raise InputError(f"restored {tuple(restored.shape)} and images {tuple(images.shape)} differ in shape")
-    if restored.dtype in (torch.float16, torch.bfloat16):
-        restored = restored.float()
-    return F.l1_loss(restored, images)
+    return F.l1_loss(at_least_float32(restored), images)
 
 
 # ------------------------------------------------------------------------------------------------ model
@@ -112,7 +111,7 @@ def tokens_and_class_attention(encoder: ViTEncoder, images: Tensor) -> tuple[Ten
     keys = F.linear(x, weight[dim : 2 * dim], bias[dim : 2 * dim]).view(batch, length, encoder.num_heads, -1)
     # In bfloat16 many patches would have equal scores.
     with torch.autocast(x.device.type, enabled=False):
-        query, keys = (y if y.dtype == torch.float64 else y.float() for y in (query, keys))
+        query, keys = at_least_float32(query), at_least_float32(keys)
         row = (query * attention.scale @ keys.permute(0, 2, 3, 1)).softmax(dim=-1)  # (B, h, 1, 1 + L)
     return encoder.norm(last(tokens)), row[:, :, 0, 1:].detach().mean(dim=1)
 

@@ -27,6 +27,7 @@ from bowerbird.retrieval.configs import Intervals
 from bowerbird.retrieval.evaluators import summarise
 from bowerbird.retrieval.metrics import PerQuery, RankedList, Relevance, average_precision, cmc
 from bowerbird_mim.part_vit import PartViTEncoder, fuse_part_features
+from bowerbird_mim.precision import at_least_float32
 
 # ------------------------------------------------------------------------------------------------ triplet loss
 
@@ -51,7 +52,7 @@ def hardest_distances(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]
             f"all {len(labels)} items have one label: nothing is a negative. Batches need several identities "
             "(train.batch_size above train.items_per_class)"
         )
-    features = features.float() if features.dtype in (torch.float16, torch.bfloat16) else features
+    features = at_least_float32(features)
     with torch.autocast(features.device.type, enabled=False):
         squares = features.square().sum(dim=1)
         distances = (squares[:, None] + squares - 2 * features @ features.T).clamp_min(1e-12).sqrt()

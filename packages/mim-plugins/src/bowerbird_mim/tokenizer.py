@@ -29,7 +29,6 @@ from bowerbird.protocols import BuildContext, Encoder, ItemTransform, LossOutput
 from bowerbird_mim.codes import (
     GumbelQuantizer,
     VectorQuantizer,
-    at_least_float32,
     code_kl,
     count_codes,
     gumbel_noise,
@@ -38,6 +37,7 @@ from bowerbird_mim.codes import (
     perplexity,
     usage_kl,
 )
+from bowerbird_mim.precision import at_least_float32
 from bowerbird_mim.tokenizer_configs import DVAEConfig, VQVAEConfig
 from bowerbird_mim.tokenizer_models import VQVAE, CodeEncoder, DiscreteVAE, DVAELoss
 from bowerbird_mim.views import crop_resized, random_crop_box

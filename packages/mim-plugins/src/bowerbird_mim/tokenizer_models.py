@@ -22,7 +22,6 @@ from bowerbird.errors import InputError
 from bowerbird.protocols import Encoder, Features
 from bowerbird_mim.codes import (
     VectorQuantizer,
-    at_least_float32,
     check_finite,
     check_vocabulary,
     code_kl,
@@ -31,6 +30,7 @@ from bowerbird_mim.codes import (
     gumbel_softmax,
     usage_kl,
 )
+from bowerbird_mim.precision import at_least_float32
 from bowerbird_mim.tokenizer_configs import DVAEConfig, VQVAEConfig
 
 # ------------------------------------------------------------------------------------------------ convolutions

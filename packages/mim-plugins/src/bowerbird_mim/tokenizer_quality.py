@@ -11,7 +11,8 @@ from torch import Tensor
 
 from bowerbird.errors import InputError
 from bowerbird.protocols import EvalContext, Evaluator, Metrics
-from bowerbird_mim.codes import at_least_float32, count_codes, perplexity
+from bowerbird_mim.codes import count_codes, perplexity
+from bowerbird_mim.precision import at_least_float32
 from bowerbird_mim.tokenizer import ImageTokenizer
 
 

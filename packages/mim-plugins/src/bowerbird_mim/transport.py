@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bowerbird.errors import InputError
+from bowerbird_mim.precision import at_least_float32
 
 _TINY_MASS = 1e-8  # added to masses before their logarithm (OTA, official code)
 
@@ -47,8 +48,3 @@ def sinkhorn(cost: Tensor, row_mass: Tensor, col_mass: Tensor, epsilon: float = 
         u = rows - torch.logsumexp(scores + v[..., None, :], dim=-1)
         v = columns - torch.logsumexp(scores + u[..., :, None], dim=-2)
     return (scores + u[..., :, None] + v[..., None, :]).exp()
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """``x``, half precision as float32."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -27,6 +27,7 @@ from bowerbird.errors import InputError
 from bowerbird.protocols import BuildContext, Encoder, ItemTransform, LossOutput, Objective
 from bowerbird_mim.boxes import ScenePair, filter_proposals, sample_overlapping_scenes
 from bowerbird_mim.ema import EMATeacher
+from bowerbird_mim.precision import at_least_float32
 from bowerbird_mim.proposals import (
     GridProposals,
     ItemProposals,
@@ -36,7 +37,7 @@ from bowerbird_mim.proposals import (
     check_proposals,
 )
 from bowerbird_mim.schedules import Schedule, cosine_schedule
-from bowerbird_mim.transport import at_least_float32, sinkhorn
+from bowerbird_mim.transport import sinkhorn
 from bowerbird_mim.views import ColorAugmentation, View, resized
 
 __all__ = [
