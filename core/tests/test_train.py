@@ -183,6 +183,13 @@ def test_a_run_is_not_overwritten_nor_resumed_by_another_recipe(tmp_path: Path) 
         train(make_recipe(), tmp_path / "full")
 
 
+def test_parts_that_do_not_fit_are_named_with_their_table_and_leave_no_folder(tmp_path: Path) -> None:
+    recipe = make_recipe(objective={"use": "tiny:faulty", "fault": "build"})
+    with pytest.raises(RecipeError, match=r"\[objective\] tiny:faulty: num_parts = 5 does not divide 64 patches"):
+        train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     train(make_recipe(), tmp_path / "run")
     path = latest_checkpoint(tmp_path / "run" / "checkpoints")

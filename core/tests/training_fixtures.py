@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bowerbird.batch import Batch
 from bowerbird.data.images import Preprocessing
-from bowerbird.errors import DataError, UnknownNameError
+from bowerbird.errors import DataError, InputError, UnknownNameError
 from bowerbird.hookspecs import hookimpl
 from bowerbird.objectives.configs import SoftmaxConfig
 from bowerbird.objectives.softmax import Softmax
@@ -101,7 +101,7 @@ class FaultConfig(SoftmaxConfig):
 
 
 class Faulty(Softmax):
-    """Softmax whose loss becomes NaN, or that is interrupted or killed, at one step, once."""
+    """Softmax that cannot be built, or whose loss becomes NaN, or that is interrupted or killed, at one step, once."""
 
     armed = True
 
@@ -111,6 +111,8 @@ class Faulty(Softmax):
 
     @classmethod
     def build(cls, config: Any, encoder: Encoder, context: BuildContext) -> Self:
+        if config.fault == "build":
+            raise InputError("num_parts = 5 does not divide 64 patches")
         return cls(encoder, len(context.classes), config)
 
     def before_step(self, step: int) -> None:

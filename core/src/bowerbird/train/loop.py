@@ -28,7 +28,7 @@ from torch.nn.utils import clip_grad_norm_
 from bowerbird import dist
 from bowerbird.batch import Batch
 from bowerbird.encoders.bundle import save_encoder
-from bowerbird.errors import BowerbirdError, RecipeError
+from bowerbird.errors import BowerbirdError, InputError, RecipeError
 from bowerbird.protocols import Dataset, Encoder, LossOutput, Modifier, Objective
 from bowerbird.recipe import Component, Recipe, TrainSettings, build_config
 from bowerbird.records import DatasetRecord
@@ -108,10 +108,14 @@ def train(recipe: Recipe, run_dir: str | Path, *, resume: bool = False, show: bo
     run_dir = Path(run_dir)
     device = dist.pick_device(recipe.train.device)
     with dist.process_group(device):
-        if dist.is_main():
-            start_folder(run_dir, recipe, resume=resume)
+        begun = dist.is_main() and start_folder(run_dir, recipe, resume=resume)
         dist.barrier()
-        run = _prepare(recipe, run_dir, device)
+        try:
+            run = _prepare(recipe, run_dir, device)
+        except BowerbirdError:
+            if begun:  # parts that do not fit leave no folder that the corrected recipe would stumble over
+                shutil.rmtree(run_dir)
+            raise
         if dist.is_main():
             get_registry().hook.bowerbird_run_started(run_dir=str(run_dir), recipe=recipe.to_dict())
         finished = run.progress.finished or _train(run, show=show and dist.is_main())
@@ -366,11 +370,14 @@ def _epoch_groups(run: _Run, reader: BatchReader | None, epoch: int, first_step:
 
 
 def build(component: Component, kind: str, *arguments: Any) -> Any:
-    """The object that a table of a resolved recipe describes."""
+    """The object that a table of a resolved recipe describes. Raises ``RecipeError`` that names the table."""
     registry = get_registry()
     record = registry.get(kind, component.use)
     config = build_config(record, component.settings, where=f"[{kind}]")
-    return registry.load(record).build(config, *arguments)
+    try:
+        return registry.load(record).build(config, *arguments)
+    except InputError as error:
+        raise RecipeError(f"[{kind}] {component.use}: {error}") from error
 
 
 def make_optimizer(objective: Objective, settings: TrainSettings) -> torch.optim.Optimizer:

@@ -103,14 +103,17 @@ def load_run(path: str | Path) -> TrainedRun:
     return TrainedRun(path=path, encoder=loaded.module, objective_state=own, classes=loaded.spec.classes, recipe=recipe)
 
 
-def start_folder(run_dir: Path, recipe: Recipe, *, resume: bool) -> None:
+def start_folder(run_dir: Path, recipe: Recipe, *, resume: bool) -> bool:
     """Create the folder of a run, or check that the one that is there belongs to the same recipe.
+
+    Returns whether it was created.
 
     Raises:
         RecipeError: The folder is in use and ``resume`` is false, or it is a run of another recipe.
     """
     saved = run_dir / "recipe.json"
-    if saved.is_file():
+    begun = not saved.is_file()
+    if not begun:
         if not resume:
             raise RecipeError(
                 f"{str(run_dir)!r} already holds a run. Continue it with --resume auto, "
@@ -128,6 +131,7 @@ def start_folder(run_dir: Path, recipe: Recipe, *, resume: bool) -> None:
     write_json(run_dir / "environment.json", environment(recipe))
     write_atomically(run_dir / "recipe.toml", recipe.to_toml())
     write_json(saved, recipe.to_dict())
+    return begun
 
 
 def environment(recipe: Recipe) -> dict[str, Any]:
