@@ -19,3 +19,10 @@ def bowerbird_modifiers() -> Iterable[ModifierRecord]:
         summary="Noise in the feature statistics of a batch while training, as wide as they differ within the batch.",
         paper="Uncertainty Modeling for Out-of-Distribution Generalization, ICLR 2022, arXiv:2202.03958",
     )
+    yield ModifierRecord(
+        name="domain:mixstyle",
+        target="bowerbird_domain.modifiers:MixStyleModifier",
+        config="bowerbird_domain.configs:MixStyleConfig",
+        summary="Every sample takes a part of the feature statistics of another one while training; DSU's baseline.",
+        paper="Domain Generalization with MixStyle, ICLR 2021, arXiv:2104.02008",
+    )
