@@ -30,7 +30,7 @@ def insert_after(model: nn.Module, layer_names: Sequence[str], factory: Callable
 
     Args:
         model: Any network.
-        layer_names: Names as in ``model.named_modules()``, their endings (``layer1`` finds ``trunk.model.layer1``, too),
+        layer_names: Names as in ``model.named_modules()``, their endings (``layer1`` for ``trunk.model.layer1``),
             patterns, or aliases; see ``find_layers``.
         factory: Called once per layer, without arguments.
 
