@@ -100,16 +100,35 @@ def losses(r: Mapping[str, Any]) -> list[Row]:
 
 def steps(r: Mapping[str, Any]) -> list[Row]:
     limit, memory_limit = r["limit_ratio"], r["limit_memory_ratio"]
-    rows: list[Row] = []
-    for method, v in r["methods"].items():
-        what = f"a pre-training step, against the formula in plain torch: {method}"
-        measured = f"{v['ratio']:.2f}x ({v['ours_ms']:.1f} ms against {v['plain_ms']:.1f} ms of processor time)"
-        rows.append((what, measured, f"at most {limit}x", v["ratio"] <= limit))
-        measured = f"{v['memory_ratio']:.2f}x ({v['ours_mb']:.1f} MiB against {v['plain_mb']:.1f} MiB)"
-        rows.append(
-            (f"its peak memory: {method}", measured, f"at most {memory_limit}x", v["memory_ratio"] <= memory_limit)
-        )
-    return rows
+    return [
+        (f"a pre-training step, against the formula in plain torch: {method}",
+         f"{v['ratio']:.2f}x ({v['ours_ms']:.0f} ms of processor time against {v['plain_ms']:.0f} ms); peak memory "
+         f"{v['memory_ratio']:.2f}x ({v['ours_mb']:.0f} MiB against {v['plain_mb']:.0f} MiB)",
+         f"at most {limit}x; {memory_limit}x", v["ratio"] <= limit and v["memory_ratio"] <= memory_limit)
+        for method, v in r["methods"].items()
+    ]  # fmt: skip
+
+
+def parts(r: Mapping[str, Any]) -> list[Row]:
+    # The limit was stated for decoders of the encoder's width; the paper's is larger than this encoder.
+    limit = r["limit_ratio"]
+    return [
+        (f"a step of EMAE in four parts against four steps of MAE: {size}",
+         f"{v['ratio']:.2f}x ({v['emae_ms']:.0f} ms of processor time against 4 x {v['mae_ms']:.0f} ms)",
+         f"at most {limit}x", v["ratio"] <= limit)
+        for size, v in r["sizes"].items()
+    ]  # fmt: skip
+
+
+def mask_ratios(r: Mapping[str, Any]) -> list[Row]:
+    all_patches = r["mae"][0]["encoder_ms"]
+    return [
+        (f"MAE with {v['mask_ratio']:.0%} of the patches hidden, ViT-Tiny, {r['batch']} pictures of 224 pixels",
+         f"encoder {v['encoder_ms']:.0f} ms ({v['encoder_ms'] / all_patches:.2f}x of all patches), "
+         f"step {v['step_ms']:.0f} ms",
+         "falls", r["falls"])
+        for v in r["mae"] if "step_ms" in v
+    ]  # fmt: skip
 
 
 def waits(r: Mapping[str, Any]) -> list[Row]:
@@ -149,6 +168,8 @@ ROWS: dict[str, Callable[[Mapping[str, Any]], list[Row]]] = {
     "upgrade_workers": workers,
     "compat_losses": losses,
     "mim_steps": steps,
+    "mim_emae": parts,
+    "mim_mask_ratio": mask_ratios,
     "mim_data_wait": waits,
     "transforms": maps,
 }
@@ -174,6 +195,25 @@ def page() -> str:
     return "\n".join([*lines, "", "## How", "", *sources, ""])
 
 
+def draw_mask_ratios(out: Path) -> None:
+    """Time of MAE's encoder and step over the share of hidden patches."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams.update({"svg.hashsalt": "bowerbird", "font.size": 8})
+    from matplotlib import pyplot
+
+    rows = json.loads((RESULTS / "mim_mask_ratio.json").read_text())["result"]["mae"]
+    figure, axes = pyplot.subplots(figsize=(4.5, 2.8), layout="constrained")
+    for key, label in (("step_ms", "whole step (decoder 192 x 4)"), ("encoder_ms", "encoder")):
+        points = [(row["mask_ratio"], row[key]) for row in rows if key in row]
+        axes.plot(*zip(*points, strict=True), marker="o", label=label)
+    axes.set(xlabel="share of hidden patches", ylabel="ms of processor time", ylim=(0, None))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(out, metadata={"Date": None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
@@ -182,6 +222,7 @@ def main() -> None:
             sys.exit(f"{PAGE} is out of date. Run: python benchmarks/table.py")
     else:
         PAGE.write_text(page())
+        draw_mask_ratios(PAGE.parent / "images" / "mask-ratio.svg")
 
 
 if __name__ == "__main__":
