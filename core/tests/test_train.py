@@ -22,7 +22,7 @@ from bowerbird.recipe import Recipe, load_recipe, resolve_recipe
 from bowerbird.registry import get_registry
 from bowerbird.testing.gloo import run_two_ranks
 from bowerbird.train.checkpoint import latest_checkpoint, load_checkpoint
-from bowerbird.train.data import augmented, epoch_batches
+from bowerbird.train.data import alternating_batches, augmented, epoch_batches
 from bowerbird.train.loop import TrainingError, train
 from bowerbird.train.run import load_run
 from bowerbird.train.schedules import lr_factor, weight_decay_at
@@ -271,6 +271,10 @@ def test_weight_decay_follows_its_cosine_and_leaves_vectors_alone(tmp_path: Path
         ({"betas": [0.9, 1.0]}, "expected two numbers from 0 to below 1"),
         ({"min_lr": 1.0}, "min_lr = 1.0 is above lr"),
         ({"min_lr": 1e-5, "schedule": "constant"}, "min_lr is a setting of schedule = 'cosine'"),
+        ({"poly_power": 2.0}, "poly_power is a setting of schedule = 'poly'"),
+        ({"alternate": True, "items_per_class": 2}, "leave one of them out"),
+        ({"alternate": True, "cache_trunk": True}, "leave one of them out"),
+        ({"alternate": True}, "train.alternate needs items with a domain"),
     ],
 )
 def test_settings_without_an_effect_are_refused(values: dict[str, Any], words: str) -> None:
@@ -300,6 +304,56 @@ def test_two_processes_give_what_one_gives_on_the_joined_batch(tmp_path: Path) -
         for name in ("one", "two")
     ]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+
+
+ALTERNATING: dict[str, dict[str, Any]] = {
+    "dataset": {"use": "tiny:places", "split": "train"},
+    "objective": {"use": "tiny:by-place"},
+    "train": {"optimizer": "sgd", "lr": 0.1, "epochs": 2, "batch_size": 6, "alternate": True, "log_every": 1},
+}
+
+
+def train_alternating(rank: int, folder: str) -> int:
+    get_registry().register_module("tiny", tiny.make_plugin())
+    return train(make_recipe(**ALTERNATING), folder).steps
+
+
+def test_an_alternating_step_adds_up_one_pure_batch_of_every_domain_on_one_and_on_two_processes(tmp_path: Path) -> None:
+    tiny.ByPlace.seen.clear()
+    one = train(make_recipe(**ALTERNATING), tmp_path / "one")
+    assert one.steps == 2 * 5  # an epoch is one pass over the 30 items of the larger domain
+    assert [domain for _, (domain,) in tiny.ByPlace.seen] == [0, 1] * 10
+    for items, (domain,) in tiny.ByPlace.seen:
+        assert len(set(items)) == 6
+        assert {int(i % 4 == 3) for i in items} == {domain}
+    lines = [json.loads(line) for line in (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:  # the mean over the passes of a step, and each domain's own loss undiluted
+        assert line["loss"] == pytest.approx((line["loss of land"] + line["loss of sea"]) / 2, rel=1e-6)
+    assert run_two_ranks(train_alternating, str(tmp_path / "two"), timeout=240) == [10, 10]
+    ours, theirs = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for key in ours:  # the classifier of land is not used in the pass that exchanges gradients
+        torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=1e-6)
+
+
+def test_an_alternating_run_that_was_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
+    undisturbed = train(make_recipe(**ALTERNATING), tmp_path / "whole").run_dir
+    settings = {**ALTERNATING["train"], "checkpoint_every": 3}
+    faulty = make_recipe(**{**ALTERNATING, "train": settings})
+    step = tiny.ByPlace.forward
+
+    def dies_later(self: Any, batch: Any) -> Any:
+        if len(tiny.ByPlace.seen) == 9:  # in the fifth step
+            raise MemoryError("as if the machine had died")
+        return step(self, batch)
+
+    tiny.ByPlace.seen.clear()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(tiny.ByPlace, "forward", dies_later)
+        train(faulty, tmp_path / "cut")
+    tiny.ByPlace.seen.clear()
+    train(faulty, tmp_path / "cut", resume=True)
+    assert len(tiny.ByPlace.seen) == 2 * (10 - 3)
+    assert_equal_bits(weights(undisturbed), weights(tmp_path / "cut"))
 
 
 # ------------------------------------------------------------------------------------------- what a run leaves behind
@@ -389,6 +443,24 @@ def test_the_parts_of_the_processes_make_up_the_joined_batches() -> None:
         epoch_batches(50, batch_size=12, epoch=0, seed=0, world_size=5)
 
 
+def test_alternating_batches_are_pure_and_repeat_the_smaller_domain_with_new_random_numbers() -> None:
+    domains = [0] * 23 + [1] * 9 + [2] * 3
+    batches = alternating_batches(domains, batch_size=4, epoch=1, seed=2)
+    assert len(batches) == 3 * 5  # 23 // 4 rounds
+    assert [{domains[i % 35] for i in batch} for batch in batches] == [{0}, {1}, {2}] * 5
+    assert [len(batch) for batch in batches] == [4, 4, 3] * 5
+    assert all(len({i % 35 for i in batch}) == len(batch) for batch in batches)
+    indices = np.concatenate(batches)
+    assert len(set(indices)) == len(indices)  # an item that comes again has another index, and so other noise
+    assert sorted(i // 35 for i in np.concatenate(batches[2::3])) == [count for count in range(5) for _ in range(3)]
+    joined = alternating_batches([0, 1] * 12, batch_size=6, epoch=0, seed=0)
+    parts = [alternating_batches([0, 1] * 12, batch_size=6, epoch=0, seed=0, rank=r, world_size=2) for r in range(2)]
+    for position, batch in enumerate(joined):
+        np.testing.assert_array_equal(batch, np.concatenate([part[position] for part in parts]))
+    with pytest.raises(RecipeError, match="3 items of one domain cannot be divided among 2"):
+        alternating_batches(domains, batch_size=4, epoch=0, seed=0, world_size=2)
+
+
 def test_batches_by_class_hold_groups_of_one_class() -> None:
     labels = np.random.default_rng(0).integers(0, 6, 120)
     batches = epoch_batches(120, batch_size=24, epoch=0, seed=0, labels=list(labels), items_per_class=4)
@@ -420,5 +492,7 @@ def test_learning_rates_warm_up_and_then_follow_the_schedule() -> None:
     np.testing.assert_allclose(factors(schedule="step", step_epochs=1.5, step_factor=0.5),
                                [1.0] * 15 + [0.5] * 15 + [0.25] * 10)  # fmt: skip
     assert set(factors(schedule="constant")) == {1.0}
+    np.testing.assert_allclose(factors(schedule="poly"), (1 - np.arange(40) / 40) ** 0.9)
+    np.testing.assert_allclose(factors(schedule="poly", poly_power=2.0, warmup=1.0)[10:], (1 - np.arange(30) / 30) ** 2)
     low = factors(min_lr=0.001)  # of lr = 0.01
     np.testing.assert_allclose(low, 0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * np.arange(40) / 40)))

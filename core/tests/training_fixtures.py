@@ -95,6 +95,39 @@ class Squares(Dataset):
         return [i % 3 for i in range(len(self))]
 
 
+class Places(Squares):
+    """Squares of two domains: every fourth item is from the sea, the others from the land."""
+
+    domains = ("land", "sea")
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**super().__getitem__(index), "domain": int(index % 4 == 3)}
+
+    def domain_indices(self) -> Sequence[int]:
+        return [int(i % 4 == 3) for i in range(len(self))]
+
+
+class ByPlace(Softmax):
+    """A classifier of its own for every domain; notes the indices and domains that it sees."""
+
+    seen: list[tuple[list[int], list[int]]] = []
+
+    def __init__(self, encoder: Encoder, num_classes: int, config: SoftmaxConfig) -> None:
+        super().__init__(encoder, num_classes, config)
+        self.classifier = nn.ModuleList(nn.Linear(encoder.embed_dim, num_classes) for _ in Places.domains)
+
+    @classmethod
+    def build(cls, config: Any, encoder: Encoder, context: BuildContext) -> Self:
+        return cls(encoder, len(context.classes), config)
+
+    def forward(self, batch: Batch) -> LossOutput:
+        (domain,) = batch["domain"].unique().tolist()
+        ByPlace.seen.append((batch["index"].tolist(), [domain]))
+        logits = self.classifier[domain](self.encoder(batch).pooled)
+        loss = nn.functional.cross_entropy(logits, batch["label"])
+        return LossOutput(total=loss, stats={f"loss of {Places.domains[domain]}": loss.detach()})
+
+
 class FaultConfig(SoftmaxConfig):
     at_step: int = Field(default=0, ge=0)
     fault: str = "nan"
@@ -206,8 +239,17 @@ def make_plugin() -> types.ModuleType:
             DatasetRecord, "squares", "Squares", provides=("image", "label"), splits=("train", "test", "damaged")
         )
 
+        yield _record(DatasetRecord, "places", "Places", provides=("image", "label", "domain"))
+
     @hookimpl
     def bowerbird_objectives() -> Any:
+        yield _record(
+            ObjectiveRecord,
+            "by-place",
+            "ByPlace",
+            config="bowerbird.objectives.configs:SoftmaxConfig",
+            needs=("image", "label", "domain"),
+        )
         yield _record(ObjectiveRecord, "faulty", "Faulty", config=f"{__name__}:FaultConfig", needs=("label",))
         yield _record(
             ObjectiveRecord,

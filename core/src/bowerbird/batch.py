@@ -16,6 +16,7 @@ BATCH_KEYS: dict[str, str] = {
     "index": "int64 (B,), position of the item in its split",
     "domain": "int64 (B,), index of the domain (style, camera, dataset)",
     "boxes": "list of B float32 (R_i, 4), x1 y1 x2 y2 in pixels",
+    "label_map": "int64 (B, H, W), class index of every pixel, 255 where it does not count",
     "masks": "list of B bool (R_i, H, W)",
     "box_labels": "list of B lists of R_i class indices, one per box",
     "regions": "float32 (B, T, R, D), region features",

@@ -64,7 +64,13 @@ class TrainSettings(_Table):
     items_per_class: int | None = Field(
         default=None, ge=2, description="Make batches of groups of so many items of one class (for pair losses)."
     )
-    accumulate: int = Field(default=1, ge=1, description="Forward passes per optimiser step.")
+    accumulate: int = Field(
+        default=1, ge=1, description="Forward passes per optimiser step; with alternate, for every domain."
+    )
+    alternate: bool = Field(
+        default=False,
+        description="Batches of one domain each; an optimiser step takes one of every domain, and shorter ones repeat.",
+    )
     optimizer: Literal["sgd", "adam", "adamw"] = "adamw"
     lr: float = Field(default=1e-3, gt=0, description="Peak learning rate.")
     min_lr: float = Field(default=0.0, ge=0, description="Where schedule = 'cosine' ends.")
@@ -76,11 +82,16 @@ class TrainSettings(_Table):
     weight_decay_end: float | None = Field(
         default=None, ge=0, description="Let the weight decay follow half a cosine from weight_decay to this value."
     )
-    schedule: Literal["cosine", "constant", "step"] = Field(default="cosine", description="Of the learning rate.")
+    schedule: Literal["cosine", "constant", "step", "poly"] = Field(
+        default="cosine", description="Of the learning rate."
+    )
     warmup: float = Field(default=0.0, ge=0, description="Epochs of linear growth from 0 to lr.")
     step_epochs: float | None = Field(default=None, gt=0, description="With schedule = 'step': epochs between drops.")
     step_factor: float | None = Field(
         default=None, gt=0, lt=1, description="With 'step': factor of a drop, by default 0.1."
+    )
+    poly_power: float | None = Field(
+        default=None, gt=0, description="With schedule = 'poly': power of the share of steps left, by default 0.9."
     )
     clip_norm: float | None = Field(default=None, gt=0, description="Largest norm of the gradient.")
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -111,6 +122,12 @@ class TrainSettings(_Table):
             raise ValueError(f"step_epochs and step_factor are settings of schedule = 'step', not of {self.schedule!r}")
         if self.schedule == "step" and self.step_epochs is None:
             raise ValueError("schedule = 'step' needs step_epochs, the epochs between two drops")
+        if self.poly_power is not None and self.schedule != "poly":
+            raise ValueError(f"poly_power is a setting of schedule = 'poly', not of {self.schedule!r}")
+        if self.alternate and self.items_per_class is not None:
+            raise ValueError("items_per_class makes batches by class and alternate by domain; leave one of them out")
+        if self.alternate and self.cache_trunk:
+            raise ValueError("cache_trunk keeps no domains, which alternate needs; leave one of them out")
         if self.warmup >= self.epochs:
             raise ValueError(f"warmup = {self.warmup} epochs leaves nothing of epochs = {self.epochs}")
         return self
@@ -291,6 +308,11 @@ def check_fit(recipe: Recipe, source: Source | None = None) -> None:
     if recipe.train.items_per_class is not None and "label" not in dataset.provides:
         raise RecipeError(
             f"{source.of('train.items_per_class')}: train.items_per_class needs labels; dataset {dataset.name!r} "
+            f"provides {_set(dataset.provides)}"
+        )
+    if recipe.train.alternate and "domain" not in dataset.provides:
+        raise RecipeError(
+            f"{source.of('train.alternate')}: train.alternate needs items with a domain; dataset {dataset.name!r} "
             f"provides {_set(dataset.provides)}"
         )
     if recipe.train.cache_trunk and recipe.dataset.augment != "none":

@@ -40,6 +40,10 @@ class Dataset(ABC):
         """Class index of every item, without decoding images. Overridden where that is cheap."""
         return [self[i]["label"] for i in range(len(self))]
 
+    def domain_indices(self) -> Sequence[int]:
+        """Index of the domain of every item, without decoding images. Overridden where that is cheap."""
+        return [self[i]["domain"] for i in range(len(self))]
+
     def metadata(self) -> Sequence[Mapping[str, Any]] | None:
         """What a gallery keeps beside each item, JSON values, without decoding images; ``None`` for nothing.
 

@@ -42,6 +42,10 @@ class Subset(Dataset):
         labels = self.dataset.labels()
         return [int(labels[i]) for i in self.indices]
 
+    def domain_indices(self) -> Sequence[int]:
+        domains = self.dataset.domain_indices()
+        return [int(domains[i]) for i in self.indices]
+
     def metadata(self) -> Sequence[Mapping[str, Any]] | None:
         known = self.dataset.metadata()
         return None if known is None else [known[i] for i in self.indices]
@@ -72,6 +76,9 @@ class Mirrored(Dataset):
 
     def labels(self) -> Sequence[int]:
         return self.dataset.labels()
+
+    def domain_indices(self) -> Sequence[int]:
+        return self.dataset.domain_indices()
 
     def metadata(self) -> Sequence[Mapping[str, Any]] | None:
         return self.dataset.metadata()

@@ -71,15 +71,20 @@ def tokens_of(model: Any, maps: Tensor) -> tuple[Tensor | None, tuple[int, int] 
     return tokens, (side, side) if side * side == tokens.shape[1] else None
 
 
-def create_timm_model(name: str, *, image_size: int | None = None, pretrained: bool | str = False) -> nn.Module:
-    """A timm model without classifier. ``pretrained`` needs a network or a filled hub cache."""
+def create_timm_model(
+    name: str, *, image_size: int | None = None, pretrained: bool | str = False, **more: Any
+) -> nn.Module:
+    """A timm model without classifier. ``pretrained`` needs a network or a filled hub cache.
+
+    ``more`` are other arguments of ``timm.create_model`` that not every model takes, such as ``output_stride``.
+    """
     if not timm.is_model(name):
         known = timm.list_models()
         raise UnknownNameError(
             f"timm {timm.__version__} has no model {name!r}.{did_you_mean(name, known)} "
             f"It has {len(known)} models: python -c 'import timm; print(timm.list_models(\"resnet*\"))' lists them."
         )
-    options: dict[str, Any] = {"num_classes": 0}
+    options: dict[str, Any] = {"num_classes": 0, **more}
     if isinstance(pretrained, str):
         options |= {"pretrained": True, "pretrained_cfg_overlay": {"hf_hub_id": pretrained, "source": "hf-hub"}}
     elif pretrained:
@@ -88,7 +93,7 @@ def create_timm_model(name: str, *, image_size: int | None = None, pretrained: b
         options |= {"img_size": image_size}
     try:
         return timm.create_model(name, **options)
-    except (OSError, RuntimeError, AssertionError, ValueError) as error:
+    except (OSError, RuntimeError, AssertionError, ValueError, TypeError) as error:
         raise InputError(f"timm could not build {name!r} with {options}: {error}") from error
 
 

@@ -111,6 +111,17 @@ class DatasetContract(Contract):
                 if "item_id" in wanted:
                     assert item["item_id"] == dataset.item_ids[i], f"{split!r}[{i}] has the id of another item"
 
+    def test_domains_agree_with_the_items(self) -> None:
+        """Fix: ``domain_indices()`` and ``self[i]['domain']`` must come from one place."""
+        if "domain" not in self.dataset_record.provides:
+            return
+        for split in self.splits_to_read():
+            dataset = self.build(split)
+            domains = dataset.domain_indices()
+            assert len(domains) == len(dataset), f"split {split!r}: {len(domains)} domains for {len(dataset)} items"
+            for i in self.positions(dataset):
+                assert int(domains[i]) == dataset[i]["domain"], f"{split!r}[{i}]: domain {domains[i]}"
+
     def test_an_item_is_the_same_whenever_it_is_read(self) -> None:
         """Fix: no augmentation in the data set; that is the recipe's job."""
         for split in self.splits_to_read():

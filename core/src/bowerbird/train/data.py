@@ -6,6 +6,7 @@ processes, nor on where a run was interrupted. B batch, F width of the frozen tr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from bowerbird.errors import DataError, InputError, RecipeError
 from bowerbird.files import new_rows
 from bowerbird.protocols import Dataset, Encoder, ItemTransform
 
-Position = tuple[int, int]  # epoch and index of an item
+Position = tuple[int, int]  # epoch and index of an item; indices past the last item go through the items again
 
 
 def epoch_batches(
@@ -73,6 +74,48 @@ def epoch_batches(
     ]
 
 
+def alternating_batches(
+    domains: Sequence[int],
+    *,
+    batch_size: int,
+    epoch: int,
+    seed: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> list[NDArray[np.int64]]:
+    """Batches of one domain each, the domains taking turns; process ``rank`` gets its equal part of each joined batch.
+
+    An epoch is one pass over the domain with the most batches; the others are gone through again, in a new order, as
+    often as it takes. A domain of fewer items than ``batch_size`` makes batches of all of them. An index of the n-th
+    pass over a domain is raised by n times the number of all items, so that random numbers drawn for it are new.
+
+    Raises:
+        RecipeError: A batch cannot be divided among the processes.
+    """
+    known = np.asarray(domains)
+    members = [np.flatnonzero(known == domain) for domain in np.unique(known)]
+    sizes = [min(batch_size, len(positions)) for positions in members]
+    rounds = max(len(positions) // size for positions, size in zip(members, sizes, strict=True))
+    turns = []
+    for turn, (positions, size) in enumerate(zip(members, sizes, strict=True)):
+        if size % world_size:
+            raise RecipeError(
+                f"a batch of {size} items of one domain cannot be divided among {world_size} processes: change "
+                "batch_size"
+            )
+        generator = np.random.default_rng([seed, epoch, turn])
+        passes = range(math.ceil(rounds / (len(positions) // size)))
+        batches = [
+            order[start : start + size] + count * len(known)
+            for count in passes
+            for order in [generator.permutation(positions)]
+            for start in range(0, len(order) - size + 1, size)
+        ]
+        part = size // world_size
+        turns.append([batch[rank * part : (rank + 1) * part].astype(np.int64) for batch in batches[:rounds]])
+    return [batch for batches in zip(*turns, strict=True) for batch in batches]
+
+
 class TrainItems(data.Dataset[dict[str, Any] | None]):
     """Items of a data set as the batch needs them, augmented by epoch and position.
 
@@ -96,6 +139,7 @@ class TrainItems(data.Dataset[dict[str, Any] | None]):
     def __getitem__(self, position: Position) -> dict[str, Any] | None:
         epoch, index = position
         generator = np.random.default_rng([self.seed, epoch, index])
+        index %= len(self.dataset)
         try:
             item = {**self.dataset[index], "index": index}
             if self.transform is not None:

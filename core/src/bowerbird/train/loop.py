@@ -1,8 +1,9 @@
 """The training loop. Nothing in it is named after a method.
 
-One optimiser step = ``accumulate`` forward passes of joined batches. Under ``torchrun`` each process takes its equal
-part of every joined batch and DDP averages the gradients. An interrupted run continues bit for bit: the order and
-augmentation of items are functions of seed, epoch and position, and everything that moves is in the checkpoint.
+One optimiser step = ``accumulate`` forward passes of joined batches (with ``alternate``: so many of every domain). Under
+``torchrun`` each process takes its equal part of every joined batch and DDP averages the gradients. An interrupted run
+continues bit for bit: the order and augmentation of items are functions of seed, epoch and position, and everything
+that moves is in the checkpoint.
 """
 
 from __future__ import annotations
@@ -40,7 +41,16 @@ from bowerbird.train.checkpoint import (
     restore_random_state,
     save_checkpoint,
 )
-from bowerbird.train.data import SKIPPED, BatchReader, CachedTrunk, TrainItems, cache_trunk, epoch_batches, to_device
+from bowerbird.train.data import (
+    SKIPPED,
+    BatchReader,
+    CachedTrunk,
+    TrainItems,
+    alternating_batches,
+    cache_trunk,
+    epoch_batches,
+    to_device,
+)
 from bowerbird.train.log import RunLog, Timing
 from bowerbird.train.run import TrainContext, start_folder
 from bowerbird.train.schedules import lr_factor, weight_decay_at
@@ -82,12 +92,18 @@ class _Run:
     steps_per_epoch: int
     progress: Progress
     labels: list[int] | None
+    domains: list[int] | None  # where batches of the domains alternate
     cached: CachedTrunk | None = None
     skipped: int = 0  # items that this process could not read since it started, once per epoch
 
     @property
     def settings(self) -> TrainSettings:
         return self.recipe.train
+
+    @property
+    def passes(self) -> int:
+        """Forward passes of an optimiser step; the last step of an epoch may have fewer."""
+        return _passes(self.settings, self.domains)
 
 
 def train(recipe: Recipe, run_dir: str | Path, *, resume: bool = False, show: bool = False) -> RunResult:
@@ -141,8 +157,9 @@ def _prepare(recipe: Recipe, run_dir: Path, device: torch.device) -> _Run:
         raise RecipeError(f"dataset {recipe.dataset.use!r}, split {recipe.dataset.split!r}: it has no items")
     has_labels = "label" in record.provides
     labels = list(dataset.labels()) if has_labels and settings.items_per_class is not None else None
-    batches = len(_epoch_batches(settings, len(dataset), 0, labels))
-    steps_per_epoch = math.ceil(batches / settings.accumulate)
+    domains = list(dataset.domain_indices()) if settings.alternate else None
+    batches = len(_epoch_batches(settings, len(dataset), 0, labels, domains))
+    steps_per_epoch = math.ceil(batches / _passes(settings, domains))
 
     torch.manual_seed(settings.seed)
     np.random.seed(settings.seed % 2**32)  # noqa: NPY002  plugins may use the global generator
@@ -165,7 +182,12 @@ def _prepare(recipe: Recipe, run_dir: Path, device: torch.device) -> _Run:
         raise RecipeError("nothing to train: every parameter is frozen; add encoder.embed_dim or free the trunk")
     wrapped: nn.Module = objective
     if dist.is_distributed():
-        wrapped = DistributedDataParallel(objective, device_ids=[device.index] if device.type == "cuda" else None)
+        wrapped = DistributedDataParallel(
+            objective,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            # Every pass of a step may use other parameters, those of its domain.
+            find_unused_parameters=domains is not None and len(set(domains)) > 1,
+        )
     run = _Run(
         recipe=recipe,
         run_dir=run_dir,
@@ -179,6 +201,7 @@ def _prepare(recipe: Recipe, run_dir: Path, device: torch.device) -> _Run:
         steps_per_epoch=steps_per_epoch,
         progress=Progress(),
         labels=labels,
+        domains=domains,
         cached=cached,
     )
     torch.manual_seed(settings.seed + dist.rank())  # from here on processes draw different noise
@@ -285,7 +308,7 @@ def _step(run: _Run, step: int, group: list[Batch]) -> dict[str, Tensor | float]
     for modifier in run.modifiers:
         modifier.before_step(step)
     run.optimizer.zero_grad(set_to_none=True)
-    values: dict[str, Any] = {}
+    seen: dict[str, list[Any]] = {}
     for position, batch in enumerate(group):
         last = position == len(group) - 1
         run.skipped += batch.pop(SKIPPED, 0)
@@ -295,10 +318,10 @@ def _step(run: _Run, step: int, group: list[Batch]) -> dict[str, Tensor | float]
             with torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=settings.precision == "bf16"):
                 output: LossOutput = run.wrapped(to_device(batch, run.device))
             (output.total / len(group)).backward()
-        seen = {"loss": output.total, **output.parts, **output.stats}
-        for key, value in seen.items():
-            value = value.detach() if isinstance(value, Tensor) else value
-            values[key] = values.get(key, 0.0) + value / len(group)
+        for key, value in {"loss": output.total, **output.parts, **output.stats}.items():
+            seen.setdefault(key, []).append(value.detach() if isinstance(value, Tensor) else value)
+    # A value that only some passes have (the loss of one domain) is the mean of those.
+    values: dict[str, Any] = {key: sum(found) / len(found) for key, found in seen.items()}
     run.objective.before_update(step)
     if settings.clip_norm is not None:
         values["grad_norm"] = clip_grad_norm_(
@@ -324,7 +347,22 @@ def _check_loss(run: _Run, loss: Tensor | float) -> None:
     )
 
 
-def _epoch_batches(settings: TrainSettings, count: int, epoch: int, labels: list[int] | None) -> list[Any]:
+def _passes(settings: TrainSettings, domains: list[int] | None) -> int:
+    return settings.accumulate * (1 if domains is None else len(set(domains)))
+
+
+def _epoch_batches(
+    settings: TrainSettings, count: int, epoch: int, labels: list[int] | None, domains: list[int] | None
+) -> list[Any]:
+    if domains is not None:
+        return alternating_batches(
+            domains,
+            batch_size=settings.batch_size,
+            epoch=epoch,
+            seed=settings.seed,
+            rank=dist.rank(),
+            world_size=dist.world_size(),
+        )
     return epoch_batches(
         count,
         batch_size=settings.batch_size,
@@ -353,7 +391,7 @@ def _reader(run: _Run) -> BatchReader:
 def _epoch_groups(run: _Run, reader: BatchReader | None, epoch: int, first_step: int) -> Iterator[list[Batch]]:
     """The batches of every optimiser step of an epoch, without the first ``first_step`` steps."""
     settings = run.settings
-    order = _epoch_batches(settings, len(run.dataset), epoch, run.labels)[first_step * settings.accumulate :]
+    order = _epoch_batches(settings, len(run.dataset), epoch, run.labels, run.domains)[first_step * run.passes :]
     if reader is None:
         assert run.cached is not None
         batches = run.cached.batches(order)
@@ -362,7 +400,7 @@ def _epoch_groups(run: _Run, reader: BatchReader | None, epoch: int, first_step:
     group: list[Batch] = []
     for batch in batches:
         group.append(batch)
-        if len(group) == settings.accumulate:
+        if len(group) == run.passes:
             yield group
             group = []
     if group:

@@ -12,7 +12,8 @@ def lr_factor(step: int, *, steps_per_epoch: int, settings: TrainSettings) -> fl
 
     Warm-up grows linearly and reaches 1 with its last step. After it, ``cosine`` falls from 1 towards ``min_lr / lr``
     (reached after the last step), ``step`` is multiplied with ``step_factor`` every ``step_epochs`` epochs counted from
-    the start of the run, and ``constant`` stays at 1.
+    the start of the run, ``poly`` is the share of steps left (1 at its first step) to the power ``poly_power``, and
+    ``constant`` stays at 1.
     """
     warmup = round(settings.warmup * steps_per_epoch)
     if step < warmup:
@@ -21,6 +22,9 @@ def lr_factor(step: int, *, steps_per_epoch: int, settings: TrainSettings) -> fl
         total = settings.epochs * steps_per_epoch
         low = settings.min_lr / settings.lr
         return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+    if settings.schedule == "poly":
+        done = (step - warmup) / max(1, settings.epochs * steps_per_epoch - warmup)
+        return (1 - done) ** (0.9 if settings.poly_power is None else settings.poly_power)
     if settings.schedule == "step":
         assert settings.step_epochs is not None
         factor = 0.1 if settings.step_factor is None else settings.step_factor
