@@ -1,6 +1,6 @@
 """The training loop. Nothing in it is named after a method.
 
-One optimiser step = ``accumulate`` forward passes of joined batches (with ``alternate``: so many of every domain). Under
+One optimiser step = ``accumulate`` forward passes of joined batches (with ``alternate``, of every domain). Under
 ``torchrun`` each process takes its equal part of every joined batch and DDP averages the gradients. An interrupted run
 continues bit for bit: the order and augmentation of items are functions of seed, epoch and position, and everything
 that moves is in the checkpoint.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from bowerbird.hookspecs import hookimpl
-from bowerbird.records import ModifierRecord
+from bowerbird.records import DatasetRecord, EncoderRecord, EvaluatorRecord, ModifierRecord, ObjectiveRecord
 
 BOWERBIRD_API = "1.0"
 
@@ -25,4 +25,74 @@ def bowerbird_modifiers() -> Iterable[ModifierRecord]:
         config="bowerbird_domain.configs:MixStyleConfig",
         summary="Every sample takes a part of the feature statistics of another one while training; DSU's baseline.",
         paper="Domain Generalization with MixStyle, ICLR 2021, arXiv:2104.02008",
+    )
+
+
+@hookimpl
+def bowerbird_encoders() -> Iterable[EncoderRecord]:
+    yield EncoderRecord(
+        name="domain:fcn",
+        target="bowerbird_domain.segmentation:FCN",
+        config="bowerbird_domain.segmentation_configs:FCNConfig",
+        summary="Segmentation network of plain 3 x 3 convolutions, for small pictures; classes per data set.",
+        outputs=("pooled", "tokens"),
+    )
+    yield EncoderRecord(
+        name="domain:pspnet",
+        target="bowerbird_domain.segmentation:PSPNet",
+        config="bowerbird_domain.segmentation_configs:PSPNetConfig",
+        summary="Segmentation network on a timm backbone with a pyramid of pooled maps; classes per data set.",
+        paper="Pyramid Scene Parsing Network, CVPR 2017, arXiv:1612.01105",
+        outputs=("pooled", "tokens"),
+    )
+
+
+@hookimpl
+def bowerbird_objectives() -> Iterable[ObjectiveRecord]:
+    yield ObjectiveRecord(
+        name="domain:cdcl",
+        target="bowerbird_domain.segmentation:SegmentationObjective",
+        config="bowerbird_domain.segmentation_configs:CDCLConfig",
+        summary="Segmentation of several data sets at once: shared convolutions, batch normalisation of its own for each.",
+        paper="Cross-Dataset Collaborative Learning for Semantic Segmentation, AAAI 2022, arXiv:2103.11351",
+        needs=("image", "label_map", "domain"),
+        encoder_needs=("tokens",),
+    )
+    yield ObjectiveRecord(
+        name="domain:segmentation",
+        target="bowerbird_domain.segmentation:SegmentationObjective",
+        config="bowerbird_domain.segmentation_configs:SegmentationConfig",
+        summary="Segmentation of one data set, or of several with everything but the classes shared; CDCL's baselines.",
+        needs=("image", "label_map", "domain"),
+        encoder_needs=("tokens",),
+    )
+
+
+@hookimpl
+def bowerbird_datasets() -> Iterable[DatasetRecord]:
+    yield DatasetRecord(
+        name="domain:canvases",
+        target="bowerbird_domain.canvases:Canvases",
+        config="bowerbird_domain.canvases:CanvasesConfig",
+        summary="Small segmentation sets of different looks and classes, composed of the items of other data sets.",
+        presets={"three-sources": "bowerbird_domain.canvases:three_sources"},
+        provides=("image", "label_map", "item_id", "domain"),
+    )
+    yield DatasetRecord(
+        name="domain:segmentation-folders",
+        target="bowerbird_domain.segmentation_sets:SegmentationFolders",
+        config="bowerbird_domain.segmentation_sets:FoldersConfig",
+        summary="Your own segmentation sets: folders of pictures and label maps.",
+        provides=("image", "label_map", "item_id", "domain"),
+    )
+
+
+@hookimpl
+def bowerbird_evaluators() -> Iterable[EvaluatorRecord]:
+    yield EvaluatorRecord(
+        name="domain:miou",
+        target="bowerbird_domain.miou:MIoU",
+        config="bowerbird_domain.segmentation_configs:MIoUConfig",
+        summary="Mean intersection over union of every segmentation set.",
+        needs=("image", "label_map", "domain"),
     )

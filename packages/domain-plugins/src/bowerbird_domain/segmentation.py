@@ -171,7 +171,7 @@ class FCN(SegmentationEncoder):
 
 
 class PSPNet(SegmentationEncoder):
-    """``domain:pspnet``: a timm network, dilated in its last stages, and a pyramid of pooled maps (arXiv:1612.01105)."""
+    """``domain:pspnet``: a timm network with dilated last stages and a pyramid of pooled maps (arXiv:1612.01105)."""
 
     @classmethod
     def build(cls, config: PSPNetConfig) -> Self:
