@@ -282,7 +282,7 @@ def test_ctrl_c_in_an_upgrade_gives_the_task_back_and_the_same_command_goes_on(
         (tmp_path / "images").mkdir()
         make_gallery(tmp_path / "g", 100, images=tmp_path / "images").close()
         encoders = {"fake:new": Interrupted("new", 24, 1.0), "fake:old": FakeEncoder("old", 16, 2.0)}
-        monkeypatch.setattr("bowerbird.cli.upgrade._load", lambda ref, device: encoders[ref])
+        monkeypatch.setattr("bowerbird.cli.upgrade_parts.load", lambda ref, device: encoders[ref])
         begin = ("--to", "fake:new", "--strategy", "two-queries", "--task-items", 20)
         assert run("upgrade", "run", tmp_path / "g", *begin, code=130).stderr == "stopped\n"
         tasks = json.loads(run("upgrade", "status", tmp_path / "g", "--json").stdout)["tasks"]

@@ -27,7 +27,7 @@ ENCODERS = {
 @pytest.fixture(autouse=True)
 def world(monkeypatch):
     get_registry().register_module("world", sys.modules["upgrade_world"])
-    monkeypatch.setattr("bowerbird.cli.upgrade._load", lambda ref, device: ENCODERS[ref]())
+    monkeypatch.setattr("bowerbird.cli.upgrade_parts.load", lambda ref, device: ENCODERS[ref]())
     yield
     get_registry().unregister("world")
 

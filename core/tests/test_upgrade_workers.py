@@ -208,7 +208,7 @@ def test_executors_are_records_and_wrong_ones_are_named():
 class TestCommandLine:
     @pytest.fixture(autouse=True)
     def encoders(self, monkeypatch):
-        monkeypatch.setattr("bowerbird.cli.upgrade._load", lambda ref, device: ENCODERS[ref]())
+        monkeypatch.setattr("bowerbird.cli.upgrade_parts.load", lambda ref, device: ENCODERS[ref]())
         monkeypatch.setattr("bowerbird.cli.upgrade.WORKER_LOADER", "workers_world:load")
 
     def make(self, folder, count):

@@ -10,6 +10,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bowerbird.cli import examples
+from bowerbird.cli.upgrade_parts import (
+    encoder_of,
+    executor_of,
+    exit_if_failed,
+    moving_bar,
+    open_at,
+    terminated_like_ctrl_c,
+)
 
 if TYPE_CHECKING:
     from bowerbird.gallery import Gallery
@@ -63,7 +71,6 @@ def lift(gallery: str, transform_file: str | None, to: str | None, old_pairs: st
     upgrade: `bowerbird upgrade status`, `rollback` and `finish` work on it. Afterwards, where there are images,
     `bowerbird upgrade run --to ENCODER` replaces lifted vectors by real ones.
     """
-    from bowerbird.cli.upgrade import _bar, _encoder, _executor, _exit_if_failed, _open, _terminated_like_ctrl_c
     from bowerbird.gallery.transform import VectorTransform
     from bowerbird.upgrade.fitting import fit_transform
     from bowerbird.upgrade.lift import (
@@ -76,10 +83,10 @@ def lift(gallery: str, transform_file: str | None, to: str | None, old_pairs: st
     )
     from bowerbird.upgrade.run import run as work
 
-    with _open(gallery) as opened, _terminated_like_ctrl_c():
+    with open_at(gallery) as opened, terminated_like_ctrl_c():
         pairs = _pairs(old_pairs, new_pairs)
         if _begins(opened, transform_file, to, on_top):
-            new = None if to is None else _encoder(to, batch_size, device)
+            new = None if to is None else encoder_of(to, batch_size, device)
             if transform_file is not None:
                 transform = VectorTransform.load(transform_file)
             else:
@@ -94,8 +101,8 @@ def lift(gallery: str, transform_file: str | None, to: str | None, old_pairs: st
                 accept_poor=accept_poor_transform,
             )  # fmt: skip
         limits: dict[str, Any] = {"stop_after": stop_after, "stop_at_share": stop_at_share}
-        with _bar(show_it=sys.stderr.isatty() and not as_json) as progress:
-            executor = _executor("local", workers)
+        with moving_bar(show_it=sys.stderr.isatty() and not as_json) as progress:
+            executor = executor_of("local", workers)
             encoder = lifter(opened)  # refused here where what is under way is no lift
             if executor is None:
                 report = work(opened, encoder, progress=progress, **limits)
@@ -108,7 +115,7 @@ def lift(gallery: str, transform_file: str | None, to: str | None, old_pairs: st
                 report = run_workers(opened, lambda: job, executor, progress=progress)
     if as_json:
         click.echo(json.dumps(report.to_dict()))
-        _exit_if_failed(report)
+        exit_if_failed(report)
         return
     click.echo(
         f"{report.reason}: lifted {report.encoded} items in {report.seconds:.1f} s ({report.rate:.0f} items/s); "
@@ -117,7 +124,7 @@ def lift(gallery: str, transform_file: str | None, to: str | None, old_pairs: st
     for share in report.workers:
         if share.error is not None:
             click.echo(f"worker {share.index} failed: {share.error}", err=True)
-    _exit_if_failed(report)
+    exit_if_failed(report)
     if report.reason == "complete":
         click.echo(
             f"next: bowerbird upgrade finish {shlex.quote(str(opened.path))}, or "

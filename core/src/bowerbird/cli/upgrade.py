@@ -6,8 +6,6 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,12 +13,33 @@ import click
 from bowerbird.cli import examples
 from bowerbird.cli.gallery import parse_where
 from bowerbird.cli.lift import lift
+from bowerbird.cli.upgrade_parts import (
+    GAIN_STEP,
+    WORKER_LOADER,
+    as_images,
+    encoder_of,
+    executor_of,
+    exit_if_failed,
+    gain_is_there,
+    latest_plan,
+    moving_bar,
+    old_encoder_of,
+    open_at,
+    planned_merger,
+    print_results,
+    print_status,
+    queries_of,
+    saved_plan,
+    settings_of,
+    steps_bar,
+    terminated_like_ctrl_c,
+    together,
+    what_to_ask,
+    work_silently,
+)
 
 if TYPE_CHECKING:
-    from bowerbird.gallery import Gallery, Space
-    from bowerbird.upgrade import ItemEncoder, QuerySet, RunReport, UpgradeStatus
-    from bowerbird.upgrade.engines import Executor
-    from bowerbird.upgrade.plan import SavedPlan
+    from bowerbird.upgrade import RunReport
     from bowerbird.upgrade.worker import Job
 
 gallery_argument = click.argument("gallery", type=click.Path(file_okay=False))
@@ -104,23 +123,23 @@ def plan(gallery: str, to: str, old: str | None, queries: str | None, split: str
     """
     from bowerbird.upgrade.plan import plan as make_plan
 
-    with _open(gallery, readonly=True) as opened:
-        new_encoder = _encoder(to, batch_size, device)
-        old_encoder = _old_encoder(opened, old, batch_size, device, required=_as_images(queries))
-        with _steps(show_it=sys.stderr.isatty()) as progress:
+    with open_at(gallery, readonly=True) as opened:
+        new_encoder = encoder_of(to, batch_size, device)
+        old_encoder = old_encoder_of(opened, old, batch_size, device, required=as_images(queries))
+        with steps_bar(show_it=sys.stderr.isatty()) as progress:
             made = make_plan(
                 opened,
                 new_encoder,
                 old_encoder=old_encoder,
-                queries=_queries(queries, split),
+                queries=queries_of(queries, split),
                 strategies=strategies or None,
                 mergers=mergers or None,
                 order=order or "core:random",
-                order_settings=_settings(overrides) or None,
+                order_settings=settings_of(overrides) or None,
                 progress=progress,
                 **settings,
             )
-        for out in outs or _latest_plan(opened):
+        for out in outs or latest_plan(opened):
             made.save(out)
     if as_json:
         click.echo(json.dumps(made.to_dict()))
@@ -162,17 +181,17 @@ def serve(gallery: str, images: tuple[str, ...], queries: str | None, k: int, wh
     filters = parse_where(where)
     if bool(images) == (queries is not None):
         raise click.UsageError("say what to search for: --image, or --queries vectors:OLD_FILE,NEW_FILE")
-    with _open(gallery, readonly=True) as opened:
-        ask = _what_to_ask(opened, images, queries)
-        given = [_encoder(ref, batch_size, device) for ref in (old, to) if ref is not None]
-        service = make_service(opened, given, loader=lambda space: _encoder(space.encoder, batch_size, device, space))
+    with open_at(gallery, readonly=True) as opened:
+        ask = what_to_ask(opened, images, queries)
+        given = [encoder_of(ref, batch_size, device) for ref in (old, to) if ref is not None]
+        service = make_service(opened, given, loader=lambda space: encoder_of(space.encoder, batch_size, device, space))
         seen = -1
         while True:
             state = service.state()
             if state.epoch != seen:
                 names, what = ask()
                 found = service.search(**what, k=k, where=filters)
-                _print_results(names, found, state, as_json)
+                print_results(names, found, state, as_json)
                 seen = state.epoch
             if not follow:
                 return
@@ -245,10 +264,10 @@ def run(gallery: str, to: str | None, old: str | None, on_top: bool, compatible:
     from bowerbird.upgrade.tables import show, watch_table
 
     begin_settings = {name: value for name, value in begin_settings.items() if value is not None}
-    executor = _executor(engine, workers)
-    with _open(gallery) as opened, _terminated_like_ctrl_c():
+    executor = executor_of(engine, workers)
+    with open_at(gallery) as opened, terminated_like_ctrl_c():
         if executor is not None and not executor.speaks:
-            _work_silently(opened, executor)
+            work_silently(opened, executor)
         state = opened.store.upgrade_state()
         if state is None and to is None:
             raise InputError(f"no upgrade is under way in {opened.path}: name the new encoder, --to ENCODER")
@@ -257,11 +276,11 @@ def run(gallery: str, to: str | None, old: str | None, on_top: bool, compatible:
             raise InputError(
                 f"the upgrade under way in {opened.path} is a lift; `bowerbird upgrade lift {opened.path}` goes on"
             )
-        new_encoder = _encoder(to or (space.encoder if space else ""), batch_size, device, space)
+        new_encoder = encoder_of(to or (space.encoder if space else ""), batch_size, device, space)
         begins = state is None or (on_top and state.new != new_encoder.space.fingerprint)
         old_encoder = None
         if plan_file is not None:
-            begin_settings = {**_saved_plan(plan_file, new_encoder.space).begin_settings(), **begin_settings}
+            begin_settings = {**saved_plan(plan_file, new_encoder.space).begin_settings(), **begin_settings}
             if not begins:
                 begin_settings.pop("transform", None)  # it was registered when the upgrade began
         if stop_at_gain is not None:
@@ -269,24 +288,24 @@ def run(gallery: str, to: str | None, old: str | None, on_top: bool, compatible:
 
             if stop_at_share is not None:
                 raise InputError("--stop-at-gain and --stop-at-share are two limits of one kind; give one")
-            saved = _saved_plan(plan_file or next(iter(_latest_plan(opened)), None), new_encoder.space)
+            saved = saved_plan(plan_file or next(iter(latest_plan(opened)), None), new_encoder.space)
             strategy = begin_settings.get("strategy") or (state.strategy if state is not None else saved.strategy)
             stop_at_share = share_for_gain(saved, stop_at_gain, strategy)
             click.echo(f"{stop_at_gain:.0%} of the gain are forecast at {stop_at_share:.1%} of the gallery", err=True)
         if begins and "merger" not in begin_settings:
-            planned = _planned_merger(opened, new_encoder.space, begin_settings.get("strategy", "rank-merge"))
+            planned = planned_merger(opened, new_encoder.space, begin_settings.get("strategy", "rank-merge"))
             if planned is not None:
                 begin_settings["merger"] = planned
                 click.echo(f"merger {planned}, as the last plan for these encoders says", err=True)
         settings: dict[str, Any] = dict(begin_settings)
         if overrides:
-            settings["order_settings"] = _settings(overrides)
+            settings["order_settings"] = settings_of(overrides)
         if begins:
-            old_encoder = _old_encoder(opened, old, batch_size, device, required=_as_images(queries))
+            old_encoder = old_encoder_of(opened, old, batch_size, device, required=as_images(queries))
             settings["on_top"] = on_top
             settings["accept_poor_transform"] = accept_poor_transform
             if queries is not None:
-                settings["queries"] = _queries(queries, split)
+                settings["queries"] = queries_of(queries, split)
             if compatible:
                 stored = opened.snapshot().write_space.fingerprint
                 opened.register_space(new_encoder.space)
@@ -302,7 +321,7 @@ def run(gallery: str, to: str | None, old: str | None, on_top: bool, compatible:
         watched = {"watch_every": watch_every, "max_nfr": max_nfr}
 
         def work() -> RunReport:
-            with _bar(show_it=sys.stderr.isatty() and not as_json) as progress:
+            with moving_bar(show_it=sys.stderr.isatty() and not as_json) as progress:
                 if executor is None:
                     return upgrade.run(**limits, **watched, progress=progress, **settings)
                 from bowerbird.upgrade.engines import make_job, run_workers
@@ -321,14 +340,14 @@ def run(gallery: str, to: str | None, old: str | None, on_top: bool, compatible:
 
         report = work()
         while stop_at_gain is not None and report.reason == "stop-at-share":
-            if _gain_is_there(opened, saved, stop_at_gain, report.share):
+            if gain_is_there(opened, saved, stop_at_gain, report.share):
                 break
             settings = {}  # it has begun
             limits["stop_at_share"] = min(1.0, report.share + GAIN_STEP)
-            report = _together(report, work())
+            report = together(report, work())
     if as_json:
         click.echo(json.dumps(report.to_dict()))
-        _exit_if_failed(report)
+        exit_if_failed(report)
         return
     if report.watched:
         show(watch_table(report.watched))
@@ -343,7 +362,7 @@ def run(gallery: str, to: str | None, old: str | None, on_top: bool, compatible:
             click.echo(f"worker {share.index} failed: {share.error}", err=True)
     for item, attempts, error in report.failures[:10]:
         click.echo(f"failed ({attempts} of 3 attempts): {item}: {error}", err=True)
-    _exit_if_failed(report)
+    exit_if_failed(report)
     named = shlex.quote(str(opened.path))  # a URL has characters that mean something to a shell
     follow = {
         "complete": f"bowerbird upgrade finish {named}",
@@ -376,7 +395,7 @@ def watch(gallery: str, max_nfr: float | None, every: float | None, only_history
     from bowerbird.upgrade.watch import history
     from bowerbird.upgrade.watch import watch as measure
 
-    with _open(gallery, readonly=only_history) as opened:
+    with open_at(gallery, readonly=only_history) as opened:
         if only_history:
             entries = history(opened)
             if not entries and not as_json:
@@ -416,13 +435,13 @@ def finish(gallery: str, accept_failed: bool, skip_canary: bool, to: str | None,
     from bowerbird.upgrade import status as status_of
     from bowerbird.upgrade.lift import lifter
 
-    with _open(gallery) as opened:
+    with open_at(gallery) as opened:
         now = status_of(opened)
         space = opened.snapshot().spaces[now.new["fingerprint"]]
         if skip_canary or space.lifted:
             encoder = None if skip_canary else lifter(opened)
         else:
-            encoder = _encoder(to or space.encoder, batch_size, device, space)
+            encoder = encoder_of(to or space.encoder, batch_size, device, space)
         ended = finish_it(opened, encoder=encoder, accept_failed=accept_failed)
     if as_json:
         click.echo(json.dumps(ended))
@@ -446,10 +465,10 @@ def rollback(gallery: str, old: str | None, leave_pending: bool, batch_size: int
     from bowerbird.upgrade import rollback as roll_back
     from bowerbird.upgrade import status as status_of
 
-    with _open(gallery) as opened:
+    with open_at(gallery) as opened:
         now = status_of(opened)
         space = opened.snapshot().spaces[now.old["fingerprint"]]
-        encoder = None if old is None else _encoder(old, batch_size, device, space)
+        encoder = None if old is None else encoder_of(old, batch_size, device, space)
         pending = roll_back(opened, encode_old=encoder, leave_pending=leave_pending)
     if as_json:
         click.echo(json.dumps({"items": now.items, "pending": pending}))
@@ -470,8 +489,8 @@ def status(gallery: str, as_json: bool) -> None:
     """How far the upgrade is, and which items failed."""
     from bowerbird.upgrade import status as status_of
 
-    with _open(gallery, readonly=True) as opened:
-        _print_status(status_of(opened), as_json)
+    with open_at(gallery, readonly=True) as opened:
+        print_status(status_of(opened), as_json)
 
 
 @command.command(epilog=examples("bowerbird upgrade pause photos"))
@@ -481,8 +500,8 @@ def pause(gallery: str, as_json: bool) -> None:
     """Let workers stop after the task in hand. Serving goes on."""
     from bowerbird.upgrade import pause as pause_it
 
-    with _open(gallery) as opened:
-        _print_status(pause_it(opened), as_json)
+    with open_at(gallery) as opened:
+        print_status(pause_it(opened), as_json)
 
 
 @command.command(epilog=examples("bowerbird upgrade resume photos"))
@@ -492,337 +511,8 @@ def resume(gallery: str, as_json: bool) -> None:
     """Let workers take tasks again; `bowerbird upgrade run` starts one."""
     from bowerbird.upgrade import resume as resume_it
 
-    with _open(gallery) as opened:
-        _print_status(resume_it(opened), as_json)
+    with open_at(gallery) as opened:
+        print_status(resume_it(opened), as_json)
 
 
 command.add_command(lift)
-
-
-# ------------------------------------------------------------------------------------------------------- helpers
-
-
-def _open(path: str, *, readonly: bool = False) -> Gallery:
-    from bowerbird.gallery import open_gallery
-
-    return open_gallery(path, readonly=readonly)
-
-
-def _load(ref: str, device: str) -> Any:
-    from bowerbird.errors import MissingExtraError
-
-    try:
-        from bowerbird.encoders import load_encoder
-    except ModuleNotFoundError as exc:
-        raise MissingExtraError(
-            f"encoder {ref!r} needs {exc.name}, which is not installed: pip install 'bowerbird-core[torch]'"
-        ) from exc
-    return load_encoder(ref, device=device)
-
-
-GAIN_STEP = 0.05  # of the gallery, after which the gain is measured again
-
-
-def _gain_is_there(gallery: Gallery, saved: SavedPlan, asked: float, share: float) -> bool:
-    """Whether the watched queries show what the plan forecast for this share; without any, the forecast counts."""
-    from bowerbird.upgrade.plan import measured_gain
-
-    gain = measured_gain(gallery, saved)
-    if gain is None:
-        click.echo("the gain is not measured: no labelled queries are watched", err=True)
-        return True
-    click.echo(f"at {share:.1%} of the gallery {gain:.0%} of the gain are measured", err=True)
-    return gain >= asked
-
-
-def _together(first: RunReport, then: RunReport) -> RunReport:
-    """Two calls of ``run`` as one."""
-    from dataclasses import replace
-
-    sums = {name: getattr(first, name) + getattr(then, name) for name in ("encoded", "failed", "seconds", "watched")}
-    return replace(then, **sums)
-
-
-WORKER_LOADER = "bowerbird.cli.upgrade:load_in_worker"
-
-
-def load_in_worker(settings: dict[str, Any], gallery: Gallery, space: Space, index: int) -> ItemEncoder:
-    """The encoder of a worker process: that of the command which started it."""
-    return _encoder(settings["ref"], settings["batch_size"], settings["device"], space)
-
-
-def _executor(engine: str, workers: int | None) -> Executor | None:
-    """``None`` where this process does the work alone."""
-    if engine in ("local", "core:local") and workers in (None, 1):
-        return None
-    from bowerbird.upgrade.engines import load_executor
-
-    return load_executor(engine)(workers)
-
-
-def _work_silently(gallery: Gallery, executor: Executor) -> None:
-    """A process that a launcher started beside the one that speaks: it works, and leaves the talking to that one."""
-    from bowerbird.upgrade.engines import run_workers
-
-    def begin() -> Job:
-        raise AssertionError("only the process that speaks begins")
-
-    run_workers(gallery, begin, executor)
-    click.get_current_context().exit(0)
-
-
-def _exit_if_failed(report: RunReport) -> None:
-    if report.reason == "failed":
-        codes = [share.exit_code for share in report.workers if share.exit_code]
-        click.get_current_context().exit(75 if set(codes) == {75} else codes[0])
-
-
-@contextmanager
-def _terminated_like_ctrl_c() -> Iterator[None]:
-    """SIGTERM (a container that stops, torchrun) gives the task in hand back, as Ctrl-C does."""
-    import signal
-    import threading
-
-    def interrupt(signum: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _encoder(ref: str, batch_size: int, device: str, space: Space | None = None) -> ItemEncoder:
-    from bowerbird.upgrade import ItemEncoder
-    from bowerbird.upgrade.vectors_encoder import is_vectors_ref, load_vectors_encoder
-
-    if is_vectors_ref(ref):
-        return load_vectors_encoder(ref, space=space, batch_size=batch_size)
-    return ItemEncoder(_load(ref, device), space=space, batch_size=batch_size)
-
-
-def _latest_plan(gallery: Gallery) -> tuple[str, ...]:
-    """Where a plan is kept unless another place is named: in the gallery's folder, where it has one."""
-    from pathlib import Path
-
-    return (str(gallery.path / "plan" / "latest.json"),) if isinstance(gallery.path, Path) else ()
-
-
-def _saved_plan(path: str | None, new: Space) -> SavedPlan:
-    from bowerbird.errors import InputError, UpgradeError
-    from bowerbird.upgrade.plan import load_plan
-
-    if path is None:
-        raise InputError("this gallery has no folder with its last plan; name one, --plan plan.json")
-    saved = load_plan(path)
-    if saved.new != new.fingerprint:
-        raise UpgradeError(f"the plan {path} was made for another encoder (space {saved.new[:12]}), not for {new}")
-    return saved
-
-
-def _planned_merger(gallery: Gallery, new: Space, strategy: str) -> str | None:
-    """What the last plan recommends for this strategy, where there is one for this pair of encoders."""
-    from pathlib import Path
-
-    from bowerbird.errors import BowerbirdError
-    from bowerbird.upgrade.plan import load_plan
-    from bowerbird.upgrade.strategies import load_strategy
-
-    files = [Path(name) for name in _latest_plan(gallery)]
-    if not files or not files[0].is_file():
-        return None
-    try:
-        saved = load_plan(files[0])
-    except BowerbirdError:
-        return None  # it recommends no upgrade, or cannot be read: then it says nothing of mergers
-    pair = (gallery.snapshot().write_space.fingerprint, new.fingerprint)
-    same = (saved.old, saved.new) == pair and saved.strategy == load_strategy(strategy)[0]
-    return saved.merger if same else None
-
-
-def _old_encoder(
-    gallery: Gallery, ref: str | None, batch_size: int, device: str, *, required: bool
-) -> ItemEncoder | None:
-    """The encoder of the space that is written now. Where it is not named and not needed, its absence is only said."""
-    from bowerbird.errors import BowerbirdError, InputError, SpaceError
-
-    snapshot = gallery.snapshot()
-    space = snapshot.write_space
-    if space.lifted and ref is None:
-        return None  # its vectors come from a transform; no encoder makes them
-    if space.encoder.startswith("black-box:") and ref is None:
-        if required:
-            raise InputError(
-                f"queries that are images need the old encoder, and {space.encoder} is known by its vectors alone; "
-                "give the queries as vectors, --queries vectors:OLD_FILE,NEW_FILE"
-            )
-        click.echo(
-            f"note: {space.encoder} is known by its vectors alone, so nothing is compared with the stored ones "
-            "(--old vectors:FILE would be)",
-            err=True,
-        )
-        return None
-    try:
-        return _encoder(ref or space.encoder, batch_size, device, space)
-    except BowerbirdError as exc:
-        if ref is not None or required or isinstance(exc, SpaceError):
-            raise
-        click.echo(f"note: the old encoder is not checked, because it cannot be loaded: {exc}", err=True)
-        return None
-
-
-def _what_to_ask(
-    gallery: Gallery, images: tuple[str, ...], queries: str | None
-) -> Callable[[], tuple[tuple[str, ...], dict[str, Any]]]:
-    """``(names of the queries, arguments of a search)``, by the spaces of the gallery at that moment."""
-    if queries is None:
-        return lambda: (images, {"images": list(images)})
-    from bowerbird.errors import InputError
-    from bowerbird.upgrade.vectors_encoder import query_tables
-
-    tables = query_tables(queries)
-
-    def ask() -> tuple[tuple[str, ...], dict[str, Any]]:
-        snapshot = gallery.snapshot()
-        spaces, given = snapshot.stack, tables
-        if len(tables) == 1:
-            spaces = spaces[-1:]  # of the newest space: enough where the strategy encodes a query once
-        elif snapshot.upgrade is None:
-            ended = gallery.store.history()
-            given = tables[-1:] if ended and ended[-1]["state"] == "finished" else tables[:1]
-        elif len(tables) != len(spaces):
-            listed = ", ".join(snapshot.spaces[name].encoder for name in spaces)
-            raise InputError(
-                f"{queries!r} names {len(tables)} files, and {gallery.path} has vectors of {len(spaces)} encoders, the "
-                f"oldest first: {listed}. Give one file of each, or that of the newest alone"
-            )
-        vectors = {name: table.vectors for name, table in zip(spaces, given, strict=True)}
-        return tuple(tables[0].ids), {"vectors": vectors}
-
-    return ask
-
-
-def _as_images(queries: str | None) -> bool:
-    """Whether both encoders must encode the queries."""
-    return queries is not None and not queries.startswith("vectors:")
-
-
-def _queries(source: str | None, split: str | None) -> QuerySet | None:
-    if source is None:
-        return None
-    from pathlib import Path
-
-    from bowerbird.data import images_of
-    from bowerbird.data.uris import open_dataset
-    from bowerbird.errors import InputError
-    from bowerbird.upgrade import QuerySet
-
-    if source.startswith("vectors:"):
-        from bowerbird.upgrade.vectors_encoder import query_vectors
-
-        old, new = query_vectors(source)
-        labels = old.labels if old.labels is not None else new.labels
-        return QuerySet(labels, old=old.vectors, new=new.vectors)
-    is_folder = Path(source).is_dir()
-    if not is_folder and ":" not in source:
-        raise InputError(
-            f"queries {source!r}: there is no such folder; expected one, or a data set such as core:digits"
-        )
-    dataset, _ = open_dataset("core:image-folder", split, root=source) if is_folder else open_dataset(source, split)
-    labels = [dataset.classes[label] if dataset.classes else label for label in dataset.labels()]
-    return QuerySet(labels, images=images_of(dataset))
-
-
-def _settings(overrides: tuple[str, ...]) -> dict[str, Any]:
-    if not overrides:
-        return {}
-    from bowerbird.recipe import apply_override
-
-    settings: dict[str, Any] = {}
-    for override in overrides:
-        apply_override(settings, override)
-    return settings
-
-
-def _print_results(images: tuple[str, ...], found: Any, state: Any, as_json: bool) -> None:
-    sides = {0: "old", 1: "new"}
-    results = [
-        {
-            "image": image,
-            "share": state.share,
-            "results": [
-                {"id": item, "distance": float(distance), "side": sides[int(side)]}
-                for item, distance, side in zip(ids, distances, row, strict=False)
-            ],
-        }
-        for image, ids, distances, row in zip(images, found.ids, found.distances, found.sides, strict=True)
-    ]
-    if as_json:
-        click.echo(json.dumps(results))
-        return
-    under_way = f"{state.share:.1%} of the gallery is new, strategy {state.strategy}"
-    click.echo(under_way if state.strategy else "no upgrade is under way")
-    for result in results:
-        click.echo(result["image"])
-        for rank, hit in enumerate(result["results"], start=1):
-            click.echo(f"  {rank:>3}  {hit['distance']:.4f}  {hit['side']}  {hit['id']}")
-        if not result["results"]:
-            click.echo("  nothing found")
-
-
-def _print_status(status: UpgradeStatus, as_json: bool) -> None:
-    if as_json:
-        click.echo(json.dumps(status.to_dict()))
-        return
-    from bowerbird.upgrade.tables import show, status_text
-
-    show(status_text(status))
-
-
-@contextmanager
-def _steps(*, show_it: bool) -> Iterator[Callable[[str, int, int], None] | None]:
-    """A line on standard error that says what is done now."""
-    if not show_it:
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
-
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    with bar:
-        line = bar.add_task("planning", total=None)
-        yield lambda what, done, total: bar.update(line, description=what, completed=done, total=total)
-
-
-@contextmanager
-def _bar(*, show_it: bool) -> Iterator[Callable[[int, UpgradeStatus], None] | None]:
-    """A bar with rate and time left on standard error."""
-    if not show_it:
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
-    from rich.text import Text
-
-    class Rate(ProgressColumn):
-        def render(self, task: Task) -> Text:
-            return Text(f"{task.speed:.1f} items/s" if task.speed else "")
-
-    bar = Progress(
-        "upgrading", BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn(), console=Console(stderr=True)
-    )
-    with bar:
-        task = bar.add_task("upgrading", total=None)
-
-        def advance(count: int, status: UpgradeStatus) -> None:
-            if count:
-                bar.advance(task, count)
-            else:
-                bar.update(task, total=status.items, completed=status.new_items)
-
-        yield advance
