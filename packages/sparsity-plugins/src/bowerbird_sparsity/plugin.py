@@ -16,24 +16,24 @@ MASKED = ("Linear", "Conv2d", "MultiheadAttention")
 def bowerbird_modifiers() -> Iterable[ModifierRecord]:
     yield ModifierRecord(
         name="sparsity:magnitude",
-        target="bowerbird_sparsity.modifiers:MagnitudeModifier",
-        config="bowerbird_sparsity.modifiers:MagnitudeConfig",
+        target="bowerbird_sparsity.modifier:SparsityModifier",
+        config="bowerbird_sparsity.config:MagnitudeConfig",
         summary="Gradual magnitude pruning: the smallest weights of every step are zero and get no gradient.",
         paper="To prune, or not to prune, ICLR 2018 workshop, arXiv:1710.01878",
         attaches_to=MASKED,
     )
     yield ModifierRecord(
         name="sparsity:spartan",
-        target="bowerbird_sparsity.modifiers:SpartanModifier",
-        config="bowerbird_sparsity.modifiers:SpartanConfig",
+        target="bowerbird_sparsity.modifier:SparsityModifier",
+        config="bowerbird_sparsity.config:SpartanConfig",
         summary="Train towards an exact share of kept weights, blocks or 2:4 groups through a differentiable top-k.",
         paper=SPARTAN,
         attaches_to=MASKED,
     )
     yield ModifierRecord(
         name="sparsity:top-k",
-        target="bowerbird_sparsity.modifiers:TopKModifier",
-        config="bowerbird_sparsity.modifiers:TopKConfig",
+        target="bowerbird_sparsity.modifier:SparsityModifier",
+        config="bowerbird_sparsity.config:TopKConfig",
         summary="Top-k with a straight-through gradient (dual averaging): dropped weights move, too. The ablation.",
         paper=SPARTAN,
         attaches_to=MASKED,

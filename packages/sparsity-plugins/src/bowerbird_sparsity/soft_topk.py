@@ -86,11 +86,11 @@ def soft_topk(
 
 class _SoftTopK(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, budget: float | Tensor, beta: float, costs: Tensor | None, *how: Any) -> Tensor:
+    def forward(
+        ctx: Any, values: Tensor, budget: float | Tensor, beta: float, costs: Tensor | None, *how: Any
+    ) -> Tensor:
         solver, max_iters, tol, threshold = how
-        solution = solve(
-            values, budget, beta, costs, solver=solver, max_iters=max_iters, tol=tol, threshold=threshold
-        )
+        solution = solve(values, budget, beta, costs, solver=solver, max_iters=max_iters, tol=tol, threshold=threshold)
         mask = solution.mask.to(values.dtype)
         ctx.save_for_backward(mask, costs, budget if isinstance(budget, Tensor) else None)
         ctx.budget, ctx.beta = budget, beta
@@ -163,7 +163,9 @@ def hard_threshold(values: Tensor, budget: float | Tensor, costs: Tensor | None 
     if cost.numel() == 1:
         unit_cost = float(cost)
         if len(rows) == 1:
-            return _nth_largest(rows[0], math.ceil(float(budgets) / unit_cost) - 1).div(unit_cost).view(values.shape[:-1])
+            return (
+                _nth_largest(rows[0], math.ceil(float(budgets) / unit_cost) - 1).div(unit_cost).view(values.shape[:-1])
+            )
         units = rows / unit_cost
         ordered = units.sort(dim=1, descending=True).values
         position = (budgets / unit_cost).ceil().long() - 1

@@ -1,0 +1,128 @@
+"""What keeping a weight costs: parameters, multiplications, or measured time. The budget is a share of the total.
+
+A cost model has ``cost(name, module, weight, block_size)``, and may have ``prepare(model, names)``, which is called
+once with the whole model and the names of the layers before the first cost is asked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from bowerbird.errors import InputError, did_you_mean
+
+
+@runtime_checkable
+class CostModel(Protocol):
+    """Linear costs: what a masked model costs is the sum of the costs of its kept entries."""
+
+    def cost(self, name: str, module: nn.Module, weight: Tensor, block_size: Sequence[int]) -> Tensor:
+        """Cost of the entries of a layer's mask.
+
+        Args:
+            name: Of the layer, as in ``model.named_modules()``; projections of attention with the parameter's name.
+            module: The layer.
+            weight: Its dense weight.
+            block_size: Weights of an entry in every dimension of ``weight``.
+
+        Returns:
+            One number where all entries cost the same, or a tensor of the mask's shape; positive.
+        """
+        ...
+
+
+class ParameterCost:
+    """Every weight costs 1."""
+
+    def cost(self, name: str, module: nn.Module, weight: Tensor, block_size: Sequence[int]) -> Tensor:
+        return torch.tensor(float(math.prod(block_size)))
+
+
+class FlopsCost:
+    """Multiplications of one item: a weight costs as many as there are places at which its layer is applied.
+
+    Those are the pixels of a convolution's output, the tokens of a linear layer's input, and 1 where a linear layer
+    gets one vector per item. Until a model was seen it is 1 everywhere.
+
+    Args:
+        sample_input: What the model is called with to see the sizes: a tensor, or a batch; one item is enough.
+    """
+
+    def __init__(self, sample_input: Any = None) -> None:
+        self.sample_input = sample_input
+        self.places: Counter[str] = Counter()
+
+    def prepare(self, model: nn.Module, names: Sequence[str]) -> None:
+        """Call ``model`` once, in eval mode, and count. Raises ``InputError`` where there is no sample."""
+        if self.sample_input is None:
+            raise InputError("FlopsCost needs a sample_input to see the sizes of the layers' outputs; give one batch")
+        self.places.clear()
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+        hooks = [module.register_forward_hook(self._counter(name)) for name, module in layers.items()]
+        modes = {module: module.training for module in model.modules()}
+        try:
+            model.eval()
+            with torch.no_grad():
+                model(self.sample_input)
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for module, mode in modes.items():
+                module.training = mode
+        unused = [name for name in names if name in layers and not self.places[name]]
+        if unused:
+            raise InputError(
+                f"FlopsCost: the sample never reached layer {unused[0]!r}, so that its cost is not known; name other "
+                "layers, or give a sample that reaches it"
+            )
+
+    def _counter(self, name: str) -> Any:
+        def count(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            convolution = isinstance(module, nn.Conv2d)
+            self.places[name] += math.prod(output.shape[-2:]) if convolution else math.prod(output.shape[1:-1])
+
+        return count
+
+    def cost(self, name: str, module: nn.Module, weight: Tensor, block_size: Sequence[int]) -> Tensor:
+        return torch.tensor(float(math.prod(block_size) * (self.places[name] or 1)))
+
+
+class LatencyCost:
+    """Measured time: the entries of a layer share what the dense layer takes.
+
+    Args:
+        table: Name of a layer -> seconds, or any other unit, of the dense layer. ``bowerbird_sparsity.export`` measures.
+
+    Costs are scaled so that a weight costs 1 on average over the sparse layers: the sharpness then means the same as with
+    ``ParameterCost``.
+    """
+
+    def __init__(self, table: Mapping[str, float]) -> None:
+        self.table = dict(table)
+        wrong = [name for name, seconds in self.table.items() if not (math.isfinite(seconds) and seconds > 0)]
+        if wrong:
+            raise InputError(f"LatencyCost: the table says {self.table[wrong[0]]} for {wrong[0]!r}; times are above 0")
+        self.scale = 1.0
+
+    def prepare(self, model: nn.Module, names: Sequence[str]) -> None:
+        modules = dict(model.named_modules())
+        weights = {name: modules[name].weight for name in names if hasattr(modules.get(name), "weight")}
+        count = sum(weight.numel() for weight in weights.values())  # type: ignore[operator, union-attr]
+        self.scale = sum(self._seconds(name) for name in weights) / count if count else 1.0
+
+    def cost(self, name: str, module: nn.Module, weight: Tensor, block_size: Sequence[int]) -> Tensor:
+        return torch.tensor(self._seconds(name) * math.prod(block_size) / weight.numel() / self.scale)
+
+    def _seconds(self, name: str) -> float:
+        """Raises ``InputError`` for a layer that the table does not know."""
+        if name not in self.table:
+            raise InputError(
+                f"LatencyCost: the table has no time for layer {name!r}.{did_you_mean(name, self.table)} It knows "
+                f"{', '.join(self.table) or 'none'}; measure the layer, or name other layers"
+            )
+        return self.table[name]

@@ -1,0 +1,227 @@
+"""Masks as parametrisations of weights: what a forward pass multiplies, and what flows back.
+
+A masked layer keeps its type and its dense weight (``parametrizations.<weight>.original``); reading ``layer.weight``
+gives the weight times its mask, so that attention and any other code that reads weights works unchanged.
+
+The soft masks of one budget depend on all of their weights. They are found once per step, outside of autograd; for the
+backward pass one node stands between all weights and all masks (``_Solved``). It holds no copies of tensors, so a step
+may run forward and backward as often as it likes (accumulated gradients, several crops).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from bowerbird_sparsity.config import Mode
+from bowerbird_sparsity.patterns import Groups, Pattern
+from bowerbird_sparsity.soft_topk import marginal_price, value_gradient
+
+
+class MaskedWeight(nn.Module):
+    """The parametrisation of one weight.
+
+    Buffers: ``mask``, in the pattern's shape, with the soft values also of dropped entries; ``kept``, bool;
+    ``steps_done``, of the first layer of a model only.
+    """
+
+    mask: Tensor
+    kept: Tensor
+
+    def __init__(self, weight: Tensor, pattern: Pattern, shared: SharedMasks) -> None:
+        super().__init__()
+        self.pattern, self.shared = pattern, shared
+        shape = pattern.mask_shape(weight.shape)
+        dtype = weight.dtype if weight.dtype.itemsize >= 4 else torch.float32
+        self.register_buffer("mask", torch.ones(shape, dtype=dtype, device=weight.device))
+        self.register_buffer("kept", torch.ones(shape, dtype=torch.bool, device=weight.device))
+
+    def factor(self) -> Tensor:
+        """What weights are multiplied with: the mask, and 0 where an entry is dropped."""
+        return torch.where(self.kept, self.mask, 0.0)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        shared = self.shared
+        if not (torch.is_grad_enabled() and weight.requires_grad) or shared.plain():
+            return self.pattern.times(weight, self.factor().to(weight.dtype))
+        if shared.mode == "dual_averaging":
+            return _StraightThrough.apply(weight, self)
+        soft = shared.differentiable(self)
+        if soft is None:  # this budget keeps everything, or nothing
+            return self.pattern.times(weight, self.factor().to(weight.dtype))
+        return _SoftMasked.apply(weight, soft, self)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A masked weight: where it is, and its cost per entry of the mask (a single number, or of the mask's shape)."""
+
+    name: str
+    path: str  # of the module that owns it
+    parameter: str
+    module: nn.Module
+    masked: MaskedWeight
+    costs: Tensor
+    shape: tuple[int, ...]
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, a parameter."""
+        return self.module.parametrizations[self.parameter].original  # type: ignore[index, union-attr, return-value]
+
+    @property
+    def total_cost(self) -> float:
+        count = self.masked.kept.numel() if self.costs.numel() == 1 else 1
+        return float(self.costs.sum(dtype=torch.float64)) * count
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Layers whose masks share a budget; ``groups``: of a layer whose groups of inputs each have a budget of their own."""
+
+    layers: tuple[Layer, ...]
+    groups: Groups | None
+
+    @property
+    def rows(self) -> int:
+        """Number of independent problems."""
+        return 1 if self.groups is None else self.layers[0].masked.kept.numel() // self.groups.m
+
+    def cost_of(self, layer: Layer) -> Tensor:
+        """``(1, 1)`` or ``(rows, entries of the layer)``, on the device of its mask."""
+        mask = layer.masked.mask
+        return layer.costs.to(mask).reshape(1 if layer.costs.numel() == 1 else self.rows, -1)
+
+
+class SharedMasks:
+    """What the masked weights of one model share: mode, budgets, and where in the schedule they are."""
+
+    def __init__(self, mode: Mode) -> None:
+        self.mode: Mode = mode
+        self.budgets: tuple[Budget, ...] = ()
+        self.schedule: Any = None  # a Sparsifier; set once the layers are known
+        self._seen = -1
+        self._plain = True
+        self._soft: dict[int, Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies of a model: tensors of the graph cannot be copied, and are made again."""
+        return {**self.__dict__, "_soft": {}, "_seen": -1}
+
+    @property
+    def counter(self) -> Tensor:
+        """Steps done, int64; a buffer of the first layer."""
+        return self.budgets[0].layers[0].masked.steps_done  # type: ignore[return-value]
+
+    def plain(self) -> bool:
+        """Whether masks are constants: before the first step and from the freezing on, and always by magnitude."""
+        self._synchronise()
+        return self._plain
+
+    def differentiable(self, masked: MaskedWeight) -> Tensor | None:
+        """The soft mask of a layer, attached to the weights of its budget; ``None`` where it is constant."""
+        self._synchronise()
+        soft = self._soft.get(id(masked))
+        if soft is not None and soft.data_ptr() != masked.mask.data_ptr():  # the model was moved to another device
+            self._seen = -1
+            self._synchronise()
+            soft = self._soft.get(id(masked))
+        return soft
+
+    def _synchronise(self) -> None:
+        """Bring what is derived up to date with the counter, which a checkpoint may have changed."""
+        if self._seen == self.counter._version:
+            return
+        self._soft = {}
+        step = int(self.counter)
+        self._plain = self.mode == "magnitude" or step == 0 or self.schedule.frozen_at(step)
+        if self.mode == "spartan" and not self._plain:
+            beta = self.schedule.beta(step)
+            for budget, share in zip(self.budgets, self.schedule.shares(step), strict=True):
+                if 0 < share < 1:
+                    self._attach(budget, self.schedule.amount(budget, share), beta)
+        self._seen = self.counter._version
+
+    def _attach(self, budget: Budget, amount: Tensor, beta: float) -> None:
+        with torch.enable_grad():
+            soft = _Solved.apply(budget, amount, beta, *(layer.weight for layer in budget.layers))
+        self._soft |= {id(layer.masked): mask for layer, mask in zip(budget.layers, soft, strict=True)}
+
+
+class _Solved(torch.autograd.Function):
+    """The solved masks of a budget as a function of its weights.
+
+    Backward, with S the gradient of a mask: ``beta m (1 - m) (S / c - K)`` for the value of an entry, times
+    ``sign(W)`` for its weights.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, budget: Budget, amount: Tensor, beta: float, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.budget, ctx.amount, ctx.beta = budget, amount, beta
+        return tuple(layer.masked.mask.detach() for layer in budget.layers)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        budget: Budget = ctx.budget
+        pieces = []
+        for layer, gradient in zip(budget.layers, upstream, strict=True):
+            mask = layer.masked.mask.view(budget.rows, -1)
+            # A layer that was not used has no gradient of its own, but its weights could take budget from others.
+            slope = torch.zeros_like(mask) if gradient is None else gradient.reshape(mask.shape)
+            pieces.append((mask, slope, budget.cost_of(layer)))
+        price = marginal_price(pieces, ctx.amount)
+        found: list[Tensor] = []
+        for layer, piece in zip(budget.layers, pieces, strict=True):
+            of_values = value_gradient(*piece, price, ctx.beta).view(layer.masked.mask.shape)
+            found.append(_along_signs(layer, of_values))
+        return (None, None, None, *found)
+
+
+def _along_signs(layer: Layer, of_values: Tensor) -> Tensor:
+    """``sign(W) * E(of_values)``; a value is a sum of absolute weights."""
+    weight, pattern = layer.weight.detach(), layer.masked.pattern
+    if pattern.single:
+        return of_values.mul_(weight.sign()).to(weight.dtype)
+    return pattern.times(weight.sign(), of_values.to(weight.dtype))
+
+
+class _SoftMasked(torch.autograd.Function):
+    """``W * E(m) * E(kept)``; the gradient ignores the hard factor."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, soft: Tensor, masked: MaskedWeight) -> Tensor:
+        ctx.masked = masked
+        ctx.save_for_backward(weight, soft)
+        return masked.pattern.times(weight, masked.factor().to(weight.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        weight, soft = ctx.saved_tensors
+        pattern: Pattern = ctx.masked.pattern
+        of_mask = pattern.sums(upstream * weight).to(soft.dtype)
+        return pattern.times(upstream, soft.to(upstream.dtype)), of_mask, None
+
+
+class _StraightThrough(torch.autograd.Function):
+    """``W * E(mask)`` with the gradient of W: dual averaging."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, masked: MaskedWeight) -> Tensor:
+        return masked.pattern.times(weight, masked.factor().to(weight.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return upstream, None
+
+
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    """All entries of some tensors, one after the other."""
+    return tensors[0].reshape(-1) if len(tensors) == 1 else torch.cat([tensor.reshape(-1) for tensor in tensors])

@@ -1,0 +1,453 @@
+"""Sparse training with an exact budget: Spartan, magnitude pruning and dual averaging under one interface.
+
+Tai, Tian, Lim: Spartan: Differentiable Sparsity via Regularized Transportation, NeurIPS 2022 (arXiv 2205.14107).
+
+    sparsifier = Sparsifier(model, SparsityConfig(target_density=0.1), total_steps=1000)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for batch in batches:
+        loss(model, batch).backward()
+        optimizer.step(); optimizer.zero_grad()
+        sparsifier.step()
+    model = sparsifier.finalize()
+
+Masks change in ``step``, after the optimiser has moved the dense weights, and are frozen for the last part of the
+training. A soft mask keeps its values in (0, 1) when it is frozen; they become part of the weights at the end.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from bowerbird.errors import InputError, RecipeError, did_you_mean
+from bowerbird_sparsity.allocation import erk_densities
+from bowerbird_sparsity.config import SparsityConfig
+from bowerbird_sparsity.costs import CostModel, ParameterCost
+from bowerbird_sparsity.masking import Budget, Layer, MaskedWeight, SharedMasks, flat
+from bowerbird_sparsity.patterns import Blocks, Groups, Pattern, parse_groups, pattern_of
+from bowerbird_sparsity.schedule import Schedule
+from bowerbird_sparsity.soft_topk import hard_threshold, solve
+
+__all__ = ["LayerSparsity", "Sparsifier", "SparsityConfig", "SparsityState"]
+
+ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+@dataclass(frozen=True)
+class SparsityState:
+    """After a step: steps done, share of the masked cost that is kept, sharpness, passes of the solver (0: none)."""
+
+    step: int
+    density: float
+    beta: float
+    solver_iterations: int
+
+
+@dataclass(frozen=True)
+class LayerSparsity:
+    """What is kept of one layer.
+
+    Attributes:
+        name: Of the layer.
+        shape: Of its weight.
+        block_size: Weights of an entry of the mask, per dimension.
+        weights, kept: How many there are, and how many are kept.
+        density: ``kept / weights``.
+        cost, kept_cost: By the cost model.
+        softness: Mean of ``m (1 - m)`` over its mask: 0 for a hard mask, at most 1/4.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    block_size: tuple[int, ...]
+    weights: int
+    kept: int
+    density: float
+    cost: float
+    kept_cost: float
+    softness: float
+
+
+class Sparsifier:
+    """Masks the weights of ``model`` in place and moves them along a schedule.
+
+    Args:
+        model: Its linear layers, 2-d convolutions and attention projections are masked, those of ``config.layers`` if
+            given. Biases, norms and frozen weights never are. Names and types of the modules stay; parameters of masked
+            layers are found under ``parametrizations.weight.original``, so make the optimiser afterwards or before, but
+            do not look parameters up by name.
+        config: See ``SparsityConfig``.
+        total_steps: T, number of calls of ``step``.
+
+    Raises:
+        RecipeError: ``config.layers`` names nothing, or the model has no layer to mask.
+        InputError: Blocks or groups that do not divide a layer (``strict``), a cost model that does not know a layer, a
+            target that cannot be met because dense parameters alone are more.
+    """
+
+    def __init__(self, model: nn.Module, config: SparsityConfig, total_steps: int) -> None:
+        if total_steps < 1:
+            raise InputError(f"total_steps = {total_steps}; it must be at least 1")
+        self.model, self.config = model, config
+        self.finalized = False
+        chosen = _chosen_weights(model, config)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.layers = self._mask(chosen)
+        masked = sum(math.prod(layer.shape) for layer in self.layers)
+        by_weights = isinstance(self._cost_model, ParameterCost) and parse_groups(config.pattern) is None
+        self._dense_factor = parameters / masked if config.adjust and by_weights else 1.0
+        if 1 - (1 - config.target_density) * self._dense_factor < 0:
+            raise InputError(
+                f"target_density = {config.target_density:g} cannot be met: of {parameters:,} parameters only "
+                f"{masked:,} are in sparse layers, and the dense rest is {1 - masked / parameters:.1%}. Make more layers "
+                "sparse, give a larger target_density, or set adjust = false, which counts the sparse layers only"
+            )
+        sizes = [_typical_entry(layer, config) for layer in self.layers]
+        self.schedule = Schedule(config, total_steps, math.exp(sum(map(math.log, sizes)) / len(sizes)))
+        self._shared.schedule = self
+        self._shared.budgets = self._budgets()
+        first = self.layers[0].masked
+        first.register_buffer("steps_done", torch.zeros((), dtype=torch.int64, device=first.mask.device))
+
+    # ---------------------------------------------------------------------------------------------- construction
+
+    def _mask(self, chosen: list[_Chosen]) -> list[Layer]:
+        cost_model: CostModel = ParameterCost() if self.config.cost_model == "parameters" else self.config.cost_model
+        self._cost_model = cost_model
+        prepare = getattr(cost_model, "prepare", None)
+        if prepare is not None:
+            prepare(self.model, [c.name for c in chosen])
+        self._shared = SharedMasks(self.config.mode)
+        layers, masks = [], []
+        for c in chosen:  # every cost is asked before the first layer is changed
+            weight = getattr(c.module, c.parameter)
+            sizes = _entry_sizes(c.pattern, weight)
+            costs = torch.as_tensor(cost_model.cost(c.name, c.module, weight.detach(), sizes)).detach()
+            shape = c.pattern.mask_shape(weight.shape)
+            if (costs.numel() != 1 and tuple(costs.shape) != shape) or not (costs.isfinite() & (costs > 0)).all():
+                raise InputError(
+                    f"the cost model gave layer {c.name!r} costs of shape {tuple(costs.shape)}; positive numbers are "
+                    f"accepted, one, or one per entry of the mask: {shape}"
+                )
+            masks.append((MaskedWeight(weight, c.pattern, self._shared), costs))
+        for c, (masked, costs) in zip(chosen, masks, strict=True):
+            shape = tuple(getattr(c.module, c.parameter).shape)
+            layers.append(Layer(c.name, c.path, c.parameter, c.module, masked, costs, shape))
+        self._shared.budgets = (Budget(tuple(layers), None),)
+        for layer in layers:
+            layer.masked.shared = _Untouched(self.config.mode)  # registration reads the weight once
+            parametrize.register_parametrization(layer.module, layer.parameter, layer.masked)
+            layer.masked.shared = self._shared
+        return layers
+
+    def _budgets(self) -> tuple[Budget, ...]:
+        groups = parse_groups(self.config.pattern)
+        if groups is not None:
+            return tuple(Budget((layer,), groups) for layer in self.layers)
+        if self.config.allocation == "global":
+            return (Budget(tuple(self.layers), None),)
+        return tuple(Budget((layer,), None) for layer in self.layers)
+
+    # -------------------------------------------------------------------------------------------------- schedule
+
+    def density(self, step: int) -> float:
+        """Share of the cost of the masked layers that is kept after ``step`` steps."""
+        return max(0.0, 1 - (1 - self.schedule.density(step)) * self._dense_factor)
+
+    def beta(self, step: int) -> float:
+        """Sharpness of the soft masks after ``step`` steps."""
+        return self.schedule.beta(step)
+
+    def frozen_at(self, step: int) -> bool:
+        """Whether masks no longer change after ``step`` steps."""
+        return step >= self.schedule.finetune_start
+
+    def shares(self, step: int) -> list[float]:
+        """Share of its cost that every budget keeps after ``step`` steps."""
+        density = self.density(step)
+        if self.config.allocation != "erk" or parse_groups(self.config.pattern) is not None:
+            return [density] * len(self._shared.budgets)
+        sizes = [layer.total_cost for layer in self.layers]
+        return erk_densities([layer.shape for layer in self.layers], density, sizes)
+
+    def amount(self, budget: Budget, share: float) -> Tensor:
+        """B of every problem of a budget, ``(rows,)`` float64."""
+        device = budget.layers[0].masked.mask.device
+        if budget.groups is None:
+            amount = share * math.fsum(layer.total_cost for layer in budget.layers)
+        else:
+            n, m = budget.groups.n, budget.groups.m
+            amount = float(n) if math.isclose(share * m, n) else share * m
+        return torch.full((budget.rows,), amount, dtype=torch.float64, device=device)
+
+    # ------------------------------------------------------------------------------------------------------ steps
+
+    @property
+    def steps_done(self) -> int:
+        return int(self._shared.counter)
+
+    @torch.no_grad()
+    def step(self) -> SparsityState:
+        """New masks for the present weights; call it once after every step of the optimiser.
+
+        Raises ``InputError`` after ``finalize``.
+        """
+        if self.finalized:
+            raise InputError("step() after finalize(): the model holds plain weights now; make a new Sparsifier")
+        step = self.steps_done + 1
+        beta, iterations = self.beta(step), 0
+        if step <= self.schedule.finetune_start:
+            for budget, share in zip(self._shared.budgets, self.shares(step), strict=True):
+                iterations = max(iterations, self._update(budget, share, beta))
+            if self.frozen_at(step):
+                for layer in self.layers:
+                    layer.masked.mask.mul_(layer.masked.kept)
+        self._shared.counter.fill_(step)
+        return SparsityState(step, self.density(step), beta, iterations)
+
+    def _update(self, budget: Budget, share: float, beta: float) -> int:
+        """Masks of one budget; returns the passes of the solver."""
+        if not 0 < share < 1:
+            for layer in budget.layers:
+                layer.masked.mask.fill_(float(share >= 1))
+                layer.masked.kept.fill_(share >= 1)
+            return 0
+        values = flat([layer.masked.pattern.values(layer.weight).to(layer.masked.mask) for layer in budget.layers])
+        values = values.view(budget.rows, -1)
+        costs = _joined_costs(budget, values)
+        amount = self.amount(budget, share)
+        threshold = hard_threshold(values, amount, costs)
+        units = values if costs is None else values / costs
+        at = threshold[:, None].to(units)
+        soft = self.config.mode == "spartan"
+        # The entry at which the budget is spent: kept by a soft mask, dropped by a hard one; groups keep n exactly.
+        kept = units >= at if soft or budget.groups is not None else units > at
+        if budget.groups is not None:
+            budget.groups.keep_exactly(units, kept) if math.isclose(float(amount[0]), budget.groups.n) else None
+        iterations, mask = 0, kept.to(values.dtype)
+        if soft:
+            c = self.config
+            solution = solve(
+                values, amount, beta, costs, solver=c.solver, max_iters=c.max_iters, tol=c.tol, threshold=threshold
+            )
+            iterations, mask = solution.iterations, solution.mask
+        _scatter(budget, mask, kept)
+        return iterations
+
+    @torch.no_grad()
+    def finalize(self) -> nn.Module:
+        """The model with plain weights, dropped ones exactly zero, and without parametrisations; changed in place."""
+        if not self.finalized:
+            for layer in self.layers:
+                parametrize.remove_parametrizations(layer.module, layer.parameter, leave_parametrized=True)
+            self.finalized = True
+        return self.model
+
+    @torch.no_grad()
+    def prune_like(self, other: nn.Module) -> nn.Module:
+        """Set to zero, in place, the weights of ``other`` that are dropped here; layers are found by name.
+
+        For a moving average of the model: its weights follow masked ones and hold their soft factors already.
+        Raises ``InputError`` where ``other`` has no such layer.
+        """
+        modules = dict(other.named_modules())
+        for layer in self.layers:
+            weight = getattr(modules.get(layer.path), layer.parameter, None)
+            if not isinstance(weight, Tensor) or tuple(weight.shape) != layer.shape:
+                found = "no such layer" if weight is None else f"a weight of {tuple(weight.shape)}"
+                raise InputError(
+                    f"layer {layer.name!r} with a weight of {layer.shape} is sparse, and {type(other).__name__} has "
+                    f"{found}: masks cannot be carried over to a model of another architecture"
+                )
+            weight.copy_(layer.masked.pattern.times(weight, layer.masked.kept.to(weight.dtype)))
+        return other
+
+    # ----------------------------------------------------------------------------------------------------- report
+
+    @torch.no_grad()
+    def report(self) -> list[LayerSparsity]:
+        """What is kept at the moment, layer by layer."""
+        rows = []
+        for layer in self.layers:
+            masked = layer.masked
+            alive = masked.kept & (masked.mask > 0)
+            kept = int(alive.sum()) * masked.pattern.weights_per_entry
+            kept_cost = (layer.costs.to(masked.mask) * alive).sum(dtype=torch.float64)
+            count = math.prod(layer.shape)
+            rows.append(
+                LayerSparsity(
+                    name=layer.name,
+                    shape=layer.shape,
+                    block_size=_entry_sizes(masked.pattern, layer.shape),
+                    weights=count,
+                    kept=kept,
+                    density=kept / count,
+                    cost=layer.total_cost,
+                    kept_cost=float(kept_cost),
+                    softness=float((masked.mask * (1 - masked.mask)).mean()),
+                )
+            )
+        return rows
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Masks, counter and whether the masks are frozen; of the model's state only these."""
+        step = self.steps_done
+        state = {"step": torch.tensor(step), "frozen": torch.tensor(self.frozen_at(step))}
+        for layer in self.layers:
+            state |= {f"{layer.name}.mask": layer.masked.mask.clone(), f"{layer.name}.kept": layer.masked.kept.clone()}
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from a ``state_dict``.
+
+        Raises ``InputError`` for the state of other layers, or of a schedule that freezes at another step.
+        """
+        expected = {"step", "frozen"} | {f"{layer.name}.{b}" for layer in self.layers for b in ("mask", "kept")}
+        if expected != set(state):
+            differing = sorted(expected ^ set(state))
+            raise InputError(f"the state is of other layers; differing: {', '.join(differing[:5])}")
+        step = int(state["step"])
+        if bool(state["frozen"]) != self.frozen_at(step):
+            raise InputError(
+                f"the state of step {step} is {'' if state['frozen'] else 'not '}frozen, and by this schedule masks are "
+                f"frozen from step {self.schedule.finetune_start} on; give total_steps and finetune_fraction as before"
+            )
+        for layer in self.layers:
+            for buffer in ("mask", "kept"):
+                own, given = getattr(layer.masked, buffer), state[f"{layer.name}.{buffer}"]
+                if own.shape != given.shape:
+                    raise InputError(
+                        f"layer {layer.name!r}: the state has a mask of {tuple(given.shape)}; here it is "
+                        f"{tuple(own.shape)}"
+                    )
+                own.copy_(given)
+        self._shared.counter.fill_(step)
+
+
+# ------------------------------------------------------------------------------------------------------- helpers
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """A weight that will be masked."""
+
+    name: str
+    path: str
+    parameter: str
+    module: nn.Module
+    pattern: Pattern
+
+
+class _Untouched(SharedMasks):
+    """Stands in while a layer is registered, before there is a schedule: masks are constants."""
+
+    def plain(self) -> bool:
+        return True
+
+
+def _candidates(model: nn.Module) -> dict[str, tuple[str, str, nn.Module]]:
+    """Name of a layer -> path of its module, name of the parameter, module; in the order of the modules."""
+    found = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            found[path or "weight"] = (path, "weight", module)
+        elif isinstance(module, nn.MultiheadAttention):
+            for parameter in ATTENTION_WEIGHTS:
+                if getattr(module, parameter, None) is not None:
+                    found[f"{path}.{parameter}".lstrip(".")] = (path, parameter, module)
+    return found
+
+
+def _chosen_weights(model: nn.Module, config: SparsityConfig) -> list[_Chosen]:
+    """The weights that ``config`` names, with their patterns. Raises as ``Sparsifier`` does."""
+    candidates = _candidates(model)
+    names = list(candidates)
+    if config.layers is not None:
+        for wanted in config.layers:
+            if not any(fnmatchcase(name, wanted) for name in candidates):
+                shown = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+                raise RecipeError(
+                    f"layers: {wanted!r} matches no layer.{did_you_mean(wanted, names)} There are: {shown or 'none'}"
+                )
+        names = [name for name in names if any(fnmatchcase(name, wanted) for wanted in config.layers)]
+    groups = parse_groups(config.pattern)
+    chosen: list[_Chosen] = []
+    owners: dict[int, str] = {}
+    for name in names:
+        path, parameter, module = candidates[name]
+        if parametrize.is_parametrized(module, parameter):
+            raise RecipeError(
+                f"layer {name!r} is parametrised already (another sparsity modifier, or weight norm); name the layers to "
+                "make sparse in `layers`, without it"
+            )
+        weight = getattr(module, parameter)
+        if not weight.requires_grad:
+            continue
+        if id(weight) in owners:
+            raise RecipeError(
+                f"layers {owners[id(weight)]!r} and {name!r} share one weight; name only one of them in `layers`"
+            )
+        owners[id(weight)] = name
+        pattern = _fitting_pattern(weight, groups, config, name)
+        if pattern is not None:
+            chosen.append(_Chosen(name, path, parameter, module, pattern))
+    if not chosen:
+        raise RecipeError(
+            f"{type(model).__name__} has no layer to make sparse: linear layers, 2-d convolutions and attention "
+            f"projections with trainable weights are. Matching layers: {', '.join(names[:12]) or 'none'}"
+        )
+    return chosen
+
+
+def _fitting_pattern(weight: Tensor, groups: Groups | None, config: SparsityConfig, name: str) -> Pattern | None:
+    try:
+        return pattern_of(weight, groups=groups, block_size=config.block_size, name=name)
+    except InputError as error:
+        if config.strict:
+            raise
+        warnings.warn(f"{error}", stacklevel=4)
+    return None if groups is not None else Blocks((1,) * weight.ndim)
+
+
+def _entry_sizes(pattern: Pattern, weight: Any) -> tuple[int, ...]:
+    """Weights of an entry of the mask, per dimension of the weight."""
+    shape = weight.shape if isinstance(weight, Tensor) else weight
+    return pattern.sizes if isinstance(pattern, Blocks) else (1,) * len(shape)
+
+
+def _typical_entry(layer: Layer, config: SparsityConfig) -> float:
+    """Weights of a block as configured: also of a layer that fell back to single weights."""
+    given = [*config.block_size, *[1] * len(layer.shape)][: len(layer.shape)]
+    return float(math.prod(s if b == -1 else b for b, s in zip(given, layer.shape, strict=True)))
+
+
+def _joined_costs(budget: Budget, values: Tensor) -> Tensor | None:
+    """Costs of the entries of a budget: ``None`` where all are 1, a single number where all are equal."""
+    numbers = {float(layer.costs) if layer.costs.numel() == 1 else math.nan for layer in budget.layers}
+    if numbers == {1.0}:
+        return None
+    if len(numbers) == 1 and not any(map(math.isnan, numbers)):
+        return values.new_tensor(numbers.pop())
+    spread = [
+        budget.cost_of(layer).expand(budget.rows, layer.masked.mask.numel() // budget.rows) for layer in budget.layers
+    ]
+    return torch.cat(spread, dim=1)
+
+
+def _scatter(budget: Budget, mask: Tensor, kept: Tensor) -> None:
+    """Solved masks back to their layers."""
+    start = 0
+    for layer in budget.layers:
+        end = start + layer.masked.mask.numel() // budget.rows
+        for buffer, solved in ((layer.masked.mask, mask), (layer.masked.kept, kept)):
+            buffer.view(budget.rows, -1).copy_(solved[:, start:end])
+        start = end
