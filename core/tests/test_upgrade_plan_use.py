@@ -14,7 +14,8 @@ from bowerbird.errors import UpgradeError
 from bowerbird.gallery import Gallery
 from bowerbird.registry import get_registry
 from bowerbird.upgrade import begin
-from bowerbird.upgrade.plan import load_plan, measured_gain, plan
+from bowerbird.upgrade.plan import plan
+from bowerbird.upgrade.saved_plan import load_plan, measured_gain
 from bowerbird.upgrade.watch import level_before, watch
 
 ENCODERS = {"fake:old": old_encoder, "fake:new": new_encoder, "fake:other": lambda: FakeEncoder("other", 24, 1.0)}

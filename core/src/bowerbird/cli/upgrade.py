@@ -284,7 +284,7 @@ def run(gallery: str, to: str | None, old: str | None, on_top: bool, compatible:
             if not begins:
                 begin_settings.pop("transform", None)  # it was registered when the upgrade began
         if stop_at_gain is not None:
-            from bowerbird.upgrade.plan import share_for_gain
+            from bowerbird.upgrade.saved_plan import share_for_gain
 
             if stop_at_share is not None:
                 raise InputError("--stop-at-gain and --stop-at-share are two limits of one kind; give one")

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from bowerbird.gallery import Gallery, Space
     from bowerbird.upgrade import ItemEncoder, QuerySet, RunReport, UpgradeStatus
     from bowerbird.upgrade.engines import Executor
-    from bowerbird.upgrade.plan import SavedPlan
+    from bowerbird.upgrade.saved_plan import SavedPlan
     from bowerbird.upgrade.worker import Job
 
 
@@ -40,7 +40,7 @@ GAIN_STEP = 0.05  # of the gallery, after which the gain is measured again
 
 def gain_is_there(gallery: Gallery, saved: SavedPlan, asked: float, share: float) -> bool:
     """Whether the watched queries show what the plan forecast for this share; without any, the forecast counts."""
-    from bowerbird.upgrade.plan import measured_gain
+    from bowerbird.upgrade.saved_plan import measured_gain
 
     gain = measured_gain(gallery, saved)
     if gain is None:
@@ -129,7 +129,7 @@ def latest_plan(gallery: Gallery) -> tuple[str, ...]:
 
 def saved_plan(path: str | None, new: Space) -> SavedPlan:
     from bowerbird.errors import InputError, UpgradeError
-    from bowerbird.upgrade.plan import load_plan
+    from bowerbird.upgrade.saved_plan import load_plan
 
     if path is None:
         raise InputError("this gallery has no folder with its last plan; name one, --plan plan.json")
@@ -144,7 +144,7 @@ def planned_merger(gallery: Gallery, new: Space, strategy: str) -> str | None:
     from pathlib import Path
 
     from bowerbird.errors import BowerbirdError
-    from bowerbird.upgrade.plan import load_plan
+    from bowerbird.upgrade.saved_plan import load_plan
     from bowerbird.upgrade.strategies import load_strategy
 
     files = [Path(name) for name in latest_plan(gallery)]

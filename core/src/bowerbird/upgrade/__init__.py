@@ -14,7 +14,7 @@ from __future__ import annotations
 from bowerbird.upgrade.encoding import ItemEncoder
 from bowerbird.upgrade.forecast import ForecastCurve, PairedVectors
 from bowerbird.upgrade.orders import backfill_order
-from bowerbird.upgrade.plan import Plan
+from bowerbird.upgrade.plan_record import Plan
 from bowerbird.upgrade.queries import QuerySet
 from bowerbird.upgrade.run import RunReport
 from bowerbird.upgrade.serve import SearchService

@@ -105,7 +105,7 @@ class ForecastCurve:
         items: Sampled items of the forecast.
         gain: Paired difference of the area to the old level: what the strategy brings over waiting until the end.
         dip: Paired difference of the quality at the worst share to the old level.
-        costs: See ``bowerbird.upgrade.plan.Costs``.
+        costs: See ``bowerbird.upgrade.plan_record.Costs``.
     """
 
     name: str

@@ -11,20 +11,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bowerbird.errors import BowerbirdError, DataError, InputError, UpgradeError
-from bowerbird.files import write_atomically, write_json
+from bowerbird.errors import BowerbirdError, InputError, UpgradeError
 from bowerbird.gallery.space import Space
 from bowerbird.registry import get_registry
 from bowerbird.retrieval.intervals import Interval, bootstrap_interval, paired_difference
 from bowerbird.upgrade.backfill import backfill_plan, order_positions
 from bowerbird.upgrade.canary import check_canary
 from bowerbird.upgrade.forecast import ForecastCurve, Forecaster, PairedVectors
+from bowerbird.upgrade.plan_record import Costs, OrderForecast, Plan
 from bowerbird.upgrade.queries import QuerySet, no_label
 from bowerbird.upgrade.sample import Sample, take_sample
 from bowerbird.upgrade.start import check_store
@@ -38,7 +37,6 @@ from bowerbird.upgrade.strategies import (
     transform_direction,
 )
 from bowerbird.upgrade.verdict import FEWEST_QUERIES, Recommendation, recommend, short_name
-from bowerbird.upgrade.watch import level_before, watch
 
 if TYPE_CHECKING:
     from bowerbird.gallery.gallery import Gallery
@@ -46,229 +44,6 @@ if TYPE_CHECKING:
     from bowerbird.upgrade.encoding import ItemEncoder
 
 CLEARLY = 0.005  # a merger or an order that is not better by this is not worth a departure from the usual one
-
-
-@dataclass(frozen=True)
-class Costs:
-    """What a strategy takes.
-
-    Attributes:
-        hours: Of one worker's encoder, for the whole gallery; ``None`` where the speed is not known.
-        price: ``hours`` times the price per hour.
-        peak_bytes: What the gallery grows by at most until ``finish``.
-        encoder_passes: Per query while the upgrade is under way.
-        needs_images: Whether the items must be encoded again.
-        needs_old_encoder: Whether the old encoder must be at hand until the end.
-    """
-
-    hours: float | None
-    price: float | None
-    peak_bytes: int
-    encoder_passes: int
-    needs_images: bool
-    needs_old_encoder: bool
-
-
-@dataclass(frozen=True)
-class OrderForecast:
-    """What another order of the backfill gives the recommended strategy.
-
-    Attributes:
-        area: Of its curve, with its interval.
-        difference: Paired difference of the area to that of the plan's own order.
-    """
-
-    name: str
-    area: Interval
-    max_nfr: float
-    difference: Interval
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is known before an upgrade.
-
-    Attributes:
-        old, new: The two spaces: fingerprint, encoder, dim; ``canary`` of the old one is the median cosine of stored
-            items that were encoded again (``None`` where the old encoder was not given).
-        items: Live items of the gallery.
-        sample, sample_failed: Sampled items that were encoded, and those that could not be.
-        queries: Queries that counted.
-        metric: ``map``, ``map@100`` or ``r1``.
-        old_old, new_new, new_old, gain: Means with 95 % intervals over the queries; ``gain`` is the paired difference
-            new/new minus old/old. ``None`` without labels.
-        curves: Forecasts, one for each strategy and merger; the strategies that cannot serve this pair say why.
-        order: Of the forecasts. ``orders``: what others would give the recommended strategy.
-        items_per_second: Of the new encoder, measured here, fetching included; ``None`` for given vectors.
-        hours: Of one worker for the whole gallery.
-        vector_bytes: What the new vectors take on the disk.
-        peak_bytes: What the upgrade adds at most until it is finished.
-        price: ``hours`` times the price per hour.
-        recommendation: One, with its reason.
-        trained_on: Pairs on which transforms were fitted.
-        transforms: Strategy -> its transform, fitted on the training half; saved beside the plan.
-    """
-
-    gallery: str
-    old: dict[str, Any]
-    new: dict[str, Any]
-    items: int
-    sample: int
-    sample_failed: int
-    queries: int
-    metric: str
-    old_old: Interval | None
-    new_new: Interval | None
-    new_old: Interval | None
-    gain: Interval | None
-    curves: tuple[ForecastCurve, ...]
-    order: str
-    items_per_second: float | None
-    hours: float | None
-    vector_bytes: int
-    peak_bytes: int
-    price: float | None
-    recommendation: Recommendation
-    seed: int
-    created_at: float
-    orders: tuple[OrderForecast, ...] = ()
-    order_settings: Mapping[str, Any] = field(default_factory=dict)
-    label_key: str | None = None
-    trained_on: int = 0
-    transforms: Mapping[str, VectorTransform] = field(default_factory=dict, repr=False, compare=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        made: dict[str, Any] = _plain(self)
-        made["transforms"] = {name: transform.fingerprint for name, transform in self.transforms.items()}
-        return made
-
-    def save(self, path: str | Path) -> None:
-        """As JSON, with the fitted transforms beside it (``NAME.STRATEGY.safetensors``); or, by the ending of the path,
-        as a page (``.html``) or as a picture of the curves (``.svg``)."""
-        path = Path(path)
-        if path.suffix.lower() in (".html", ".svg"):
-            from bowerbird.upgrade.plan_page import plan_page, plan_svg
-
-            drawn = plan_page(self) if path.suffix.lower() == ".html" else plan_svg(self)
-            write_atomically(path, drawn)
-            return
-        for name, transform in self.transforms.items():
-            transform.save(_transform_file(path, name))
-        write_json(path, self.to_dict())
-
-    def curve(self, name: str, merger: str | None = None) -> ForecastCurve:
-        """The curve of a strategy; with its own merger unless another one is named."""
-        found = [c for c in self.curves if name in (c.name, c.name.partition(":")[2])]
-        if merger is not None:
-            found = [c for c in found if merger in (c.merger, c.merger.partition(":")[2])]
-        if not found:
-            raise InputError(f"the plan has no curve {name!r}; it has {', '.join(c.name for c in self.curves)}")
-        return found[0]
-
-
-@dataclass(frozen=True)
-class SavedPlan:
-    """What ``run`` takes from a plan that was saved: see ``load_plan``."""
-
-    old: str
-    new: str
-    strategy: str
-    merger: str | None
-    order: str
-    order_settings: dict[str, Any]
-    seed: int
-    label_key: str | None
-    transform: VectorTransform | None
-    curve: ForecastCurve | None
-    old_level: float | None
-    new_level: float | None = None
-
-    def begin_settings(self) -> dict[str, Any]:
-        """Arguments of ``begin``."""
-        made = {
-            "strategy": self.strategy, "merger": self.merger, "order": self.order, "transform": self.transform,
-            "order_settings": self.order_settings or None, "seed": self.seed, "label_key": self.label_key,
-        }  # fmt: skip
-        return {name: value for name, value in made.items() if value is not None}
-
-
-def load_plan(path: str | Path) -> SavedPlan:
-    """The recommendation of a saved plan.
-
-    Raises:
-        DataError: If the file is no plan.
-        UpgradeError: If the plan recommends no upgrade; says what it says.
-    """
-    import json
-
-    from bowerbird.gallery.transform import VectorTransform
-
-    path = Path(path)
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        verdict, curves = saved["recommendation"], saved["curves"]
-        strategy, merger = verdict["strategy"], verdict.get("merger") or None
-        decision, reason = verdict["decision"], verdict["reason"]
-        old = saved["old"]["fingerprint"]
-        new, order, seed = saved["new"]["fingerprint"], verdict.get("order") or saved["order"], int(saved["seed"])
-    except OSError as exc:
-        raise DataError(f"{path} cannot be read: {exc}") from exc
-    except (ValueError, KeyError, TypeError) as exc:
-        raise DataError(f"{path} is no plan as `bowerbird upgrade plan --out plan.json` saves it: {exc!r}") from exc
-    if strategy is None:
-        raise UpgradeError(f"the plan {path} recommends no strategy ({decision}: {reason}); name one with --strategy")
-    transform = None
-    if strategy in saved.get("transforms", {}):
-        transform = VectorTransform.load(_transform_file(path, strategy))
-        if transform.fingerprint != saved["transforms"][strategy]:
-            raise DataError(
-                f"{_transform_file(path, strategy)} is not the transform that the plan {path} was made with"
-            )
-    chosen = next(
-        (c for c in curves if (c["name"], c.get("merger") or None) == (strategy, merger) and not c["unavailable"]), None
-    )
-    curve = chosen and ForecastCurve(
-        chosen["name"], tuple(chosen["shares"]), tuple(chosen["quality"]), tuple(chosen["nfr"]), chosen["area"]
-    )
-    before, after = (
-        None if (level := saved.get(name)) is None else float(level["mean"]) for name in ("old_old", "new_new")
-    )
-    settings = dict(saved.get("order_settings") or {}) if order == saved["order"] else {}
-    return SavedPlan(
-        old, new, strategy, merger, order, settings, seed, saved.get("label_key"), transform, curve or None,
-        before, after,
-    )  # fmt: skip
-
-
-def share_for_gain(saved: SavedPlan, gain: float, strategy: str) -> float:
-    """The share of the gallery at which a saved plan forecasts ``gain`` (above 0, up to 1) of what the upgrade brings.
-
-    Raises:
-        InputError: If the plan has no forecast for this strategy, or it forecasts no gain.
-    """
-    name = load_strategy(strategy)[0]
-    if saved.curve is None or saved.old_level is None or saved.curve.name != name:
-        raise InputError(f"the plan has no forecast for strategy {name!r}, which a stop at a share of the gain needs")
-    share = saved.curve.share_at_gain(gain, saved.old_level)
-    if not math.isfinite(share):
-        raise InputError(f"the plan forecasts no gain of {name!r}, so that no share of it can be reached")
-    return max(share, 1e-9)
-
-
-def measured_gain(gallery: Gallery, saved: SavedPlan) -> float | None:
-    """The share of the gain that the watched queries show now; ``None`` where none with labels are watched.
-
-    The gain so far is measured: mAP@100 now minus that of the old system, on the same queries. What there is to gain
-    is not known before the end, and is the plan's new/new minus old/old. Below 0 or above 1 is possible.
-    """
-    if saved.old_level is None or saved.new_level is None or saved.new_level <= saved.old_level:
-        raise InputError("the plan measured no gain, so that no share of it can be reached")
-    try:
-        before = level_before(gallery)
-    except UpgradeError:
-        return None
-    return (watch(gallery).quality - before) / (saved.new_level - saved.old_level)
 
 
 def plan(
@@ -623,20 +398,3 @@ def _split(paired: PairedVectors, old: Space, new: Space, seed: int, *, fit: boo
 
     everything = part(everyone, paired.gallery_weights)
     return Sample(everything, everyone, part(rows, np.maximum(weights, 1.0)), rows, training, count, 0, None)
-
-
-def _transform_file(plan_path: Path, strategy: str) -> Path:
-    return plan_path.with_name(f"{plan_path.stem}.{strategy.replace(':', '-')}.safetensors")
-
-
-def _plain(value: Any) -> Any:
-    if is_dataclass(value) and not isinstance(value, type):
-        hidden = ("values", "transforms")
-        return {f.name: _plain(getattr(value, f.name)) for f in fields(value) if f.name not in hidden}
-    if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

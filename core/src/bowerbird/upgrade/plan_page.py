@@ -10,7 +10,7 @@ from bowerbird.upgrade.tables import METRIC_NAMES, bytes_text
 
 if TYPE_CHECKING:
     from bowerbird.upgrade.forecast import ForecastCurve
-    from bowerbird.upgrade.plan import Plan
+    from bowerbird.upgrade.plan_record import Plan
 
 MARKERS = "os^Dv*PX"
 

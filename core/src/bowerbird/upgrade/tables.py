@@ -15,7 +15,7 @@ from bowerbird.upgrade.verdict import short_name
 if TYPE_CHECKING:
     from bowerbird.retrieval.intervals import Interval
     from bowerbird.upgrade.forecast import ForecastCurve
-    from bowerbird.upgrade.plan import Plan
+    from bowerbird.upgrade.plan_record import Plan
     from bowerbird.upgrade.state import UpgradeStatus
     from bowerbird.upgrade.verdict import Recommendation
     from bowerbird.upgrade.watch import WatchEntry

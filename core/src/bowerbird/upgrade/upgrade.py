@@ -18,6 +18,7 @@ from bowerbird.upgrade import state as _state
 from bowerbird.upgrade import watch as _watch
 from bowerbird.upgrade.encoding import ItemEncoder
 from bowerbird.upgrade.fitting import fit_transform, needs_transform
+from bowerbird.upgrade.plan_record import Plan
 from bowerbird.upgrade.queries import QuerySet, watch_set
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class Upgrade:
         if self._owns:
             self.gallery.close()
 
-    def plan(self, **settings: Any) -> _plan.Plan:
+    def plan(self, **settings: Any) -> Plan:
         """Whether to upgrade, by which strategy, and what it costs; see ``bowerbird.upgrade.plan``."""
         return _plan.plan(self.gallery, self.new, old_encoder=self.old, **settings)
 
