@@ -282,6 +282,7 @@ def alternation_step(
     factors = _checked_weights(weights or {}, batches, known)
     optimizer.zero_grad(set_to_none=True)
     losses: dict[str, Tensor] = {}
+    total: Any = 0.0
     for position, (name, batch) in enumerate(batches.items()):
         with active_dataset(model, name) if known else nullcontext():
             waits = accumulate and isinstance(model, DistributedDataParallel) and position + 1 < len(batches)
@@ -292,9 +293,11 @@ def alternation_step(
                     raise InputError(f"loss_fn must return a scalar tensor; of data set {name!r} it returned {found}")
                 if accumulate:
                     (factors[name] * loss).backward()
-        losses[name] = loss.detach() if accumulate else loss
+                else:
+                    total = total + factors[name] * loss
+        losses[name] = loss.detach()
     if not accumulate:
-        torch.stack([factors[name] * loss for name, loss in losses.items()]).sum().backward()
+        total.backward()
     values = {name: float(loss) for name, loss in losses.items()}
     for name, value in values.items():
         if not math.isfinite(value):

@@ -22,7 +22,7 @@ class MIoU(Evaluator):
     """Per set: ``SET/mIoU``, the mean over classes of the intersection over union, summed over all pictures first.
 
     A class that neither the label maps nor the predictions of a set hold is left out of its mean. ``SET/iou/CLASS`` are
-    the terms, ``SET/accuracy`` the share of right pixels, ``mIoU`` the mean over sets. Pixels of index 255 do not count.
+    the terms, ``SET/accuracy`` the share of right pixels, ``mIoU`` the mean over sets. Index 255 does not count.
     """
 
     def __init__(self, config: MIoUConfig) -> None:

@@ -53,7 +53,7 @@ def bowerbird_objectives() -> Iterable[ObjectiveRecord]:
         name="domain:cdcl",
         target="bowerbird_domain.segmentation:SegmentationObjective",
         config="bowerbird_domain.segmentation_configs:CDCLConfig",
-        summary="Segmentation of several data sets at once: shared convolutions, batch normalisation of its own for each.",
+        summary="Segmentation of several data sets at once: convolutions shared, batch normalisation for each its own.",
         paper="Cross-Dataset Collaborative Learning for Semantic Segmentation, AAAI 2022, arXiv:2103.11351",
         needs=("image", "label_map", "domain"),
         encoder_needs=("tokens",),
@@ -79,6 +79,30 @@ def bowerbird_datasets() -> Iterable[DatasetRecord]:
         provides=("image", "label_map", "item_id", "domain"),
     )
     yield DatasetRecord(
+        name="domain:folders",
+        target="bowerbird_domain.folders:DomainFolders",
+        config="bowerbird_domain.configs:FoldersConfig",
+        summary="Your own pictures in folders DOMAIN/CLASS, such as PACS or Office-Home; leave domains out of training.",
+        provides=("image", "label", "item_id", "domain"),
+        splits=("all", "train", "validation", "test"),
+    )
+    yield DatasetRecord(
+        name="domain:left-out",
+        target="bowerbird_domain.left_out:LeftOut",
+        config="bowerbird_domain.configs:LeftOutConfig",
+        summary="Any data set whose items have a domain, such as emoji:styles, with domains left out of training.",
+        provides=("image", "label", "item_id", "domain"),
+        splits=("all", "train", "validation", "test"),
+    )
+    yield DatasetRecord(
+        name="domain:looks",
+        target="bowerbird_domain.looks:Looks",
+        config="bowerbird_domain.configs:LooksConfig",
+        summary="Pictures of another data set in six looks (tint, blur, fog, noise, ...): domains without a download.",
+        provides=("image", "label", "item_id", "domain"),
+        splits=("all", "train", "validation", "test"),
+    )
+    yield DatasetRecord(
         name="domain:segmentation-folders",
         target="bowerbird_domain.segmentation_sets:SegmentationFolders",
         config="bowerbird_domain.segmentation_sets:FoldersConfig",
@@ -90,9 +114,23 @@ def bowerbird_datasets() -> Iterable[DatasetRecord]:
 @hookimpl
 def bowerbird_evaluators() -> Iterable[EvaluatorRecord]:
     yield EvaluatorRecord(
+        name="domain:leave-one-out",
+        target="bowerbird_domain.evaluators:LeaveOneOut",
+        config="bowerbird_domain.configs:LeaveOneOutConfig",
+        summary="Accuracy in every domain with labels of the other domains only (k-NN).",
+        needs=("image", "label", "domain"),
+    )
+    yield EvaluatorRecord(
         name="domain:miou",
         target="bowerbird_domain.miou:MIoU",
         config="bowerbird_domain.segmentation_configs:MIoUConfig",
         summary="Mean intersection over union of every segmentation set.",
         needs=("image", "label_map", "domain"),
+    )
+    yield EvaluatorRecord(
+        name="domain:retrieval",
+        target="bowerbird_domain.evaluators:DomainRetrieval",
+        config="bowerbird_domain.configs:DomainRetrievalConfig",
+        summary="Search across domains: mAP and R@k of queries whose gallery holds other domains only.",
+        needs=("image", "label", "domain"),
     )
