@@ -82,7 +82,7 @@ def bowerbird_datasets() -> Iterable[DatasetRecord]:
         name="domain:folders",
         target="bowerbird_domain.folders:DomainFolders",
         config="bowerbird_domain.configs:FoldersConfig",
-        summary="Your own pictures in folders DOMAIN/CLASS, such as PACS or Office-Home; leave domains out of training.",
+        summary="Your own pictures in folders DOMAIN/CLASS, as PACS or Office-Home; leave domains out of training.",
         provides=("image", "label", "item_id", "domain"),
         splits=("all", "train", "validation", "test"),
     )
