@@ -177,6 +177,9 @@ def test_two_parts_have_nothing_in_common() -> None:
     assert output.loss_consistency == 0
     assert output.loss == output.loss_reconstruction
     assert all(gradient.isfinite().all() for gradient in gradients(model).values())
+    model.zero_grad()
+    model(pictures()).loss_consistency.backward()
+    assert all((gradient == 0).all() for gradient in gradients(model).values())
     assert prediction_inconsistency(model, pictures(), 2) == 0
     pred = torch.randn(1, 2, 4, 3, requires_grad=True)
     self_consistency_loss(pred, partition_patches(torch.rand(1, 4), 2).mask).backward()
@@ -185,6 +188,10 @@ def test_two_parts_have_nothing_in_common() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     pred, mask = torch.zeros(2, 4, 12, 5), torch.ones(2, 4, 12)
+    with pytest.raises(InputError, match=r"num_parts = 4.0 does not divide 12 patches; accepted: 2, 3, 4, 6, 12"):
+        partition_patches(torch.rand(1, 12), 1 / (1 - 0.75))
+    with pytest.raises(InputError, match="expected at least one picture"):
+        prediction_inconsistency(small_mae(), pictures(0))
     with pytest.raises(InputError, match=r"pred \(2, 4, 12, 5\) and mask \(2, 4, 11\) do not fit"):
         self_consistency_loss(pred, mask[..., 1:])
     with pytest.raises(InputError, match="at least two parts"):

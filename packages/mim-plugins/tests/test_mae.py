@@ -246,11 +246,42 @@ def test_key_biases_get_no_gradient() -> None:
         assert block.attn.qkv.bias.grad[16:32].abs().max() < 1e-12
 
 
+def test_the_loss_of_half_precision_counts_every_masked_patch() -> None:
+    """600 x 200 masked patches are more than float16 can count, and an odd number is none of bfloat16."""
+    for dtype, batch, length in ((torch.float16, 600, 200), (torch.bfloat16, 3, 333)):
+        pred, target, mask = (
+            torch.zeros(batch, length, 2, dtype=dtype),
+            torch.ones(batch, length, 2),
+            torch.ones(batch, length),
+        )
+        loss = masked_reconstruction_loss(pred, target, mask, norm_pix=False)
+        assert loss.dtype == torch.float32
+        assert loss == 1
+
+
 # ------------------------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decoder_heads": 0}, "decoder_heads = 0"),
+        ({"decoder_dim": -4}, "decoder_dim = -4"),
+        ({"decoder_depth": -1}, "decoder_depth = -1"),
+        ({"encoder": torch.nn.Linear(2, 2)}, "needs the encoder mim:vit, not Linear"),
+    ],
+)
+def test_what_makes_no_model_is_refused(options: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        MaskedAutoencoder(**{"encoder": ViTEncoder(**SMALL), **DECODER, **options})
 
 
 def test_what_does_not_fit_is_refused() -> None:
     model = small_model()
+    with pytest.raises(InputError, match="expected at least one picture"):
+        model(torch.zeros(0, 3, 16, 16, dtype=torch.float64))
+    with pytest.raises(InputError, match="norm_pix_loss = false"):
+        masked_reconstruction_loss(torch.zeros(1, 4, 1), torch.zeros(1, 4, 1), torch.ones(1, 4))
     with pytest.raises(InputError, match=r"noise has shape \(2, 15\); expected \(2, 16\)"):
         model(torch.zeros(2, 3, 16, 16, dtype=torch.float64), noise=torch.zeros(2, 15))
     with pytest.raises(InputError, match="images are 8 x 8 pixels"):

@@ -83,5 +83,20 @@ def test_sizes_that_do_not_divide_are_refused() -> None:
         ViTEncoder(image_size=18, patch_size=4)
     with pytest.raises(InputError, match="embed_dim = 10 is no multiple of num_heads = 3"):
         ViTEncoder(embed_dim=10, num_heads=3)
+    with pytest.raises(InputError, match="embed_dim = 12 is no multiple of num_heads = 0"):
+        ViTEncoder(embed_dim=12, num_heads=0)
     with pytest.raises(InputError, match="6 x 16 pixels cannot be divided"):
         ViTEncoder(**SMALL)({"image": torch.zeros(1, 3, 6, 16)})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"position": "cosine"}, {"pooling": "max"}, {"init": "normal"}, {"depth": -1}, {"in_channels": 0},
+        {"mlp_ratio": 0.0}, {"drop_path": 1.5},
+    ],
+)  # fmt: skip
+def test_values_that_no_encoder_has_are_refused_by_name(options: dict) -> None:
+    ((name, value),) = options.items()
+    with pytest.raises(InputError, match=f"{name} = {value!r}"):
+        ViTEncoder(**{**SMALL, **options})

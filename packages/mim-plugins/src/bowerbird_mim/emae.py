@@ -26,6 +26,7 @@ from bowerbird.errors import InputError
 from bowerbird.protocols import BuildContext, Encoder, ItemTransform, LossOutput, Objective
 from bowerbird_mim.mae import MaskedAutoencoder, PixelConfig, checked_noise, noisy_view
 from bowerbird_mim.patches import normalize_patches, patchify
+from bowerbird_mim.precision import at_least_float32
 from bowerbird_mim.vit import ViTEncoder, vit_of
 
 Reduction = Literal["overlap_mean", "all_mean"]
@@ -59,7 +60,8 @@ def partition_patches(noise: Tensor, num_parts: int) -> Partition:
     if noise.ndim != 2:
         raise InputError(f"noise has shape {tuple(noise.shape)}; expected (N, L), one value per patch")
     batch, length = noise.shape
-    if num_parts < 2 or num_parts > length or length % num_parts:
+    # 1 / (1 - mask_ratio) is a float, and for most ratios not even a whole one
+    if isinstance(num_parts, float) or num_parts < 2 or num_parts > length or length % num_parts:
         raise InputError(
             f"num_parts = {num_parts} does not divide {length} patches; accepted: "
             f"{', '.join(str(k) for k in range(2, length + 1) if length % k == 0)}"
@@ -96,7 +98,8 @@ def self_consistency_loss(pred: Tensor, mask: Tensor, reduction: Reduction = "ov
             "with at least two parts K"
         )
     check_reduction(reduction)
-    weights = mask.to(torch.promote_types(pred.dtype, torch.float32))
+    pred = at_least_float32(pred)
+    weights = mask.to(pred.dtype)
     parts = pred.unbind(1)
     total, overlap = weights.new_zeros(()), weights.new_zeros(())
     for i, j in combinations(range(len(parts)), 2):
@@ -193,7 +196,7 @@ class EfficientMaskedAutoencoder(nn.Module):
         tokens = torch.cat([first, tokens[:, 1:].unflatten(1, visible.shape[1:])], dim=2)  # (N, K, 1 + V, D)
         latent = encoder.encode(tokens.flatten(0, 1)).unflatten(0, visible.shape[:2])
 
-        target = patchify(images, encoder.patch_size)
+        target = at_least_float32(patchify(images, encoder.patch_size))
         if self.mae.norm_pix_loss:
             target = normalize_patches(target)
         slices = _chosen(target, visible.flatten(1)).unflatten(1, visible.shape[1:])  # (N, K, V, P)
@@ -231,6 +234,8 @@ class EfficientMaskedAutoencoder(nn.Module):
                 reconstruction = reconstruction + F.mse_loss(guess, slices[:, b])
             for one, other in combinations(of_b, 2):
                 consistency = consistency + (one - other).abs().mean()
+        if parts == 2:  # no overlap: zero, with a gradient of zero
+            consistency = reconstruction * 0
         pairs = parts * (parts - 1) * (parts - 2) / 2
         share = (parts - 2) / parts if self.consistency_reduction == "all_mean" else 1.0
         consistency = consistency * (share / max(1.0, pairs))

@@ -22,6 +22,7 @@ from bowerbird.batch import Batch
 from bowerbird.errors import InputError
 from bowerbird.protocols import BuildContext, Encoder, ItemTransform, LossOutput, Objective
 from bowerbird_mim.patches import normalize_patches, patchify, sincos_position_embedding, unpatchify
+from bowerbird_mim.precision import at_least_float32
 from bowerbird_mim.views import View
 from bowerbird_mim.vit import ViTEncoder, initialize, vit_of
 
@@ -76,7 +77,7 @@ def random_mask(noise: Tensor, mask_ratio: float) -> MaskPlan:
 
 
 def masked_reconstruction_loss(pred: Tensor, target: Tensor, mask: Tensor, norm_pix: bool = True) -> Tensor:
-    """Mean squared error over the numbers of masked patches: a scalar.
+    """Mean squared error over the numbers of masked patches: a scalar, in float32 at least.
 
     Args:
         pred: ``(B, L, P)``.
@@ -85,13 +86,14 @@ def masked_reconstruction_loss(pred: Tensor, target: Tensor, mask: Tensor, norm_
         norm_pix: Normalise every target patch to mean 0 and unbiased variance 1 first.
 
     Raises:
-        InputError: Shapes that do not fit, or no masked patch.
+        InputError: Shapes that do not fit, no masked patch, or patches of one number that should be normalised.
     """
     if pred.shape != target.shape or pred.ndim != 3 or mask.shape != pred.shape[:2]:
         raise InputError(
             f"pred {tuple(pred.shape)}, target {tuple(target.shape)} and mask {tuple(mask.shape)} do not fit: expected "
             "(B, L, P), (B, L, P) and (B, L)"
         )
+    pred, target = at_least_float32(pred), at_least_float32(target)
     weights = mask.to(pred.dtype)
     total = weights.sum()
     if not torch.compiler.is_compiling() and total == 0:
@@ -124,8 +126,10 @@ class MaskedDecoder(nn.Module):
 
     def __init__(self, encoder: ViTEncoder, dim: int, depth: int, heads: int) -> None:
         super().__init__()
-        if dim % 4 or dim % heads:
+        if dim < 4 or heads < 1 or dim % 4 or dim % heads:
             raise InputError(f"decoder_dim = {dim} must be a multiple of 4 and of decoder_heads = {heads}")
+        if depth < 0:
+            raise InputError(f"decoder_depth = {depth}: expected a number of blocks, 0 or more")
         self.decoder_embed = nn.Linear(encoder.embed_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         table = sincos_position_embedding(dim, encoder.grid, class_token=True)[None]
@@ -212,6 +216,9 @@ class MaskedAutoencoder(nn.Module):
         decoder_depth: Number of the decoder's blocks.
         decoder_heads: Its attention heads.
         norm_pix_loss: Predict normalised patches.
+
+    Raises:
+        InputError: Another encoder, or sizes that do not fit each other.
     """
 
     def __init__(
@@ -223,7 +230,7 @@ class MaskedAutoencoder(nn.Module):
         norm_pix_loss: bool = True,
     ) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder = vit_of(encoder, "a masked autoencoder")
         self.decoder = MaskedDecoder(encoder, decoder_dim, decoder_depth, decoder_heads)
         self.norm_pix_loss = norm_pix_loss
 
@@ -248,12 +255,17 @@ class MaskedAutoencoder(nn.Module):
 
 
 def checked_noise(encoder: ViTEncoder, images: Tensor, noise: Tensor | None) -> Tensor:
-    """``noise`` or fresh noise ``(B, L)``. Raises ``InputError`` where pictures or noise do not fit the encoder."""
+    """``noise`` or fresh noise ``(B, L)``. Raises ``InputError`` where pictures or noise do not fit the encoder.
+
+    An empty batch does not fit, either: its loss would be the mean of nothing.
+    """
     if encoder.check_images(images) != encoder.grid:
         raise InputError(
             f"images are {images.shape[2]} x {images.shape[3]} pixels; the decoder's positions are for "
             f"{encoder.image_size[0]} x {encoder.image_size[1]}"
         )
+    if not len(images):
+        raise InputError(f"images have shape {tuple(images.shape)}: expected at least one picture")
     length = encoder.grid[0] * encoder.grid[1]
     if noise is None:
         return torch.rand(len(images), length, device=images.device)

@@ -83,7 +83,15 @@ def sincos_position_embedding(dim: int, grid: tuple[int, int], class_token: bool
 
 
 def normalize_patches(patches: Tensor, eps: float = 1e-6) -> Tensor:
-    """Every patch with mean 0 and *unbiased* variance 1, ``eps`` inside the root: ``(B, L, P)`` to ``(B, L, P)``."""
+    """Every patch with mean 0 and *unbiased* variance 1, ``eps`` inside the root: ``(B, L, P)`` to ``(B, L, P)``.
+
+    Raises:
+        InputError: P = 1: one number has no variance.
+    """
+    if patches.shape[-1] < 2:
+        raise InputError(
+            "patches of one number (patch_size = 1, one channel) cannot be normalised: set norm_pix_loss = false"
+        )
     mean = patches.mean(dim=-1, keepdim=True)
     variance = patches.var(dim=-1, keepdim=True)
     return (patches - mean) / (variance + eps).sqrt()

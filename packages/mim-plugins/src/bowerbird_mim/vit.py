@@ -66,7 +66,7 @@ class ViTEncoder(Encoder):
         preprocessing: How a picture file is prepared; ``None`` where only tensors come.
 
     Raises:
-        InputError: Sizes that do not divide each other.
+        InputError: Sizes that do not divide each other, or values outside these ranges.
     """
 
     def __init__(
@@ -89,8 +89,19 @@ class ViTEncoder(Encoder):
         super().__init__()
         height, width = image_sides(image_size)
         self.grid = patch_grid(height, width, patch_size)
-        if embed_dim % num_heads:
+        if embed_dim < 1 or num_heads < 1 or embed_dim % num_heads:
             raise InputError(f"embed_dim = {embed_dim} is no multiple of num_heads = {num_heads}")
+        if in_channels < 1 or depth < 0 or not mlp_ratio > 0 or not 0 <= drop_path < 1:
+            raise InputError(
+                f"in_channels = {in_channels}, depth = {depth}, mlp_ratio = {mlp_ratio}, drop_path = {drop_path}: "
+                "expected 1 or more, 0 or more, above 0, and 0 to below 1"
+            )
+        if position not in ("sincos", "learned"):
+            raise InputError(f"position = {position!r}: expected sincos or learned")
+        if pooling not in ("mean", "class"):
+            raise InputError(f"pooling = {pooling!r}: expected mean or class")
+        if init not in ("xavier", "truncated"):
+            raise InputError(f"init = {init!r}: expected xavier or truncated")
         self.image_size, self.patch_size, self.in_channels = (height, width), patch_size, in_channels
         self.embed_dim, self.depth, self.num_heads, self.mlp_ratio = embed_dim, depth, num_heads, mlp_ratio
         self.layer_norm_eps, self.pooling, self.preprocessing = layer_norm_eps, pooling, preprocessing
