@@ -78,6 +78,29 @@ def test_blurred_pictures(golden, case: str) -> None:
     assert_close(gaussian_blur(values["image"], size, sigma), values["blurred"], rtol=0, atol=1e-6)
 
 
+def test_a_blur_has_the_precision_of_its_pictures() -> None:
+    point = torch.zeros(1, 2, 7, 9, dtype=torch.float64)
+    point[:, :, 3, 4] = 1
+    y, x = torch.meshgrid(torch.arange(-2.0, 3).double(), torch.arange(-2.0, 3).double(), indexing="ij")
+    weights = torch.exp(-(x**2 + y**2) / (2 * 1.3**2))
+    expected = torch.nn.functional.pad(weights / weights.sum(), (2, 2, 1, 1)).expand(1, 2, -1, -1)
+    torch.testing.assert_close(gaussian_blur(point, 5, 1.3), expected, rtol=0, atol=1e-15)
+    assert gaussian_blur(point.bfloat16(), 5, 1.3).dtype == torch.bfloat16
+
+
+def test_a_very_narrow_blur_changes_nothing_and_a_very_wide_one_is_the_mean() -> None:
+    assert torch.equal(gaussian_kernel(3, 1e-200), torch.tensor([[0.0, 0, 0], [0, 1, 0], [0, 0, 0]]))
+    torch.testing.assert_close(gaussian_kernel(3, 1e200), torch.full((3, 3), 1 / 9))
+    assert torch.equal(gaussian_kernel(np.int64(5), 1.0), gaussian_kernel(5, 1.0))
+
+
+def test_a_model_of_half_precision_blurs_its_target_in_float32() -> None:
+    model = small_model().bfloat16()
+    images = torch.randn(2, 3, 8, 12).bfloat16()
+    assert model.target(images).dtype == torch.float32
+    assert model(images).loss.isfinite()
+
+
 def from_golden(values: dict) -> StochasticAutoregressiveModel:
     encoder = ViTEncoder(
         image_size=values["img_size"],
@@ -311,6 +334,7 @@ def test_a_view_has_an_order_of_its_own_or_that_of_the_raster() -> None:
         ({"loss": "huber"}, "loss = 'huber' is unknown; accepted: l2, l1"),
         ({"blur": (4, 1.0)}, "size = 4: a blur needs an odd number"),
         ({"blur": (9, 0.0)}, "sigma = 0.0: a blur needs a standard deviation above 0"),
+        ({"blur": 9}, r"blur = 9: expected \(size, sigma\)"),
     ],
 )
 def test_what_makes_no_model_is_refused(options: dict, message: str) -> None:
@@ -330,6 +354,10 @@ def test_what_does_not_fit_is_refused() -> None:
         permutation_attention_masks(torch.rand(4))
     with pytest.raises(InputError, match=r"expected \(B, C, H, W\)"):
         gaussian_blur(torch.zeros(3, 8, 8), 3, 1.0)
+    with pytest.raises(InputError, match=r"images are torch.uint8"):
+        gaussian_blur(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), 3, 1.0)
+    with pytest.raises(InputError, match="needs the encoder mim:vit, not Linear"):
+        StochasticAutoregressiveModel(torch.nn.Linear(2, 2), 1)
     with pytest.raises(InputError, match="dim = 10 is no multiple of heads = 3"):
         TwoStreamBlock(10, 3)
     with pytest.raises(ValueError, match="blur_size = 4: expected an odd number"):

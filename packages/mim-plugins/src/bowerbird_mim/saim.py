@@ -70,35 +70,44 @@ def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(whole, dtype=dtype).masked_fill_(~whole, -torch.inf)
 
 
-def gaussian_kernel(size: int, sigma: float) -> Tensor:
+def gaussian_kernel(size: int, sigma: float, *, dtype: torch.dtype | None = None) -> Tensor:
     """``(size, size)`` weights proportional to exp(-(a^2 + b^2) / (2 sigma^2)) from the centre, with the sum 1.
 
     Args:
         size: Odd, in pixels.
         sigma: Above 0, in pixels.
+        dtype: Of the result; by default torch's own default.
 
     Raises:
         InputError: Another size or sigma.
     """
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1 or size % 2 == 0:
+    if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1 or size % 2 == 0:
         raise InputError(f"size = {size}: a blur needs an odd number of pixels, 1 or more")
     if not 0 < sigma < float("inf"):
         raise InputError(f"sigma = {sigma}: a blur needs a standard deviation above 0")
     offsets = torch.arange(size, dtype=torch.float64) - size // 2
-    line = torch.exp(-(offsets**2) / (2 * sigma**2))
+    line = torch.exp(-((offsets / sigma) ** 2) / 2)
     kernel = torch.outer(line, line)
-    return (kernel / kernel.sum()).to(torch.get_default_dtype())
+    return (kernel / kernel.sum()).to(dtype or torch.get_default_dtype())
 
 
 def gaussian_blur(images: Tensor, size: int, sigma: float) -> Tensor:
-    """Every channel of ``(B, C, H, W)`` convolved with ``gaussian_kernel``; zeros around the picture.
+    """Every channel of floating point ``(B, C, H, W)`` convolved with ``gaussian_kernel``; zeros around the picture.
 
     Raises:
-        InputError: Pictures of another shape, or what ``gaussian_kernel`` refuses.
+        InputError: Pictures of another shape or of whole numbers, or what ``gaussian_kernel`` refuses.
     """
-    if images.ndim != 4:
-        raise InputError(f"images have shape {tuple(images.shape)}; expected (B, C, H, W)")
-    return GaussianBlur(images.shape[1], size, sigma).to(images)(images)
+    if images.ndim != 4 or not images.is_floating_point():
+        raise InputError(
+            f"images are {images.dtype} of shape {tuple(images.shape)}; expected (B, C, H, W) of floating point"
+        )
+    kernel = gaussian_kernel(size, sigma, dtype=images.dtype).to(images.device)
+    return _convolved(images, kernel.repeat(images.shape[1], 1, 1, 1))
+
+
+def _convolved(images: Tensor, weight: Tensor) -> Tensor:
+    """``(B, C, H, W)``, every channel with its own kernel of ``(C, 1, size, size)``."""
+    return F.conv2d(images, weight, padding=weight.shape[-1] // 2, groups=len(weight))
 
 
 class GaussianBlur(nn.Module):
@@ -112,7 +121,7 @@ class GaussianBlur(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """``(B, C, H, W)`` to the same shape."""
-        return F.conv2d(images, self.weight, padding=self.weight.shape[-1] // 2, groups=len(self.weight))
+        return _convolved(images, self.weight.to(images.dtype))
 
 
 # ------------------------------------------------------------------------------------------------ model
@@ -132,7 +141,7 @@ class TwoStreamBlock(Block):
     """
 
     def __init__(self, dim: int, heads: int, mlp_ratio: float = 4.0, *, eps: float = 1e-6) -> None:
-        if heads < 1 or dim % heads:
+        if dim < 1 or heads < 1 or dim % heads:
             raise InputError(f"dim = {dim} is no multiple of heads = {heads}")
         norm: Any = partial(nn.LayerNorm, eps=eps)
         super().__init__(dim, heads, mlp_ratio, qkv_bias=True, norm_layer=norm)
@@ -208,7 +217,7 @@ class StochasticAutoregressiveModel(nn.Module):
         loss: Squared (``l2``) or absolute (``l1``) error.
 
     Raises:
-        InputError: ``query_depth`` does not divide the depth, or an unknown head, loss or blur.
+        InputError: Another encoder, ``query_depth`` does not divide the depth, or an unknown head, loss or blur.
     """
 
     def __init__(
@@ -222,12 +231,15 @@ class StochasticAutoregressiveModel(nn.Module):
         loss: Literal["l2", "l1"] = "l2",
     ) -> None:
         super().__init__()
+        vit_of(encoder, "a stochastic autoregressive model")
         if query_depth < 1 or encoder.depth % query_depth:
             raise InputError(f"query_depth = {query_depth} must divide the depth of the encoder, {encoder.depth}")
         if head not in ("mlp", "linear"):
             raise InputError(f"head = {head!r} is unknown; accepted: mlp, linear")
         if loss not in ("l2", "l1"):
             raise InputError(f"loss = {loss!r} is unknown; accepted: l2, l1")
+        if blur is not None and (not isinstance(blur, tuple | list) or len(blur) != 2):
+            raise InputError(f"blur = {blur!r}: expected (size, sigma), or None for no blur")
         dim, outputs = encoder.embed_dim, encoder.patch_size**2 * encoder.in_channels
         self.encoder, self.query_depth, self.share_weights = encoder, query_depth, share_weights
         self.norm_pix_loss, self.loss = norm_pix_loss, loss
