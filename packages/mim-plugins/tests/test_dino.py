@@ -316,6 +316,17 @@ def test_a_teacher_moves_by_its_momentum(momentum: float, expected: float) -> No
     torch.testing.assert_close(teacher.module.weight - before, torch.full((2, 2), expected))
 
 
+def test_a_teacher_refuses_a_stranger_and_a_momentum_that_is_none() -> None:
+    teacher = EMATeacher(nn.Linear(2, 2), [0.5, 1.5])
+    with pytest.raises(InputError, match=r"Sequential is not the student of this teacher.*weight, bias"):
+        teacher.update(nn.Sequential(nn.Linear(2, 2)), 0)
+    with pytest.raises(InputError, match=r"Linear is not the student of this teacher.*weight"):
+        teacher.update(nn.Linear(3, 2), 0)
+    with pytest.raises(InputError, match=r"momentum_schedule is 1.5 at step 1"):
+        teacher.update(nn.Linear(2, 2), 1)
+    EMATeacher(nn.ReLU(), 0.5).update(nn.ReLU(), 0)  # nothing to move
+
+
 def test_gradients_are_clipped_one_by_one() -> None:
     module = nn.ParameterList([torch.zeros(3), torch.zeros(2), torch.zeros(1)])
     module[0].grad, module[1].grad = torch.tensor([3.0, 0.0, 4.0]), torch.tensor([0.3, 0.4])
@@ -338,6 +349,12 @@ def test_test_items_may_come_in_blocks_of_any_size() -> None:
     train, test = torch.randn(30, 4), torch.randn(10, 4)
     labels = torch.arange(30) % 3
     torch.testing.assert_close(knn_votes(train, labels, test, 5, block=3), knn_votes(train, labels, test, 5))
+
+
+def test_neighbours_are_found_whatever_the_types_of_features_and_labels() -> None:
+    train, test, labels = torch.eye(3, dtype=torch.float64), torch.eye(3).flip(0), np.arange(3, dtype=np.int32)
+    assert knn_classify(train, labels, test, k=1).tolist() == [2, 1, 0]
+    assert knn_classify(train.half(), labels, np.eye(3, dtype=int), k=1).tolist() == [0, 1, 2]
 
 
 # ------------------------------------------------------------------------------------------------ crops
@@ -484,5 +501,17 @@ def test_what_does_not_fit_is_refused() -> None:
         ProjectionHead(4, 4, layers=0)
     with pytest.raises(InputError, match=r"k = 4.*1 to 3"):
         knn_classify(torch.zeros(3, 2), torch.zeros(3, dtype=torch.long), torch.zeros(1, 2), k=4)
+    for labels in (torch.tensor([0, 1, -1]), torch.zeros(3)):
+        with pytest.raises(InputError, match="expected whole numbers from 0"):
+            knn_classify(torch.eye(3), labels, torch.eye(3), k=1)
+    for bad in (0.0, math.nan):
+        with pytest.raises(InputError, match=f"temperature = {bad}"):
+            knn_classify(torch.eye(3), torch.arange(3), torch.eye(3), k=1, temperature=bad)
+        with pytest.raises(InputError, match=f"student_temp = {bad}"):
+            SelfDistillationLoss(5, student_temp=bad)
+        with pytest.raises(InputError, match=f"teacher_temp_schedule is {bad} at step 1"):
+            SelfDistillationLoss(5, teacher_temp_schedule=[0.1, bad])(torch.zeros(8, 5), torch.zeros(4, 5), step=1)
+    with pytest.raises(InputError, match=r"flip_prob = 2"):
+        MultiCrop(16, 8, 1, flip_prob=2)
     with pytest.raises(InputError, match=r"n_local = -1"):
         MultiCrop(16, 8, -1)

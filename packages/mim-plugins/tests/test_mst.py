@@ -266,6 +266,13 @@ def test_what_does_not_fit_is_refused() -> None:
         MSTObjective.build(MSTConfig(**SMALL), mean_pooled, SimpleBuildContext())
     with pytest.raises(InputError, match=r"patch_size = 6 is no power of 2: use the decoder kind 'linear'"):
         GlobalImageDecoder(8, 6)
+    with pytest.raises(InputError, match=r"dim = 8, patch_size = 0, channels = 3"):
+        GlobalImageDecoder(8, 0, kind="linear")
+    for kind in ("conv", "linear"):
+        with pytest.raises(InputError, match=r"tokens have shape \(1, 6, 9\); a grid of \(2, 3\) needs \(B, 6, 8\)"):
+            GlobalImageDecoder(8, 4, kind=kind)(torch.zeros(1, 6, 9), (2, 3))
+    with pytest.raises(InputError, match=r"restore_weight = -1"):
+        model(restore_weight=-1.0)
     with pytest.raises(InputError, match=r"low_fraction = 1.5"):
         attention_guided_mask(torch.rand(2, 4), 1.5)
     with pytest.raises(InputError, match=r"mask_prob = -0.1"):

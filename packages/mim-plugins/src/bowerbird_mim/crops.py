@@ -34,7 +34,7 @@ class MultiCrop:
         colors: Colour changes of the first global crop, of the second and of local crops; ``None`` changes nothing.
 
     Raises:
-        InputError: A negative number of crops, or scales that are no shares.
+        InputError: A negative number of crops, or scales and ``flip_prob`` that are no shares.
     """
 
     def __init__(

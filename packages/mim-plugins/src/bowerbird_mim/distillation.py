@@ -162,7 +162,7 @@ class SelfDistillationLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.schedule = as_schedule(teacher_temp_schedule)
-        if out_dim < 1 or student_temp <= 0 or self.schedule(0) <= 0 or not 0 <= center_momentum <= 1:
+        if out_dim < 1 or not student_temp > 0 or not self.schedule(0) > 0 or not 0 <= center_momentum <= 1:
             raise InputError(
                 f"out_dim = {out_dim}, student_temp = {student_temp}, teacher temperature {self.schedule(0)}, "
                 f"center_momentum = {center_momentum}: expected a positive number of outputs, positive temperatures "
@@ -175,8 +175,15 @@ class SelfDistillationLoss(nn.Module):
         self.seen: list[Tensor] = []  # means of the teacher's outputs since the last update
 
     def at_step(self, step: int) -> None:
-        """Set the teacher's temperature of ``step``, and forget outputs that no update has used."""
-        self.teacher_temp.fill_(self.schedule(step))
+        """Set the teacher's temperature of ``step``, and forget outputs that no update has used.
+
+        Raises:
+            InputError: The schedule has no temperature above 0 there.
+        """
+        temperature = self.schedule(step)
+        if not temperature > 0:
+            raise InputError(f"teacher_temp_schedule is {temperature} at step {step}: expected a temperature above 0")
+        self.teacher_temp.fill_(temperature)
         self.seen.clear()
 
     def targets(self, teacher: Tensor) -> Tensor:
@@ -192,7 +199,7 @@ class SelfDistillationLoss(nn.Module):
             step: Where the schedule of the temperature is read; by default as ``at_step`` left it.
 
         Raises:
-            InputError: Shapes that do not fit.
+            InputError: Shapes that do not fit, or no temperature above 0 at ``step``.
         """
         if teacher.ndim != 2 or teacher.shape[1] != self.center.shape[1]:
             raise InputError(f"teacher outputs {tuple(teacher.shape)}: expected (2 * B, {self.center.shape[1]})")

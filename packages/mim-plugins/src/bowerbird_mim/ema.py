@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from bowerbird.errors import InputError
 from bowerbird.protocols import freeze
 from bowerbird_mim.schedules import Schedule, as_schedule
 
@@ -33,10 +34,23 @@ class EMATeacher(nn.Module):
 
     @torch.no_grad()
     def update(self, student: nn.Module, step: int) -> None:
-        """Move towards ``student``; call it after the optimiser of step ``step`` has moved."""
+        """Move towards ``student``; call it after the optimiser of step ``step`` has moved.
+
+        Raises:
+            InputError: A momentum outside [0, 1], or a student that lacks parameters of the teacher.
+        """
         momentum = self.momentum_schedule(step)
-        theirs = dict(student.named_parameters())
-        names, ours = zip(*self.module.named_parameters(), strict=True)
-        followed: list[Tensor] = [theirs[name].detach() for name in names]
-        torch._foreach_mul_(list(ours), momentum)
-        torch._foreach_add_(list(ours), followed, alpha=1 - momentum)
+        if not 0 <= momentum <= 1:
+            raise InputError(f"momentum_schedule is {momentum} at step {step}: expected a momentum from 0 to 1")
+        theirs, ours = dict(student.named_parameters()), dict(self.module.named_parameters())
+        differing = [name for name in ours if name not in theirs or theirs[name].shape != ours[name].shape]
+        if differing:
+            raise InputError(
+                f"{type(student).__name__} is not the student of this teacher: no parameter of the same name and shape "
+                f"for {', '.join(differing[:4])}{', ...' if len(differing) > 4 else ''}"
+            )
+        if not ours:
+            return
+        followed: list[Tensor] = [theirs[name].detach() for name in ours]
+        torch._foreach_mul_(list(ours.values()), momentum)
+        torch._foreach_add_(list(ours.values()), followed, alpha=1 - momentum)

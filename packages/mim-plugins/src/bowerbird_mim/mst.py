@@ -125,18 +125,24 @@ class GlobalImageDecoder(nn.Module):
         channels: C.
         kind: ``conv``: log2(p) transposed convolutions (4 x 4, stride 2) with batch norm and ReLU that halve the
             channels down to 16, then a 3 x 3 convolution. ``linear``: one linear map per patch.
+
+    Raises:
+        InputError: An unknown kind, a size below 1, or ``conv`` for another ``patch_size`` than a power of 2.
     """
 
     def __init__(self, dim: int, patch_size: int, channels: int = 3, kind: Literal["conv", "linear"] = "conv") -> None:
         super().__init__()
         if kind not in ("conv", "linear"):
             raise InputError(f"kind = {kind!r}: expected conv or linear")
+        if min(dim, patch_size, channels) < 1:
+            raise InputError(f"dim = {dim}, patch_size = {patch_size}, channels = {channels}: all must be at least 1")
+        self.dim = dim
         self.patch_size, self.channels, self.kind = patch_size, channels, kind
         if kind == "linear":
             self.layers: nn.Module = nn.Linear(dim, patch_size**2 * channels)
             initialize(self, "truncated")
             return
-        if patch_size < 1 or patch_size & (patch_size - 1):
+        if patch_size & (patch_size - 1):
             raise InputError(f"patch_size = {patch_size} is no power of 2: use the decoder kind 'linear'")
         parts: list[nn.Module] = []
         width = dim
@@ -148,8 +154,11 @@ class GlobalImageDecoder(nn.Module):
         self.layers = nn.Sequential(*parts, nn.Conv2d(width, channels, 3, padding=1))
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        if tokens.ndim != 3 or tokens.shape[1] != grid[0] * grid[1]:
-            raise InputError(f"tokens have shape {tuple(tokens.shape)}; a grid of {grid} needs (B, L, D) with its L")
+        """Raises ``InputError`` for tokens of another width or number than ``dim`` and ``grid`` say."""
+        if tokens.ndim != 3 or tokens.shape[1:] != (grid[0] * grid[1], self.dim):
+            raise InputError(
+                f"tokens have shape {tuple(tokens.shape)}; a grid of {grid} needs (B, {grid[0] * grid[1]}, {self.dim})"
+            )
         if self.kind == "linear":
             return unpatchify(self.layers(tokens), grid, self.patch_size, self.channels)
         return self.layers(tokens.transpose(1, 2).unflatten(2, grid))
@@ -216,6 +225,10 @@ class MaskedSelfDistillation(nn.Module):
             raise InputError(f"mask_strategy = {mask_strategy!r}: expected none, random or attention_low")
         if not (0 <= low_fraction <= 1 and 0 <= mask_prob <= 1):
             raise InputError(f"low_fraction = {low_fraction}, mask_prob = {mask_prob}: expected shares from 0 to 1")
+        if not (ce_weight >= 0 and restore_weight >= 0):
+            raise InputError(
+                f"ce_weight = {ce_weight}, restore_weight = {restore_weight}: expected numbers of at least 0"
+            )
         self.dino, self.decoder = dino, decoder
         self.ce_weight, self.restore_weight = ce_weight, restore_weight
         self.mask_strategy, self.low_fraction, self.mask_prob = mask_strategy, low_fraction, mask_prob

@@ -20,8 +20,8 @@ def knn_votes(
     The votes for an item are divided by that of its nearest neighbour, so that no temperature is too low.
 
     Args:
-        train: ``(N, D)`` unit vectors, a tensor or an array.
-        labels: int64 ``(N,)``, from 0.
+        train: ``(N, D)`` unit vectors, a tensor or an array; computed with in float32 at least.
+        labels: Whole numbers ``(N,)``, from 0.
         test: ``(M, D)`` unit vectors.
         k: Neighbours, 1 to N.
         temperature: Above 0.
@@ -36,8 +36,12 @@ def knn_votes(
             f"train {tuple(train.shape)}, labels {tuple(labels.shape)}, test {tuple(test.shape)}: expected (N, D), "
             "(N,) and (M, D)"
         )
-    if not 1 <= k <= len(train) or temperature <= 0:
+    if not 1 <= k <= len(train) or not temperature > 0:
         raise InputError(f"k = {k}, temperature = {temperature}: expected 1 to {len(train)} neighbours, and above 0")
+    if labels.is_floating_point() or labels.min() < 0:
+        raise InputError(f"labels are {labels.dtype}, the smallest is {labels.min()}: expected whole numbers from 0")
+    dtype = torch.promote_types(torch.promote_types(train.dtype, test.dtype), torch.float32)
+    train, test, labels = train.to(dtype), test.to(dtype), labels.long()
     similarity, neighbours = nearest(train, test, k, block=block)
     return votes_of(similarity, labels[neighbours], int(labels.max()) + 1, temperature)
 

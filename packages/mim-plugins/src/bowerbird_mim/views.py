@@ -119,6 +119,8 @@ class View:
         low, high = self.scale
         if not 0 < low <= high <= 1:
             raise InputError(f"crop scale {list(self.scale)}: expected two shares of the area, 0 < low <= high <= 1")
+        if not 0 <= self.flip_prob <= 1:
+            raise InputError(f"flip_prob = {self.flip_prob}: expected a share from 0 to 1")
 
     def __call__(self, image: Image.Image, generator: np.random.Generator) -> NDArray[np.float32]:
         """float32 ``(3, height, width)``."""
