@@ -111,6 +111,7 @@ class BlockLinear(nn.Module):
         self.live = len(live)
         self.in_order = self.live == len(position) and bool((live.diff() > 0).all())
         self.register_buffer("position", position)
+        self.register_buffer("like", weight.new_empty(0), persistent=False)  # type and device, also without any block
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
 
     @classmethod
@@ -124,7 +125,7 @@ class BlockLinear(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.values_0.dtype if self.groups else torch.get_default_dtype()
+        return self.like.dtype
 
     def dense_weight(self) -> Tensor:
         """The weight ``(O, I)`` again."""
