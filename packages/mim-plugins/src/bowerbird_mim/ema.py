@@ -15,7 +15,9 @@ from bowerbird_mim.schedules import Schedule, as_schedule
 class EMATeacher(nn.Module):
     """A frozen copy of ``student`` whose parameters follow it: teacher <- m teacher + (1 - m) student.
 
-    Only parameters move; buffers (batch statistics) follow the teacher's own forward passes.
+    It follows what the student computes with: where a modifier has parametrised a weight since (with a mask, say), it
+    follows what comes out of that. Only parameters move; buffers (batch statistics) follow the teacher's own forward
+    passes.
 
     Args:
         student: Copied as it is; the copy never gets a gradient. The teacher may hold fewer parts than the student that
@@ -54,3 +56,9 @@ class EMATeacher(nn.Module):
         followed: list[Tensor] = [theirs[name].detach() for name in ours]
         torch._foreach_mul_(list(ours.values()), momentum)
         torch._foreach_add_(list(ours.values()), followed, alpha=1 - momentum)
+
+
+def _tensor(module: nn.Module, name: str) -> Tensor:
+    """The tensor that ``module`` has under a parameter's name: the parameter, or what it was parametrised to."""
+    path, _, own = name.rpartition(".")
+    return getattr(module.get_submodule(path), own)
