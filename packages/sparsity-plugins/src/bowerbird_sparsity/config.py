@@ -22,7 +22,7 @@ class _Budget(BaseModel):
     initial_density: float = Field(default=1.0, gt=0, le=1, description="Share that is kept at the start.")
     layers: Names | None = Field(
         default=None,
-        description="Names or globs of the layers to make sparse; default: all linear and 2-d convolutions.",
+        description="Names or globs of the sparse layers; default: all linear ones and 2-d convolutions.",
     )
     allocation: Literal["global", "uniform", "erk"] = Field(
         default="global", description="One budget for all layers together, the same share of each, or Erdos-Renyi."
@@ -45,8 +45,8 @@ class _Budget(BaseModel):
     def _fits(self) -> Self:
         if len(self.block_size) not in (2, 4) or any(size != -1 and size < 1 for size in self.block_size):
             raise ValueError(
-                f"block_size = {list(self.block_size)}: two numbers (outputs, inputs), or four with the rows and columns "
-                "of a convolution's kernel, are accepted, each at least 1 or -1 (all)"
+                f"block_size = {list(self.block_size)}: two numbers (outputs, inputs), or four with the rows and "
+                "columns of a convolution's kernel, are accepted, each at least 1 or -1 (all)"
             )
         if self.warmup_fraction + self.finetune_fraction > 1:
             raise ValueError(

@@ -96,10 +96,10 @@ class LatencyCost:
     """Measured time: the entries of a layer share what the dense layer takes.
 
     Args:
-        table: Name of a layer -> seconds, or any other unit, of the dense layer. ``bowerbird_sparsity.export`` measures.
+        table: Name of a layer -> seconds, or any other unit, of the dense layer.
 
-    Costs are scaled so that a weight costs 1 on average over the sparse layers: the sharpness then means the same as with
-    ``ParameterCost``.
+    Costs are scaled so that a weight costs 1 on average over the sparse layers: the sharpness then means the same as
+    with ``ParameterCost``.
     """
 
     def __init__(self, table: Mapping[str, float]) -> None:
@@ -112,7 +112,7 @@ class LatencyCost:
     def prepare(self, model: nn.Module, names: Sequence[str]) -> None:
         modules = dict(model.named_modules())
         weights = {name: modules[name].weight for name in names if hasattr(modules.get(name), "weight")}
-        count = sum(weight.numel() for weight in weights.values())  # type: ignore[operator, union-attr]
+        count = sum(weight.numel() for weight in weights.values())
         self.scale = sum(self._seconds(name) for name in weights) / count if count else 1.0
 
     def cost(self, name: str, module: nn.Module, weight: Tensor, block_size: Sequence[int]) -> Tensor:

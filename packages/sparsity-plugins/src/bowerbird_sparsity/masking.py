@@ -82,7 +82,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Budget:
-    """Layers whose masks share a budget; ``groups``: of a layer whose groups of inputs each have a budget of their own."""
+    """Layers whose masks share a budget; ``groups``: of one layer, each of whose groups has a budget of its own."""
 
     layers: tuple[Layer, ...]
     groups: Groups | None
@@ -116,7 +116,7 @@ class SharedMasks:
     @property
     def counter(self) -> Tensor:
         """Steps done, int64; a buffer of the first layer."""
-        return self.budgets[0].layers[0].masked.steps_done  # type: ignore[return-value]
+        return self.budgets[0].layers[0].masked.steps_done
 
     def plain(self) -> bool:
         """Whether masks are constants: before the first step and from the freezing on, and always by magnitude."""
@@ -168,7 +168,7 @@ class _Solved(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         budget: Budget = ctx.budget
         pieces = []
         for layer, gradient in zip(budget.layers, upstream, strict=True):
@@ -203,7 +203,7 @@ class _SoftMasked(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         weight, soft = ctx.saved_tensors
         pattern: Pattern = ctx.masked.pattern
         of_mask = pattern.sums(upstream * weight).to(soft.dtype)
@@ -218,7 +218,7 @@ class _StraightThrough(torch.autograd.Function):
         return masked.pattern.times(weight, masked.factor().to(weight.dtype))
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         return upstream, None
 
 

@@ -38,7 +38,7 @@ class SparsityModifier(Modifier):
         self.sparsifier.step()
 
     def finalize(self, module: nn.Module) -> nn.Module:
-        """Plain weights with exact zeros, also where ``module`` is another one than was attached to, such as a teacher."""
+        """Plain weights with exact zeros; ``module`` may be another one than was attached to, such as a teacher."""
         if any(part is self.module for part in module.modules()):
             self.sparsifier.finalize()
             return module
@@ -59,8 +59,8 @@ class SparsityModifier(Modifier):
         prepared = getattr(module, "preprocessing", None)
         if prepared is None:
             raise RecipeError(
-                f"cost_model = 'flops': {type(module).__name__} does not say how large its pictures are; use an encoder "
-                "with preprocessing, or cost_model = 'parameters'"
+                f"cost_model = 'flops': {type(module).__name__} does not say how large its pictures are; use an "
+                "encoder with preprocessing, or cost_model = 'parameters'"
             )
         device = next(module.parameters()).device
         return FlopsCost({"image": torch.zeros(1, 3, prepared.height, prepared.width, device=device)})

@@ -9,7 +9,7 @@ from bowerbird_sparsity.config import SparsityConfig
 
 
 def ramp(step: int, first: int, last: int, *, start: float, end: float, form: str = "linear") -> float:
-    """From ``start`` at step ``first`` to ``end`` at step ``last``, in a line or along half a cosine; constant outside."""
+    """``start`` until step ``first``, ``end`` from step ``last`` on, between them a line or half a cosine."""
     share = 1.0 if step >= last else max(0.0, (step - first) / (last - first))
     if form == "cosine":
         share = (1 - math.cos(math.pi * share)) / 2

@@ -98,7 +98,7 @@ class _SoftTopK(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         mask, costs, budget = ctx.saved_tensors
         rows = _as_rows(mask.float() if mask.dtype.itemsize < 4 else mask)
         cost = _costs_as_rows(costs, mask, rows)
@@ -279,13 +279,13 @@ def _sinkhorn(problem: _Problem, centre: Tensor, max_iters: int, tol: float, *, 
         mu = problem.budgets.log() - problem.log_sum_exp(centre, highest)
     spent, gained = problem.spend(centre, mu)
     moving = torch.ones_like(mu, dtype=torch.bool)  # a problem that has stopped keeps its mu, whatever the others do
-    for iteration in range(1, max_iters + 1):
+    iteration = 0
+    while moving.any() and iteration < max_iters:
+        iteration += 1
         mu = torch.where(moving, mu + (problem.budgets / spent).log(), mu)
         spent, now = problem.spend(centre, mu)
         moving &= (now - gained).abs() > tol * gained.abs()
         gained = now
-        if not moving.any():
-            break
     return mu, iteration
 
 
@@ -303,7 +303,7 @@ def _root(problem: _Problem, centre: Tensor, smallest: Tensor, largest: Tensor) 
         high[tile[0]] = torch.maximum(high[tile[0]], share[tile[0]] - least)
     precision = torch.finfo(problem.values.dtype).eps
     mu = share.clamp(low, high)
-    for iteration in range(1, NEWTON_STEPS + 1):
+    for iteration in range(1, NEWTON_STEPS + 1):  # noqa: B007
         spent, _ = problem.spend(centre, mu)
         curvature = problem.curvature(spent)
         done = everything | ((spent - budgets).abs() <= precision * budgets)

@@ -107,8 +107,8 @@ class Sparsifier:
         if 1 - (1 - config.target_density) * self._dense_factor < 0:
             raise InputError(
                 f"target_density = {config.target_density:g} cannot be met: of {parameters:,} parameters only "
-                f"{masked:,} are in sparse layers, and the dense rest is {1 - masked / parameters:.1%}. Make more layers "
-                "sparse, give a larger target_density, or set adjust = false, which counts the sparse layers only"
+                f"{masked:,} are in sparse layers, and the dense rest is {1 - masked / parameters:.1%}. Make more "
+                "layers sparse, give a larger target_density, or set adjust = false, which counts only sparse layers"
             )
         sizes = [_typical_entry(layer, config) for layer in self.layers]
         self.schedule = Schedule(config, total_steps, math.exp(sum(map(math.log, sizes)) / len(sizes)))
@@ -318,8 +318,8 @@ class Sparsifier:
         step = int(state["step"])
         if bool(state["frozen"]) != self.frozen_at(step):
             raise InputError(
-                f"the state of step {step} is {'' if state['frozen'] else 'not '}frozen, and by this schedule masks are "
-                f"frozen from step {self.schedule.finetune_start} on; give total_steps and finetune_fraction as before"
+                f"the state of step {step} is {'' if state['frozen'] else 'not '}frozen, and by this schedule masks "
+                f"are frozen from step {self.schedule.finetune_start} on; give total_steps, finetune_fraction as before"
             )
         for layer in self.layers:
             for buffer in ("mask", "kept"):
@@ -356,7 +356,7 @@ class _Untouched(SharedMasks):
 
 def _candidates(model: nn.Module) -> dict[str, tuple[str, str, nn.Module]]:
     """Name of a layer -> path of its module, name of the parameter, module; in the order of the modules."""
-    found = {}
+    found: dict[str, tuple[str, str, nn.Module]] = {}
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             found[path or "weight"] = (path, "weight", module)
@@ -386,8 +386,8 @@ def _chosen_weights(model: nn.Module, config: SparsityConfig) -> list[_Chosen]:
         path, parameter, module = candidates[name]
         if parametrize.is_parametrized(module, parameter):
             raise RecipeError(
-                f"layer {name!r} is parametrised already (another sparsity modifier, or weight norm); name the layers to "
-                "make sparse in `layers`, without it"
+                f"layer {name!r} is parametrised already (another sparsity modifier, or weight norm); name the layers "
+                "to make sparse in `layers`, without it"
             )
         weight = getattr(module, parameter)
         if not weight.requires_grad:
