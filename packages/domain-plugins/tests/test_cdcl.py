@@ -316,7 +316,7 @@ def test_threads_use_one_model_for_different_data_sets_at_the_same_time() -> Non
             meeting.wait()
             values = []
             for _ in range(20):
-                values.append(float(norm(torch.zeros(1, 1, 1, 1))))
+                values.append(norm(torch.zeros(1, 1, 1, 1)).item())
                 meeting.wait()
             found[name] = set(values)
 

@@ -390,8 +390,9 @@ def _replaced(model: nn.Module, replacement: Callable[[nn.Module, str], nn.Modul
             new = replacement(module, name)
             exchanged[id(module)] = module if new is None else new
             if new is None:
-                for child_name, child in list(module.named_children()):
-                    setattr(module, child_name, visit(child, f"{name}.{child_name}".lstrip(".")))
+                for child_name, child in module._modules.items():  # named_children leaves out repetitions
+                    if child is not None:
+                        module._modules[child_name] = visit(child, f"{name}.{child_name}".lstrip("."))
         return exchanged[id(module)]
 
     return visit(model, "")
