@@ -26,10 +26,14 @@ KINDS = {
 PAGES = {
     "adapter": "adapters",
     "dvae": "tokenizer",
+    "fcn": "cdcl",
     "lift": "bict",
     "metric-compatible": "online-backfilling",
+    "miou": "cdcl",
+    "pspnet": "cdcl",
     "rank-merge": "online-backfilling",
     "reverse-transform": "online-backfilling",
+    "segmentation": "cdcl",
     "tokenizer-quality": "tokenizer",
     "vqvae": "tokenizer",
 }

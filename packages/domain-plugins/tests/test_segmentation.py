@@ -206,7 +206,7 @@ def test_weight_decay_reaches_every_parameter_as_with_plain_sgd() -> None:
         (
             lambda: objective(CDCLConfig(), TinyEncoder()),
             RecipeError,
-            "trains domain:fcn and domain:pspnet, not a Tiny",
+            "trains domain:fcn and domain:pspnet, not",
         ),
         (lambda: objective(CDCLConfig(weights={"nigt": 1.0})), UnknownNameError, "Did you mean 'night'"),
         (lambda: objective(CDCLConfig(weights={"day": 0, "night": 0})), RecipeError, "nothing to train"),
@@ -488,7 +488,7 @@ def test_cdcl_is_trained_exported_and_measured_by_a_recipe_and_one_data_set_can_
     config = MIoUConfig(dataset="domain:canvases", split="test", settings={"count": 8, "only": "inverted"})
     alone = MIoU.build(config).run(Evaluation(kept)).summary
     assert alone["inverted/mIoU"] == pytest.approx(result.metrics["domain:miou/inverted/mIoU"])
-    assert set(np.round(kept.encode([Image.new("RGB", (16, 16))]), 3).shape) == {1, 6}
+    assert kept.encode([Image.new("RGB", (16, 16))]).shape == (1, 6)
 
 
 @pytest.mark.parametrize("only", [None, "plain"])

@@ -212,7 +212,7 @@ def _drawn(picture: Image.Image, longer: int, paper: str) -> tuple[NDArray[np.fl
     mask = grey > _DIFFERENT if paper == "dark" else np.asarray(picture, np.int16).min(axis=2) < 255 - _DIFFERENT
     if not mask.any():  # an item that cannot be told from the paper is there as a whole
         mask = np.ones_like(mask)
-    return np.asarray(picture, np.float32) / 255, mask
+    return (np.asarray(picture) / 255).astype(np.float32), mask
 
 
 def _free_place(taken: NDArray[np.bool_], size: tuple[int, ...], generator: np.random.Generator) -> tuple[int, int]:

@@ -53,7 +53,8 @@ class _PerDataset(nn.Module):
         if dataset is None:
             raise InputError(
                 f"no data set is active: a {type(self).__name__} must be told whose branch to take. Use `with "
-                f"active_dataset(model, NAME):` or forward(x, dataset=NAME); names: {', '.join(self.datasets)}"
+                "active_dataset(model, NAME):`, forward(x, dataset=NAME), or a network for that data set alone "
+                f"(export_single); names: {', '.join(self.datasets)}"
             )
         return self.position(dataset)
 
