@@ -378,6 +378,17 @@ def test_bf16_keeps_losses_in_float32() -> None:
         output.loss.backward()
 
 
+@pytest.mark.parametrize("kind", [DiscreteVAE, VQVAE])
+def test_networks_in_half_precision_have_losses_in_float32(kind) -> None:
+    model, pictures = kind(8, num_tokens=6, num_layers=1).bfloat16(), torch.randn(2, 3, 8, 8).bfloat16()
+    loss = model.loss(pictures)
+    assert loss.dtype == torch.float32 and loss.isfinite()
+    loss.backward()
+    assert model({"image": pictures}).tokens.shape == (2, 16, model.codes.shape[1])
+    quantizer = GumbelQuantizer(3, 4, 6).bfloat16()
+    assert quantizer(pictures).quantized.shape == (2, 4, 8, 8)
+
+
 def test_a_compiled_step_gives_the_same_loss() -> None:
     model, pictures, noise = small_dvae(usage_weight=0.1), torch.randn(2, 3, 8, 8).double(), torch.rand(2, 6, 2, 2)
     step = torch.compile(lambda x, n, t: model.loss(x, n, temperature=t), fullgraph=True, backend="eager")
@@ -496,6 +507,15 @@ def test_a_tokenizer_of_tensors_is_kept_as_well(tmp_path) -> None:
     assert again.preprocessing is None and again.quantizer.ema_decay == 0.5
 
 
+@pytest.mark.parametrize("kind", [DiscreteVAE, VQVAE])
+def test_a_tokenizer_in_double_precision_is_kept_in_float32(tmp_path, kind) -> None:
+    model = kind(8, 1, num_tokens=6, codebook_dim=5, hidden_dim=4, num_layers=2).double()
+    save_tokenizer(model, tmp_path / "tokenizer")
+    again, pictures = load_tokenizer(tmp_path / "tokenizer"), torch.randn(2, 1, 8, 12)
+    assert_close(again.logits(pictures).double(), model.logits(pictures.double()), rtol=1e-4, atol=1e-5)
+    assert next(model.parameters()).dtype == torch.float64  # what was saved is left alone
+
+
 def test_a_run_is_loaded_through_the_context_of_the_objective_that_asks(tmp_path) -> None:
     model = DiscreteVAE.build(DVAEConfig(**SMALL))
     run = TrainedRun(path=tmp_path, encoder=model, objective_state={}, classes=(), recipe={})
@@ -517,20 +537,28 @@ def test_what_does_not_fit_is_refused(images) -> None:
     model = small_dvae()
     for call, message in (
         (lambda: DiscreteVAE(30, num_layers=2), "30 x 30 pixels: both sides must be multiples of 4"),
-        (lambda: DiscreteVAE(8, num_tokens=1, num_layers=1), "at least 2"),
-        (lambda: VectorQuantizer(1, 4), "at least 2"),
+        (lambda: DiscreteVAE(8, num_tokens=1, num_layers=1), "num_tokens = 1: expected at least 2"),
+        (lambda: VectorQuantizer(1, 4), "num_codes = 1: expected at least 2"),
+        (lambda: VectorQuantizer(4, 0), "dim = 0: expected at least 1"),
+        (lambda: VectorQuantizer(4, 4, eps=0.0), "eps = 0.0: expected a number above 0"),
+        (lambda: GumbelQuantizer(3, 0, 4), "dim = 0: expected at least 1"),
         (lambda: VectorQuantizer(4, 4, ema_decay=1.0), "ema_decay = 1.0"),
         (lambda: DiscreteVAE(8, num_layers=1, recon="l3"), "recon = 'l3'"),
         (lambda: DiscreteVAE(8, num_layers=1, kl_reduction="max"), "kl_reduction = 'max'"),
         (lambda: DiscreteVAE(8, num_layers=1, temperature=0.0), "temperature = 0.0"),
         (lambda: VQVAE(8, num_layers=1, variance=0.0), "variance = 0.0"),
         (lambda: model.logits(images[:, :1]), r"\(3, 1, 8, 8\); this tokenizer needs \(B, 3, height, width\)"),
+        (lambda: model.logits((images * 50).byte()), "of type torch.uint8; expected .* floating point"),
         (lambda: model.logits(images * math.nan), "72 of 72 are NaN or infinite"),
         (lambda: model.loss(images * math.inf), "NaN or infinite"),
         (lambda: model.loss(images, torch.zeros(3, 6, 4, 4)), r"gumbel_noise has shape \(3, 6, 4, 4\)"),
         (lambda: model.decode(torch.full((1, 2, 2), 6)), "ids from 6 to 6; expected 0 to 5"),
         (lambda: model.decode(torch.zeros(1, 6, 2, 2)), r"expected integers \(B, h, w\)"),
         (lambda: train_tokenizer([], TRAINING), "no pictures"),
+        (lambda: train_tokenizer((images[:, :1] * 50).byte(), TRAINING), "of type torch.uint8"),
+        (lambda: train_tokenizer([(images[0], 1)], TRAINING), "item 0 is a tuple without a picture"),
+        (lambda: train_tokenizer([{"picture": images[0]}], TRAINING), "item 0 is a dict without a picture"),
+        (lambda: train_tokenizer([images[0], images[0, :, :4]], TRAINING), r"shapes \[\(3, 4, 8\), \(3, 8, 8\)\]"),
         (lambda: tokenizer_quality(model, []), "no pictures"),
         (
             lambda: check_token_grid(model, (8, 8), (4, 4)),

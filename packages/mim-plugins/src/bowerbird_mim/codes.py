@@ -75,8 +75,8 @@ def gumbel_softmax(
 
 
 def code_mixture(weights: Tensor, codes: Tensor) -> Tensor:
-    """z = sum over v of y_v e_v: ``(B, V, h, w)`` and ``(V, d)`` to ``(B, d, h, w)``."""
-    return torch.einsum("bvhw,vd->bdhw", weights, codes)
+    """z = sum over v of y_v e_v: ``(B, V, h, w)`` and ``(V, d)`` to ``(B, d, h, w)``, in the type of ``codes``."""
+    return torch.einsum("bvhw,vd->bdhw", weights.to(codes.dtype), codes)
 
 
 def check_finite(logits: Tensor) -> Tensor:
@@ -167,7 +167,8 @@ class GumbelQuantizer(nn.Module):
         self, in_channels: int, dim: int, num_codes: int, *, temperature: float = 1.0, straight_through: bool = True
     ) -> None:
         super().__init__()
-        check_vocabulary(num_codes)
+        check_sizes(2, num_codes=num_codes)
+        check_sizes(1, in_channels=in_channels, dim=dim)
         self.temperature, self.straight_through = temperature, straight_through
         self.proj = nn.Conv2d(in_channels, num_codes, 1)
         self.embed = nn.Embedding(num_codes, dim)
@@ -205,7 +206,7 @@ class VectorQuantizer(nn.Module):
         dim: d.
         commitment: Weight on the features' side.
         ema_decay: g in [0, 1); ``None``: codes are learned by gradient.
-        eps: Of the Laplace smoothing.
+        eps: Of the Laplace smoothing, above 0.
         weight_on: ``codebook`` puts ``commitment`` on the codes' term instead, as the first release of VQGAN did.
 
     ``codebook``: ``(V, d)``, a parameter, or a buffer with ``ema_decay``.
@@ -226,11 +227,14 @@ class VectorQuantizer(nn.Module):
         weight_on: Literal["commitment", "codebook"] = "commitment",
     ) -> None:
         super().__init__()
-        check_vocabulary(num_codes)
+        check_sizes(2, num_codes=num_codes)
+        check_sizes(1, dim=dim)
         if ema_decay is not None and not 0 <= ema_decay < 1:
             raise InputError(f"ema_decay = {ema_decay}: expected a number from 0 to below 1, or None")
         if commitment < 0:
             raise InputError(f"commitment = {commitment}: expected 0 or more")
+        if not eps > 0:  # with 0 a code that nothing has chosen for long would become 0 / 0
+            raise InputError(f"eps = {eps}: expected a number above 0")
         if weight_on not in ("commitment", "codebook"):
             raise InputError(f"weight_on = {weight_on!r}: accepted are 'commitment' and 'codebook'")
         self.num_codes, self.dim, self.commitment, self.ema_decay = num_codes, dim, commitment, ema_decay
@@ -295,6 +299,7 @@ class VectorQuantizer(nn.Module):
         self.codebook.copy_(self.embed_sum / smoothed[:, None])
 
 
-def check_vocabulary(num_codes: int) -> None:
-    if num_codes < 2:
-        raise InputError(f"{num_codes} codes: a vocabulary needs at least 2")
+def check_sizes(least: int, **sizes: int) -> None:
+    """Raise ``InputError`` naming the ``sizes`` below ``least``."""
+    if too_small := [f"{name} = {size}" for name, size in sizes.items() if size < least]:
+        raise InputError(f"{', '.join(too_small)}: expected at least {least}")

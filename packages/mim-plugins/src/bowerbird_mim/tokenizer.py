@@ -9,6 +9,7 @@ B batch, C channels, S side of a picture, V codes, h x w cells with h = w = S / 
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -125,6 +126,9 @@ def load_tokenizer(path_or_run: str | Path, context: BuildContext | None = None)
 def save_tokenizer(tokenizer: DiscreteVAE | VQVAE, path: str | Path, *, card: str = "") -> str:
     """Write ``tokenizer`` as an exported encoder's folder, whole or not at all, and return its fingerprint.
 
+    Weights are stored in float32, the type in which encoders are loaded. How a ``DiscreteVAE`` is trained
+    (``settings``) is not stored: a loaded one is for use.
+
     Args:
         path: The folder; one that holds an encoder is replaced.
         card: Text for its model card.
@@ -134,6 +138,8 @@ def save_tokenizer(tokenizer: DiscreteVAE | VQVAE, path: str | Path, *, card: st
     """
     from bowerbird.encoders.bundle import save_encoder
 
+    if any(parameter.dtype != torch.float32 for parameter in tokenizer.parameters()):
+        tokenizer = copy.deepcopy(tokenizer).float()
     return save_encoder(tokenizer, path, use=tokenizer.record, config=tokenizer.settings_of_record(), card=card)
 
 
@@ -259,7 +265,8 @@ class TokenizerObjective(Objective):
         )
 
     def forward(self, batch: Batch) -> LossOutput:
-        images, seeds, tokenizer = batch["image"], batch["noise_seed"], self.encoder
+        seeds, tokenizer = batch["noise_seed"], self.encoder
+        images = tokenizer.check_images(batch["image"])
         stats: dict[str, Tensor] = {}
         if isinstance(tokenizer, DiscreteVAE):
             shape = (tokenizer.vocab_size, *(side // tokenizer.stride for side in images.shape[2:]))
@@ -361,10 +368,17 @@ def _pictures(dataset: Sequence[Any], chosen: Tensor, preprocessing: Preprocessi
     found = []
     for position in chosen.tolist():
         item = dataset[position]
-        image = item["image"] if isinstance(item, Mapping) else item
+        image = item.get("image") if isinstance(item, Mapping) else item
         if isinstance(image, Image.Image):
             if preprocessing is None:
                 raise InputError("the items are picture files, and this tokenizer reads only tensors")
             image = preprocessing(image)
+        if not isinstance(image, Tensor | np.ndarray):
+            raise InputError(
+                f"item {position} is a {type(item).__name__} without a picture: expected a prepared picture (C, S, S), "
+                "a Pillow picture, or a dictionary with one of them as 'image'"
+            )
         found.append(torch.as_tensor(image))
+    if len(shapes := {tuple(image.shape) for image in found}) > 1:
+        raise InputError(f"prepared pictures have the shapes {sorted(shapes)}: those of a batch must be equal")
     return torch.stack(found)

@@ -23,7 +23,7 @@ from bowerbird.protocols import Encoder, Features
 from bowerbird_mim.codes import (
     VectorQuantizer,
     check_finite,
-    check_vocabulary,
+    check_sizes,
     code_kl,
     code_mixture,
     gumbel_noise,
@@ -119,14 +119,8 @@ class CodeEncoder(Encoder):
         **widths: int,
     ) -> None:
         super().__init__()
-        check_vocabulary(num_tokens)
-        too_small = {
-            name: value
-            for name, value in {"channels": channels, "num_layers": num_layers, **widths}.items()
-            if value < 1
-        }
-        if too_small:
-            raise InputError(f"{', '.join(f'{k} = {v}' for k, v in too_small.items())}: expected at least 1")
+        check_sizes(2, num_tokens=num_tokens)
+        check_sizes(1, channels=channels, num_layers=num_layers, **widths)
         self.image_size, self.channels, self.num_tokens = image_size, channels, num_tokens
         self.stride = 2**num_layers
         self.embed_dim = num_tokens
@@ -209,11 +203,13 @@ class CodeEncoder(Encoder):
         return {key: value for key, value in config.items() if key != "weights"}
 
     def check_images(self, images: Tensor) -> Tensor:
-        """``images``. Raises ``InputError`` for a wrong shape."""
+        """``images``. Raises ``InputError`` for a wrong shape, or whole numbers."""
         if images.ndim != 4 or images.shape[1] != self.channels:
             raise InputError(
                 f"images have shape {tuple(images.shape)}; this tokenizer needs (B, {self.channels}, height, width)"
             )
+        if not images.is_floating_point():
+            raise InputError(f"images are of type {images.dtype}; expected prepared pictures, floating point numbers")
         self._check_sides(images.shape[2], images.shape[3])
         return images
 
@@ -436,8 +432,9 @@ class VQVAE(CodeEncoder):
 
     def output(self, images: Tensor, **options: Any) -> TokenizerOutput:
         """One training pass; in training mode it moves the codes where ``ema_decay`` is set."""
-        quantized, quantizer_loss, ids = self.quantizer(self.encoder(self.check_images(images)))
-        reconstruction = self.decoder(quantized)
+        features = self.encoder(self.check_images(images))
+        quantized, quantizer_loss, ids = self.quantizer(features)
+        reconstruction = self.decoder(quantized.to(features.dtype))
         parts = {
             "reconstruction": reconstruction_loss(reconstruction, images, self.recon),
             "quantizer": quantizer_loss,
