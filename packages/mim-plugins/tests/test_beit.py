@@ -425,6 +425,11 @@ def test_what_does_not_fit_is_refused() -> None:
         model(torch.zeros(2, 3, 8, 8, dtype=torch.float64), torch.ones(2, 4, dtype=torch.bool))
     with pytest.raises(InputError, match="no masked position"):
         masked_token_loss(torch.zeros(0, 5), torch.zeros(0, dtype=torch.long))
+    for wrong in (-100, 5):  # torch's cross-entropy would leave -100 out
+        with pytest.raises(InputError, match=rf"ids_masked from {min(wrong, 1)} to {max(wrong, 1)}; expected 0 to 4"):
+            masked_token_loss(torch.zeros(2, 5), torch.tensor([1, wrong]))
+    with pytest.raises(InputError, match=r"of type torch\.float32; expected integers"):
+        masked_token_loss(torch.zeros(2, 5), torch.zeros(2))
     with pytest.raises(InputError, match="num_masked = 17: a grid of 4 x 4 patches accepts 1 to 16"):
         BlockwiseMaskGenerator((4, 4), 17)
     with pytest.raises(InputError, match="no rectangle of"):
@@ -435,3 +440,21 @@ def test_what_does_not_fit_is_refused() -> None:
         relative_position_index((0, 3))
     with pytest.raises(InputError, match=r"mask_ratio = 0\.05 hides none of 4 x 4 patches"):
         RandomMaskGenerator((4, 4), 0.05)
+    for make in (BlockwiseMaskGenerator((4, 4), 8), RandomMaskGenerator((4, 4))):
+        with pytest.raises(InputError, match=r"rng = 7: expected a generator of random numbers, .*numpy\.random"):
+            make(7)  # type: ignore[operator]
+
+
+def test_ids_may_be_of_any_integer_type() -> None:
+    logits, ids = torch.randn(3, 5), torch.tensor([0, 4, 2])
+    for kind in (torch.int32, torch.uint8):
+        assert torch.equal(masked_token_loss(logits, ids.to(kind)), masked_token_loss(logits, ids))
+
+
+@pytest.mark.parametrize(
+    "make_rng", [random.Random, np.random.default_rng, np.random.RandomState, torch.Generator().manual_seed]
+)
+def test_rectangles_reach_every_edge_with_every_kind_of_generator(make_rng) -> None:
+    make = BlockwiseMaskGenerator((3, 3), num_masked=1, min_block=1, min_aspect=1.0)  # one patch
+    rng = make_rng(0)
+    assert torch.stack([make(rng) for _ in range(120)]).any(dim=0).all()

@@ -254,6 +254,11 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValidationError):
         McBEiTConfig(tokenizer="runs/t", mask_ratio=1.0)
     model = MaskedTokenModel(BEiTEncoder(**SMALL), 6)
-    for name, value in (("temperature", math.nan), ("refine_weight", -0.1), ("warmup_temperature", 0.0)):
+    for name, value in (
+        ("temperature", math.nan),
+        ("refine_weight", -0.1),
+        ("warmup_temperature", 0.0),
+        ("warmup_epochs", -1),
+    ):
         with pytest.raises(InputError, match=name):
             McBEiTObjective(ColourTokenizer(), model=model, **{name: value})

@@ -154,10 +154,10 @@ def masked_token_loss(logits_masked: Tensor, ids_masked: Tensor) -> Tensor:
 
     Args:
         logits_masked: ``(M, V)``.
-        ids_masked: int64 ``(M,)``, the tokenizer's ids there.
+        ids_masked: Integers ``(M,)``, the tokenizer's ids there.
 
     Raises:
-        InputError: Shapes that do not fit, or no masked position.
+        InputError: Shapes that do not fit, no masked position, or ids that are no integers from 0 to V - 1.
     """
     if logits_masked.ndim != 2 or ids_masked.shape != logits_masked.shape[:1]:
         raise InputError(
@@ -166,7 +166,14 @@ def masked_token_loss(logits_masked: Tensor, ids_masked: Tensor) -> Tensor:
         )
     if not torch.compiler.is_compiling() and not len(ids_masked):
         raise InputError("no masked position: there is nothing to predict")
-    return F.cross_entropy(at_least_float32(logits_masked), ids_masked)
+    if ids_masked.is_floating_point():
+        raise InputError(f"ids_masked are of type {ids_masked.dtype}; expected integers")
+    # On a GPU the kernel itself checks the range; reading it here would wait for the device.
+    if not torch.compiler.is_compiling() and not ids_masked.is_cuda:
+        low, high = int(ids_masked.min()), int(ids_masked.max())
+        if low < 0 or high >= logits_masked.shape[1]:  # -100 would be left out without a word
+            raise InputError(f"ids_masked from {low} to {high}; expected 0 to {logits_masked.shape[1] - 1}")
+    return F.cross_entropy(at_least_float32(logits_masked), ids_masked.long())
 
 
 # ------------------------------------------------------------------------------------------------ objective

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bowerbird.errors import InputError
 
-Generator = np.random.Generator | random.Random | torch.Generator
+Generator = np.random.Generator | np.random.RandomState | random.Random | torch.Generator
 
 
 @dataclass(frozen=True)
@@ -101,16 +101,21 @@ class BlockwiseMaskGenerator:
 
 def _draws(rng: Generator) -> tuple[Callable[[float, float], float], Callable[[int, int], int]]:
     """``uniform(low, high)`` and ``integer(low, high)``, both bounds included, of a generator of any of the kinds."""
-    if isinstance(rng, np.random.Generator):
-        # Its own uniform refuses reversed bounds.
-        return (lambda low, high: low + (high - low) * rng.random()), (
-            lambda low, high: int(rng.integers(low, high, endpoint=True))
-        )
+    if isinstance(rng, np.random.Generator | np.random.RandomState):
+        whole = rng.integers if isinstance(rng, np.random.Generator) else rng.randint  # both exclude the upper bound
+        # Their own uniform need not take reversed bounds.
+        return (lambda low, high: low + (high - low) * rng.random()), (lambda low, high: int(whole(low, high + 1)))
     if isinstance(rng, torch.Generator):
         return (lambda low, high: low + (high - low) * torch.rand((), generator=rng, dtype=torch.float64).item()), (
             lambda low, high: int(torch.randint(low, high + 1, (), generator=rng))
         )
+    if not isinstance(rng, random.Random) and rng is not random:
+        raise _no_generator(rng, "random.Random, numpy.random.Generator or RandomState, or torch.Generator")
     return rng.uniform, rng.randint
+
+
+def _no_generator(rng: object, accepted: str) -> InputError:
+    return InputError(f"rng = {rng!r}: expected a generator of random numbers, {accepted}")
 
 
 @dataclass(frozen=True)
@@ -134,8 +139,10 @@ class RandomMaskGenerator:
     def num_masked(self) -> int:
         return int(self.mask_ratio * self.grid[0] * self.grid[1])
 
-    def __call__(self, rng: np.random.Generator | np.random.RandomState) -> Tensor:
+    def __call__(self, rng: np.random.Generator | np.random.RandomState | random.Random) -> Tensor:
         """bool ``(rows, columns)``, true where a patch is hidden."""
+        if not isinstance(rng, np.random.Generator | np.random.RandomState | random.Random):
+            raise _no_generator(rng, "numpy.random.Generator or RandomState, or random.Random")
         mask = np.arange(self.grid[0] * self.grid[1]) >= self.grid[0] * self.grid[1] - self.num_masked
-        rng.shuffle(mask)
+        rng.shuffle(mask)  # type: ignore[arg-type]
         return torch.from_numpy(mask).reshape(self.grid)

@@ -207,6 +207,8 @@ class McBEiTObjective(MaskedTokenObjective):
             _check_temperature(name, value)
         if not 0 <= refine_weight <= 1:
             raise InputError(f"refine_weight = {refine_weight}: expected a share from 0 to 1")
+        if warmup_epochs < 0:
+            raise InputError(f"warmup_epochs = {warmup_epochs}: expected 0 or more")
         first = temperature if warmup_temperature is None else warmup_temperature
         _check_temperature("warmup_temperature", first)
         self.final_temperature, self.first_temperature, self.warmup_epochs = temperature, first, warmup_epochs
