@@ -182,6 +182,22 @@ def test_the_same_generator_gives_the_same_pair_and_without_instances_crops_are_
     assert any(scene_overlap(pair.crop1, pair.crop2) is None for pair in free)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"scale": (0.5, 0.1)}, r"scale = \(0\.5, 0\.1\)"),
+        ({"scale": (0.5, 2.0)}, r"scale = \(0\.5, 2\.0\)"),
+        ({"ratio": (0.0, 1.0)}, r"ratio = \(0\.0, 1\.0\)"),
+        ({"max_iou": float("nan")}, "max_iou = nan"),
+        ({"rng": 3}, r"rng = 3: expected a numpy\.random\.Generator"),
+        ({"tries": 0}, "tries = 0"),
+    ],
+)
+def test_pairs_that_cannot_be_drawn_are_refused(wrong, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        sample_overlapping_scenes((90, 70), [], 1, **wrong)
+
+
 def test_boxes_outside_the_picture_are_refused() -> None:
     with pytest.raises(
         InputError, match=r"box 1 = \[5.0, 5.0, 61.0, 20.0\] is not inside the picture of 60 x 40 pixels"

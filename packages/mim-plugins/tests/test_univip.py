@@ -400,6 +400,12 @@ def test_what_does_not_fit_is_refused() -> None:
         sinkhorn(cost, torch.tensor([0.5, 1.0, -0.5]), torch.rand(4))
     with pytest.raises(InputError, match=r"col_mass \(3,\) do not fit"):
         sinkhorn(cost, mass, mass)
+    with pytest.raises(InputError, match=r"row_mass \(5, 3\) and col_mass \(4,\) do not fit"):
+        sinkhorn(cost.expand(2, 3, 4), mass.expand(5, 3), torch.rand(4))
+    with pytest.raises(InputError, match=r"col_mass has the value inf: masses must be finite"):
+        sinkhorn(cost, mass, torch.tensor([0.5, 1.0, torch.inf, 1.0]))
+    with pytest.raises(InputError, match=r"other_scene_mean \(5, 4\) do not fit"):
+        cross_reference_weights(torch.rand(2, 3, 4), torch.rand(5, 4))
     with pytest.raises(InputError, match=r"expected .*K, D"):
         instance_transport_loss(torch.rand(2, 3, 4), torch.rand(2, 4, 4), torch.rand(2, 2, 4), torch.rand(2, 2, 4))
     with pytest.raises(InputError, match="K of at least 1"):
@@ -411,6 +417,9 @@ def test_what_does_not_fit_is_refused() -> None:
         scene_loss(torch.rand(2, 4), torch.rand(2, 4), torch.rand(2, 4), torch.rand(1, 4))
     with pytest.raises(InputError, match=r"terms has \['scenes'\]; expected some of scene, affinity, instance"):
         make_model(3, ("scenes",))
+    for name, value in (("epsilon", -0.1), ("iterations", 0)):
+        with pytest.raises(InputError, match=f"{name} = {value}"):
+            UniVIP(nn.Identity(), nn.Identity(), byol_head(2, 2, 2), **{name: value})  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"found \(6, 2, 3, 6, 6\)"):
         make_model()(*views(2))
 

@@ -86,7 +86,7 @@ def iou(box: ArrayLike, others: ArrayLike) -> NDArray[np.float64]:
 
 
 def _check_limits(min_side: float, max_aspect: float, max_iou: float) -> None:
-    if min_side < 0 or max_aspect < 1 or not 0 < max_iou <= 1:
+    if not (min_side >= 0 and max_aspect >= 1 and 0 < max_iou <= 1):
         raise InputError(
             f"min_side = {min_side}, max_aspect = {max_aspect}, max_iou = {max_iou}: expected min_side >= 0, "
             "max_aspect >= 1 and max_iou above 0, at most 1"
@@ -148,7 +148,7 @@ def sample_overlapping_scenes(
         scale, ratio: Of a crop, as in ``random_crop_box``.
 
     Raises:
-        InputError: A box outside the picture, or a number or a limit that cannot be met.
+        InputError: A box outside the picture, a number or a limit that cannot be met, or ``rng`` of another kind.
     """
     width, height = size
     if width < 1 or height < 1 or num_instances < 0 or tries < 1:
@@ -157,7 +157,14 @@ def sample_overlapping_scenes(
             "and num_instances of at least 0"
         )
     _check_limits(min_side, max_aspect, max_iou)
-    rng = rng or np.random.default_rng()
+    if not (0 < scale[0] <= scale[1] <= 1 and 0 < ratio[0] <= ratio[1]):
+        raise InputError(
+            f"scale = {tuple(scale)}, ratio = {tuple(ratio)}: expected 0 < low <= high, and high at most 1 for scale, "
+            "shares of the picture"
+        )
+    rng = np.random.default_rng() if rng is None else rng
+    if not isinstance(rng, np.random.Generator):
+        raise InputError(f"rng = {rng!r}: expected a numpy.random.Generator")
     known = check_boxes(boxes, size)
     usable = max(1, min(min_side, width, height))
     whole = (0, 0, width, height)

@@ -37,7 +37,7 @@ from bowerbird_mim.proposals import (
     check_proposals,
 )
 from bowerbird_mim.schedules import Schedule, cosine_schedule
-from bowerbird_mim.transport import sinkhorn
+from bowerbird_mim.transport import broadcastable, check_entropy, sinkhorn
 from bowerbird_mim.views import ColorAugmentation, View, resized
 
 __all__ = [
@@ -66,7 +66,11 @@ def cross_reference_weights(instances: Tensor, other_scene_mean: Tensor) -> Tens
         InputError: Shapes that do not fit.
     """
     fits = instances.ndim >= 2 and other_scene_mean.ndim >= 1 and instances.shape[-2] > 0
-    if not fits or instances.shape[-1] != other_scene_mean.shape[-1]:
+    if (
+        not fits
+        or instances.shape[-1] != other_scene_mean.shape[-1]
+        or not broadcastable(instances.shape[:-2], other_scene_mean.shape[:-1])
+    ):
         raise InputError(
             f"instances {tuple(instances.shape)} and other_scene_mean {tuple(other_scene_mean.shape)} do not fit: "
             "expected (..., K, D) with K of at least 1, and (..., D)"
@@ -223,7 +227,7 @@ class UniVIP(nn.Module):
         epsilon, iterations: Of the transport.
 
     Raises:
-        InputError: An unknown term, or K < 0.
+        InputError: An unknown term, K < 0, or an ``epsilon`` or ``iterations`` that ``sinkhorn`` refuses.
     """
 
     def __init__(
@@ -243,6 +247,7 @@ class UniVIP(nn.Module):
             raise InputError(f"terms has {unknown}; expected some of {', '.join(TERMS)}")
         if num_instances < 0:
             raise InputError(f"num_instances = {num_instances}: expected 0 or more")
+        check_entropy(epsilon, iterations)
         chosen = [term for term in terms if num_instances or term == "scene"]
         self.num_instances, self.terms = num_instances, tuple(chosen or ["scene"])
         self.epsilon, self.iterations = epsilon, iterations
