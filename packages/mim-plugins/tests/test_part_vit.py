@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -195,6 +196,12 @@ def test_a_part_that_does_not_exist_is_refused(part: Any) -> None:
         small_vit()(torch.zeros(2, 3, 8, 4, dtype=torch.float64), part)
 
 
+def test_a_part_may_be_a_whole_number_of_numpy() -> None:
+    vit, images = small_vit(), torch.randn(2, 3, 8, 4, dtype=torch.float64)
+    for part in np.arange(3):
+        assert torch.equal(vit(images, part)[1], vit(images, int(part))[1])
+
+
 def test_what_does_not_fit_is_refused() -> None:
     vit = small_vit()
     with pytest.raises(InputError, match="multiples of patch_size"):
@@ -205,6 +212,8 @@ def test_what_does_not_fit_is_refused() -> None:
         vit(torch.zeros(2, 3, 8, 4, dtype=torch.float64), torch.zeros(3, dtype=torch.int64))
     with pytest.raises(InputError, match="num_parts = -1"):
         small_vit(-1)
+    with pytest.raises(InputError, match=r"ViTEncoder \(mim:vit\), not to a Linear"):
+        PartTokenViT(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
     with pytest.raises(InputError, match="mode = 'sum'"):
         fuse_part_features(torch.zeros(1, 2), torch.zeros(1, 3, 2), "sum")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="no part token"):

@@ -225,6 +225,16 @@ def test_the_evaluator_leaves_out_the_querys_camera() -> None:
     assert metrics.per_query["mAP"].shape == (12,)
 
 
+def test_long_features_in_half_precision_are_ranked_as_in_full() -> None:
+    rng = np.random.default_rng(0)
+    query, gallery = (torch.from_numpy(600 * rng.normal(size=(n, 64))).half() for n in (5, 12))
+    labels = np.arange(5) % 3, np.arange(12) % 3, np.zeros(5, int), np.ones(12, int)
+    full = evaluate_reid(query.double(), gallery.double(), *labels)
+    for half in ((query, gallery), (query.numpy(), gallery.numpy())):
+        found, mean = evaluate_reid(*half, *labels)
+        assert (found == full[0]).all() and math.isclose(mean, full[1], rel_tol=1e-9)
+
+
 def test_what_cannot_be_measured_is_refused() -> None:
     rows, ones = np.eye(3), np.ones(3, int)
     with pytest.raises(ValueError, match="none of the 3 queries has a positive"):

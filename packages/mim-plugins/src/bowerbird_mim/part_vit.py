@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
+import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -39,13 +40,15 @@ class PartTokenViT(nn.Module):
             pre-training does by an oversight. By default the table is used untouched there.
 
     Raises:
-        InputError: ``num_parts`` is negative.
+        InputError: ``num_parts`` is negative, or another encoder.
     """
 
     def __init__(self, encoder: ViTEncoder, num_parts: int = 3, *, native_pos_interpolation: bool = False) -> None:
         super().__init__()
         if num_parts < 0:
             raise InputError(f"num_parts = {num_parts}: expected 0 or more part tokens")
+        if not isinstance(encoder, ViTEncoder):
+            raise InputError(f"part tokens are added to a ViTEncoder (mim:vit), not to a {type(encoder).__name__}")
         self.num_parts, self.native_pos_interpolation = num_parts, native_pos_interpolation
         self.embed_dim, self.grid, self.patch_size = encoder.embed_dim, encoder.grid, encoder.patch_size
         self.in_channels = encoder.in_channels
@@ -88,8 +91,8 @@ class PartTokenViT(nn.Module):
         elif isinstance(part, Tensor):
             self._check_parts(part, batch)
             parts = parts[part][:, None]
-        elif isinstance(part, int) and 0 <= part < self.num_parts:
-            parts = parts[part].expand(batch, 1, -1)
+        elif isinstance(part, int | np.integer) and 0 <= part < self.num_parts:
+            parts = parts[int(part)].expand(batch, 1, -1)
         else:
             raise InputError(f"part = {part!r}: expected None (a whole picture) or {self._accepted()}")
         tokens = torch.cat([first.to(patches.dtype), parts.to(patches.dtype), patches], dim=1)

@@ -223,8 +223,10 @@ def evaluate_reid(
 
 def _unit_rows(features: ArrayLike, name: str) -> NDArray[np.floating[Any]]:
     if isinstance(features, Tensor):
-        features = features.detach().float().cpu() if features.dtype == torch.bfloat16 else features.detach().cpu()
+        features = at_least_float32(features.detach()).cpu()
     rows = np.asarray(features)
+    if rows.dtype == np.float16:  # squares above 65,504 would be infinite
+        rows = rows.astype(np.float32)
     if rows.ndim != 2 or not len(rows):
         raise InputError(f"{name} has shape {rows.shape}; expected (number of items, D), at least one item")
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
