@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 from bowerbird_sparsity import block_linear
-from bowerbird_sparsity.block_linear import BlockLinear, BlockMlp, block_shape_of
+from bowerbird_sparsity.block_linear import BlockLinear, block_shape_of
 from bowerbird_sparsity.export import (
     Form,
     apply_forms,
@@ -19,7 +19,9 @@ from bowerbird_sparsity.export import (
     skipped_layers,
     sparse_forms,
 )
-from bowerbird_sparsity.shrink import largest_difference, shrink, shrink_report
+from bowerbird_sparsity.layers import SparseLinear, SparseMlp
+from bowerbird_sparsity.shrink import shrink, shrink_report
+from bowerbird_sparsity.timing import largest_difference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -91,14 +93,27 @@ def test_a_block_perceptron_computes_what_its_layers_compute_one_after_the_other
     fc1, fc2 = nn.Linear(32, 64), nn.Linear(64, 32)
     zero_blocks(fc1, blocks[0], share)
     zero_blocks(fc2, blocks[1], share)
-    fused = BlockMlp(fc1, nn.GELU(), fc2, blocks)
+    fused = SparseMlp(BlockLinear.of(fc1, blocks[0]), nn.GELU(), BlockLinear.of(fc2, blocks[1]))
     x = torch.randn(3, 11, 32)
     with torch.inference_mode():
         torch.testing.assert_close(fused(x), fc2(nn.functional.gelu(fc1(x))), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(fused(x[:0]), x[:0])
-    weight1, bias1, weight2 = fused.dense_weights()
-    assert torch.equal(weight1, fc1.weight) and torch.equal(weight2, fc2.weight)
-    assert bias1 is not None and torch.equal(bias1, fc1.bias)
+    for (weight, bias), layer in zip(fused.dense_layers(), (fc1, fc2), strict=True):
+        assert bias is not None
+        assert torch.equal(weight, layer.weight) and torch.equal(bias, layer.bias)
+
+
+@pytest.mark.parametrize("layout", ["csr", "bsr"])
+def test_a_layer_with_a_sparse_weight_can_be_called_copied_and_moved(layout: str) -> None:
+    dense = zero_blocks(nn.Linear(24, 16), (8, 8), 0.5)
+    layer = SparseLinear.of(dense, layout, (8, 8) if layout == "bsr" else None)
+    for x in (torch.randn(24), torch.randn(5, 24), torch.randn(2, 3, 24), torch.randn(0, 24)):
+        for mode in (torch.inference_mode(), torch.no_grad(), torch.enable_grad()):
+            with mode:
+                torch.testing.assert_close(layer(x), dense(x), rtol=1e-5, atol=1e-6, check_layout=False)
+    twin = copy.deepcopy(layer).double().to("cpu")
+    assert twin.weight.dtype == torch.float64 and layer.weight.dtype == torch.float32
+    assert torch.equal(twin.dense_weight(), dense.weight.double())
 
 
 def test_a_block_layer_says_that_it_gives_no_gradient() -> None:

@@ -5,9 +5,8 @@ blocks. Block rows with the same k form a group of g: their blocks lie side by s
 tokens the group gathers the k blocks of features that each of its rows needs and multiplies, all rows in one batched
 dense product: k p q n multiplications a row, whatever is zero is not touched.
 
-Three things make this fast on a processor, in this order. Features come first, ``(I, n)``: then a gathered block is a
-copy of whole runs of memory. Tokens go through in chunks that stay in the cache. And between the two layers of a
-perceptron nothing is written back: chunk by chunk both products and the activation (``BlockMlp``).
+Two things make this fast on a processor. Features come first, ``(I, n)``: then a gathered block is a copy of whole runs
+of memory. And tokens go through in chunks that stay in the cache. (A third one is in ``layers.SparseMlp``.)
 
 N tokens, n tokens of a chunk, I inputs, O outputs.
 """
@@ -27,14 +26,6 @@ SIDES = (64, 32, 16, 8, 4)
 # What a chunk holds: 300 to 500 tokens were best for layers of 384 to 3072 features on one core with 2 MiB of L2.
 CHUNK_TOKENS = 384  # for every thread
 FILL = 1.1  # stored numbers, over non-zero ones, that a block shape may cost
-
-# Activations that work on every number by itself: they do not care which way a matrix lies.
-ELEMENTWISE = (
-    nn.GELU, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU, nn.ELU,
-    nn.SELU, nn.CELU, nn.Mish, nn.Softplus,
-)  # fmt: skip
-# What does nothing in eval mode.
-INERT = (nn.Identity, nn.Dropout, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 def block_shape_of(weight: Tensor, *, fill: float = FILL) -> tuple[int, int] | None:
@@ -123,15 +114,11 @@ class BlockLinear(nn.Module):
         for i, (g, k) in enumerate(self.groups):
             yield g, k, getattr(self, f"values_{i}"), getattr(self, f"columns_{i}")
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.like.dtype
-
     def dense_weight(self) -> Tensor:
         """The weight ``(O, I)`` again."""
         p, q = self.block
         rows = torch.zeros(
-            self.live, self.in_features // q, p, q, dtype=self.dtype, device=self.position.device
+            self.live, self.in_features // q, p, q, dtype=self.like.dtype, device=self.like.device
         )  # in the order of the groups
         start = 0
         for g, k, values, columns in self.parts():
@@ -143,14 +130,14 @@ class BlockLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., I)`` to ``(..., O)``. Raises ``InputError`` where a gradient is asked for."""
-        flat = self.tokens(x)
+        flat = tokens_of(x, self.in_features).to(self.like.dtype)
         if is_traced():
             y = self._traced(flat.t()).t()
             return (y if self.bias is None else y + self.bias).reshape(*x.shape[:-1], self.out_features)
         y = flat.new_empty(len(flat), self.out_features)
         blocks = y.view(len(flat), -1, self.block[0])  # (N, R, p)
         bias = None if self.bias is None else self.bias.view(-1, self.block[0])
-        spaces = Workspaces(self, flat)
+        spaces = self.workspaces(flat)
         for start, end in chunks(flat):
             space = spaces[end - start]
             self._multiply(flat[start:end].t().contiguous(), space, tokens_first=True)
@@ -162,13 +149,18 @@ class BlockLinear(nn.Module):
                 torch.add(rows, bias, out=blocks[start:end])
         return y.view(*x.shape[:-1], self.out_features)
 
-    def features(self, x: Tensor, space: Workspace) -> Tensor:
-        """``(I, n)`` to ``(O, n)``, bias included. The result may lie in ``space``."""
+    def features(self, x: Tensor, spaces: Workspaces) -> Tensor:
+        """``(I, n)`` to ``(O, n)``, bias included. The result may lie in ``spaces``."""
+        space = spaces[x.shape[1]]
         self._multiply(x, space, tokens_first=False)
         rows = space.features_first
         rows = rows[: self.live] if self.in_order else rows.index_select(0, self.position)
         y = rows.view(self.out_features, -1)
         return y if self.bias is None else y.add_(self.bias[:, None])
+
+    def workspaces(self, like: Tensor) -> Workspaces:
+        """Memory for the chunks of one forward pass."""
+        return Workspaces(self, like)
 
     def _multiply(self, x: Tensor, space: Workspace, *, tokens_first: bool) -> None:
         """Fill the block rows that keep something, in the order of the groups."""
@@ -184,17 +176,6 @@ class BlockLinear(nn.Module):
             else:
                 torch.bmm(values, block, out=space.features_first[start : start + g])
             start += g
-
-    def tokens(self, x: Tensor) -> Tensor:
-        """``(..., I)`` as ``(N, I)`` in the type of the weight."""
-        if x.shape[-1] != self.in_features:
-            raise InputError(f"this layer takes (..., {self.in_features}); found {tuple(x.shape)}")
-        if x.requires_grad and torch.is_grad_enabled() and not is_traced():
-            raise InputError(
-                "a layer of compact blocks is for inference and gives no gradient: use torch.inference_mode(), or "
-                "train the dense model and export it again"
-            )
-        return x.reshape(-1, self.in_features).to(self.dtype)
 
     def _traced(self, features: Tensor) -> Tensor:
         """``(I, n)`` to ``(O, n)`` without the bias, in operations that exporters and compilers follow."""
@@ -212,50 +193,6 @@ class BlockLinear(nn.Module):
         p, q = self.block
         total = self.out_features * self.in_features // (p * q)
         return f"{self.in_features} -> {self.out_features}, {kept} of {total} blocks of {p} x {q}"
-
-
-class BlockMlp(nn.Module):
-    """Linear, activation, linear, chunk by chunk: what lies between the two layers never leaves the cache.
-
-    Args:
-        fc1: ``(H, I)`` weight and ``(H,)`` bias of the first layer.
-        act: An activation of single numbers (``ELEMENTWISE``).
-        fc2: ``(O, H)`` weight and ``(O,)`` bias.
-        blocks: Of the first and of the second layer.
-    """
-
-    def __init__(
-        self, fc1: nn.Linear, act: nn.Module, fc2: nn.Linear, blocks: tuple[tuple[int, int], tuple[int, int]]
-    ) -> None:
-        super().__init__()
-        first = BlockLinear.of(fc1, blocks[0])
-        order = torch.arange(fc1.out_features, device=fc1.weight.device)
-        if not first.in_order and blocks[0][0] % blocks[1][1] == 0:
-            # The hidden features may stand in any order: in that of the groups none is moved.
-            order = order.view(-1, blocks[0][0])[first.position.argsort(stable=True)].flatten()
-            bias = None if fc1.bias is None else fc1.bias[order]
-            first = BlockLinear(fc1.weight[order], bias, blocks[0])
-        self.fc1, self.act = first, act
-        self.fc2 = BlockLinear(fc2.weight[:, order], fc2.bias, blocks[1])
-        self.register_buffer("order", order)
-
-    def dense_weights(self) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Weight and bias of the first layer and weight of the second, as they were given."""
-        back = self.order.argsort()
-        bias = None if self.fc1.bias is None else self.fc1.bias[back]
-        return self.fc1.dense_weight()[back], bias, self.fc2.dense_weight()[:, back]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(..., I)`` to ``(..., O)``."""
-        if is_traced():
-            return self.fc2(self.act(self.fc1(x)))
-        flat = self.fc1.tokens(x)
-        y = flat.new_empty(len(flat), self.fc2.out_features)
-        first, second = Workspaces(self.fc1, flat), Workspaces(self.fc2, flat)
-        for start, end in chunks(flat):
-            hidden = self.fc1.features(flat[start:end].t().contiguous(), first[end - start])
-            y[start:end].copy_(self.fc2.features(self.act(hidden), second[end - start]).t())
-        return y.view(*x.shape[:-1], self.fc2.out_features)
 
 
 class Workspace:
@@ -280,6 +217,18 @@ class Workspaces(dict[int, Workspace]):
     def __missing__(self, n: int) -> Workspace:
         self[n] = Workspace(self.layer, n, self.like)
         return self[n]
+
+
+def tokens_of(x: Tensor, in_features: int) -> Tensor:
+    """``(..., I)`` as ``(N, I)``. Raises ``InputError`` for another width, and where a gradient is asked for."""
+    if x.shape[-1] != in_features:
+        raise InputError(f"this layer takes (..., {in_features}); found {tuple(x.shape)}")
+    if x.requires_grad and torch.is_grad_enabled() and not is_traced():
+        raise InputError(
+            "an exported sparse layer is for inference and gives no gradient: use torch.inference_mode(), or train the "
+            "dense model and export it again"
+        )
+    return x.reshape(-1, in_features)
 
 
 def chunks(tokens: Tensor) -> Iterator[tuple[int, int]]:

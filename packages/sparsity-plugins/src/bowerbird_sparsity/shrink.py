@@ -2,8 +2,8 @@
 
 Between two linear layers stands a row of hidden units. A unit is *dead* where its row of the first layer is zero: it is
 the same number for every input, what the activation makes of its bias. It is *unread* where its column of the second
-layer is zero. Both are removed from both layers; what a dead unit added to the second layer goes into that layer's bias.
-The result is a plain smaller model: it runs everywhere, and saves time on every device.
+layer is zero. Both are removed from both layers; what a dead unit added to the second layer goes into the bias of that
+layer. The result is a plain smaller model: it runs everywhere, and saves time on every device.
 
 Such rows come from blocks of ``(1, -1)`` (one output unit a block), and now and then from smaller ones.
 """
@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from bowerbird.errors import InputError
-from bowerbird_sparsity.block_linear import ELEMENTWISE, INERT
-from bowerbird_sparsity.export import call, mlp_parts
+from bowerbird_sparsity.forms import mlp_parts
+from bowerbird_sparsity.layers import ELEMENTWISE, INERT
+from bowerbird_sparsity.timing import largest_difference
 
 TOLERANCE = 1e-5  # of the largest output
 
@@ -74,36 +75,6 @@ def shrink_report(model: nn.Module) -> tuple[nn.Module, list[Shrunk]]:
         if removed:
             report.append(Shrunk(names[0], names[1], units=first.out_features + removed, removed=removed))
     return smaller, report
-
-
-@torch.inference_mode()
-def largest_difference(one: nn.Module, other: nn.Module, sample: Any) -> float:
-    """Of the outputs, over the largest output. Both are called in eval mode."""
-    modes = one.training, other.training
-    try:
-        results = [list(_tensors(call(module.eval(), sample))) for module in (one, other)]
-    finally:
-        one.train(modes[0]), other.train(modes[1])
-    if [t.shape for t in results[0]] != [t.shape for t in results[1]]:
-        return float("inf")
-    scale = max((float(t.abs().max()) for t in results[0] if t.numel()), default=0.0) or 1.0
-    return max((float((a - b).abs().max()) for a, b in zip(*results, strict=True) if a.numel()), default=0.0) / scale
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    """The floating-point tensors of an output, whatever holds them."""
-    if isinstance(output, Tensor):
-        if output.is_floating_point():
-            yield output
-    elif isinstance(output, dict):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, list | tuple):
-        for value in output:
-            yield from _tensors(value)
-    elif hasattr(output, "__dataclass_fields__"):
-        for name in output.__dataclass_fields__:
-            yield from _tensors(getattr(output, name))
 
 
 def _chains(model: nn.Module) -> Iterator[tuple[tuple[str, str], list[nn.Module]]]:
