@@ -136,6 +136,9 @@ class CompositePeople(Dataset):
     def labels(self) -> Sequence[int]:
         return self.identities.tolist()
 
+    def domain_indices(self) -> Sequence[int]:
+        return self.cameras.tolist()
+
     def metadata(self) -> Sequence[Mapping[str, Any]]:
         """``label`` (the identity) and ``camera``."""
         return [
