@@ -89,9 +89,6 @@ class EmojiStyles(Dataset):
     def domain_indices(self) -> Sequence[int]:
         return [STYLES.index(style) for style in self.styles for _ in self.concepts]
 
-    def domain_indices(self) -> Sequence[int]:
-        return [STYLES.index(style) for style in self.styles for _ in self.concepts]
-
     def metadata(self) -> list[dict[str, str]]:
         """``label`` (the concept), ``name``, ``category`` and ``style`` of every item, for a gallery to keep."""
         found = [self._at(index) for index in range(len(self))]
