@@ -358,6 +358,25 @@ def test_conversion_copies_class_statistics_mode_and_frozen_parameters_and_leave
     assert isinstance(export_single(made, "night")[1], Activated)
 
 
+def test_branches_become_synchronised_batch_normalisation_under_the_same_names() -> None:
+    model = net()
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+    norms = [norm for module in synchronised.modules() if isinstance(module, DatasetBatchNorm2d) for norm in module.bns]
+    assert len(norms) == 4 and all(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
+    ours, theirs = synchronised.state_dict(), model.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_compiled_network_follows_the_active_data_set() -> None:
+    model = net().eval()
+    compiled, x = torch.compile(model, backend="eager"), batches()["day"][0]
+    for name in (*NAMES, *NAMES):
+        with active_dataset(model, name):
+            assert torch.equal(compiled(x), model(x))
+    with pytest.raises(InputError, match="no data set is active"):
+        compiled(x)
+
+
 def test_a_folded_export_computes_the_same_with_the_modules_of_one_plain_network() -> None:
     model = net()
     for name, batch in batches().items():
