@@ -31,6 +31,7 @@ Solver = Literal["sinkhorn", "root"]
 SOLVERS = ("sinkhorn", "root")
 TILE = {"cpu": 2**17}  # entries that go through all operations of a pass together: half a megabyte stays in the cache
 WHOLE = 2**26  # on devices where starting an operation costs more than reading memory again
+ASTRAY = 0.25  # missed share of a budget at which an iteration has not converged, whatever its stopping rule says
 NEWTON_STEPS = 200  # bisection alone needs about 60 in float64
 
 
@@ -68,10 +69,12 @@ def soft_topk(
         solver: ``sinkhorn``, which stops where the objective ``sum(v m)`` changes by at most ``tol`` of itself (the
             constraint then holds nearly); ``root``: safeguarded Newton steps to the precision of the numbers.
         max_iters: Most iterations of ``sinkhorn``.
-        tol: Of ``sinkhorn``; relative, >= 0.
+        tol: Of ``sinkhorn``; relative, >= 0. With 0 it goes on until nothing changes, and what is then missing of the
+            budget is closed by ``root``.
         threshold: Unit value around which ``sinkhorn`` starts, a number or ``(...)``: with that of ``hard_threshold``
             it starts near the solution. By default it starts at the mean, with mu that meets the budget if masks were
-            exponentials.
+            exponentials; where that ends with the budget missed by more than a quarter (sharp masks: the objective
+            hardly changes from one iteration to the next), it starts again at the hard threshold.
 
     Returns:
         Mask like ``values``, in [0, 1]. Half precision is computed in float32.
@@ -133,12 +136,16 @@ def solve(
         raise InputError("soft top-k: values hold NaN or infinite numbers; only finite ones can be ranked")
     budgets = _checked_budgets(budgets, cost, rows)
     problem = _Problem(rows, cost, budgets, beta)
-    if solver == "sinkhorn":
-        centre = problem.mean() if threshold is None else _per_row(threshold, values)
-        mu, iterations = _sinkhorn(problem, centre, max_iters, tol, start=threshold is None)
+    centre = problem.mean() if threshold is None else _per_row(threshold, values)
+    if solver == "root":
+        mu, iterations = _root(problem, centre)
     else:
-        centre = problem.mean() if threshold is None else _per_row(threshold, values)
-        mu, iterations = _root(problem, centre, smallest, largest)
+        mu, iterations, astray = _sinkhorn(problem, centre, max_iters, tol, start=threshold is None)
+        if threshold is None and astray.any():
+            nearer = torch.where(astray, _per_row(hard_threshold(rows, budgets, cost), rows), centre)
+            again, more, _ = _sinkhorn(problem, nearer, max_iters, tol, start=False)
+            centre, mu, iterations = nearer, torch.where(astray, again, mu), iterations + more
+            problem.spend(centre, mu)
     batch = values.shape[:-1]
     return Solution(problem.mask.view(values.shape), mu.view(batch), centre.view(batch), iterations)
 
@@ -269,8 +276,13 @@ class _Problem:
         return total.log() + largest
 
 
-def _sinkhorn(problem: _Problem, centre: Tensor, max_iters: int, tol: float, *, start: bool) -> tuple[Tensor, int]:
-    """The official iteration and stopping rule. ``start``: begin with mu that meets the budget of exponentials."""
+def _sinkhorn(
+    problem: _Problem, centre: Tensor, max_iters: int, tol: float, *, start: bool
+) -> tuple[Tensor, int, Tensor]:
+    """The official iteration and stopping rule. ``start``: begin with mu that meets the budget of exponentials.
+
+    Returns mu ``(R,)``, the iterations, and ``(R,)`` bool: problems whose budget was missed by more than ``ASTRAY``.
+    """
     mu = torch.zeros_like(problem.budgets)
     if start:
         highest = mu - math.inf
@@ -286,10 +298,18 @@ def _sinkhorn(problem: _Problem, centre: Tensor, max_iters: int, tol: float, *, 
         spent, now = problem.spend(centre, mu)
         moving &= (now - gained).abs() > tol * gained.abs()
         gained = now
-    return mu, iteration
+    missed = (spent - problem.budgets).abs() / problem.budgets
+    if tol == 0:
+        # Where nothing moves in floating point, the constraint need not hold yet: each iteration is too small a step.
+        left = ~moving & (missed > 4 * torch.finfo(problem.values.dtype).eps)
+        if left.any():
+            mu = torch.where(left, _root(problem, centre)[0], mu)
+            spent, _ = problem.spend(centre, mu)
+            missed = (spent - problem.budgets).abs() / problem.budgets
+    return mu, iteration, missed > ASTRAY
 
 
-def _root(problem: _Problem, centre: Tensor, smallest: Tensor, largest: Tensor) -> tuple[Tensor, int]:
+def _root(problem: _Problem, centre: Tensor) -> tuple[Tensor, int]:
     """Newton's method on ``log sum(c m) = log B``, kept between bounds that shrink; bisection where it leaves them."""
     budgets = problem.budgets
     total = _total_cost(problem.cost, problem.values)
