@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from token_world import SMALL, ColourTokenizer, compare_gradients, context_with, from_golden
@@ -133,10 +133,12 @@ def drawn(size: tuple[int, int, int, int, int], seed: int) -> tuple[Tensor, Tens
 
 @settings(max_examples=25, deadline=None)
 @given(size=sizes, seed=st.integers(0, 1000))
+@example(size=(3, 3, 3, 3, 1), seed=760)
 def test_single_choices_are_beit(size: tuple[int, int, int, int, int], seed: int) -> None:
     teacher, features, logits, mask = drawn(size, seed)
     one, other = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-    refined = refine_choices(soft_choices(teacher, 1e-4), features, refine_weight=0.0)
+    # So cold that two logits of almost one size, which some seeds draw, are told apart, too.
+    refined = refine_choices(soft_choices(teacher, 1e-9), features, refine_weight=0.0)
     soft = multi_choice_loss(one, refined, mask)
     hard = masked_token_loss(other[mask], teacher.argmax(dim=1).flatten(1)[mask])
     assert_close(soft, hard)

@@ -168,10 +168,10 @@ def masked_token_loss(logits_masked: Tensor, ids_masked: Tensor) -> Tensor:
         raise InputError("no masked position: there is nothing to predict")
     if ids_masked.is_floating_point():
         raise InputError(f"ids_masked are of type {ids_masked.dtype}; expected integers")
-    # On a GPU the kernel itself checks the range; reading it here would wait for the device.
+    # Not on a GPU, where reading the range would wait for the device and the kernel refuses what it does not leave out.
     if not torch.compiler.is_compiling() and not ids_masked.is_cuda:
         low, high = int(ids_masked.min()), int(ids_masked.max())
-        if low < 0 or high >= logits_masked.shape[1]:  # -100 would be left out without a word
+        if low < 0 or high >= logits_masked.shape[1]:  # cross_entropy would leave -100 out
             raise InputError(f"ids_masked from {low} to {high}; expected 0 to {logits_masked.shape[1] - 1}")
     return F.cross_entropy(at_least_float32(logits_masked), ids_masked.long())
 
