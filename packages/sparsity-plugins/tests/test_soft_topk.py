@@ -88,7 +88,8 @@ def test_the_mask_is_monotone_and_knows_neither_shifts_nor_units_nor_order(
     values, costs, budget = problem(seed)
     mask = soft_topk(values, budget, beta=beta, costs=costs, solver="root")
     order = (values / costs).argsort()
-    assert (mask[order].diff() > 0).all()
+    rising, inside = mask[order].diff(), (mask[order][1:] > 1e-9) & (mask[order][1:] < 1 - 1e-9)
+    assert (rising >= 0).all() and (rising[inside] > 0).all()
     shifted = soft_topk(values + shift * costs, budget, beta=beta, costs=costs, solver="root")
     torch.testing.assert_close(shifted, mask, rtol=0, atol=1e-9)
     scaled = soft_topk(values * scale, budget, beta=beta / scale, costs=costs, solver="root")
@@ -104,7 +105,7 @@ def test_values_of_any_size_are_solved_without_overflow(solver: Any, spread: flo
     mask = soft_topk(values, 50.0, beta=20.0, solver=solver)
     mask.square().sum().backward()
     assert values.grad is not None and mask.isfinite().all() and values.grad.isfinite().all()
-    assert float(mask.sum()) == pytest.approx(50, rel=0.1 if solver == "sinkhorn" else 1e-3)
+    assert float(mask.detach().sum()) == pytest.approx(50, rel=0.1 if solver == "sinkhorn" else 1e-3)
 
 
 def test_half_precision_is_solved_in_single_precision() -> None:
@@ -156,9 +157,9 @@ def test_a_batch_gives_what_every_row_gives_alone(solver: Any) -> None:
 def test_the_gradient_is_that_of_finite_differences(how: dict[str, Any]) -> None:
     values, costs, budget = problem(3, n=6)
     values.requires_grad_()
-    torch.autograd.gradcheck(lambda v: soft_topk(v, budget, beta=3.0, costs=costs, **how), values)
+    torch.autograd.gradcheck(lambda v: soft_topk(v, budget, beta=1.5, costs=costs, **how), values)
     rows = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
-    torch.autograd.gradcheck(lambda v: soft_topk(v, 2.0, beta=3.0, **how), rows)
+    torch.autograd.gradcheck(lambda v: soft_topk(v, 2.0, beta=1.5, **how), rows)
 
 
 @settings(deadline=None, max_examples=25)

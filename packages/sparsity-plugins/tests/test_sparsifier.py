@@ -92,7 +92,7 @@ def test_forty_steps_are_those_of_the_authors(name: str, golden: Golden) -> None
     close = {"rtol": 0, "atol": 1e-9}
     for t in range(g["total_iters"]):
         loss = F.mse_loss(model(g["inputs"][t]), g["targets"][t])
-        assert float(loss) == pytest.approx(float(g["loss"][t]), abs=1e-9)
+        assert loss.item() == pytest.approx(float(g["loss"][t]), abs=1e-9)
         optimizer.zero_grad()
         loss.backward()
         if f"grad_t{t}/fc1.weight" in g:
@@ -252,7 +252,7 @@ def test_dropped_weights_get_the_gradient_of_their_mode_and_none_after_the_freez
     assert not grad[~kept].any()
 
 
-@pytest.mark.parametrize("block", [(1, 1), (4, 3)])
+@pytest.mark.parametrize("block", [(1, 1), (4, 2)])
 def test_the_spartan_gradient_is_that_of_the_soft_weights(block: tuple[int, int]) -> None:
     """Finite differences of weight times soft mask, with the masks solved again: all layers share the budget."""
     model = TwoLayers(6, 8, 12).double()
@@ -328,7 +328,9 @@ def test_while_everything_is_kept_the_model_is_the_dense_one_bit_for_bit(mode: A
 
 def test_blocks_are_kept_or_dropped_whole_also_in_convolutions() -> None:
     model = SmallConvolution()
-    config = SparsityConfig(target_density=0.3, block_size=(4, 2), adjust=False, warmup_fraction=0.5)
+    config = SparsityConfig(
+        target_density=0.3, block_size=(4, 2), adjust=False, warmup_fraction=0.5, allocation="uniform"
+    )
     sparsifier = Sparsifier(model, config, 6)
     train(model, sparsifier, 6, inputs=(2, 4, 8, 8))
     sparsifier.finalize()
@@ -537,7 +539,7 @@ def test_a_step_after_finalize_is_refused() -> None:
     [
         (
             {"layers": ("fc3",)},
-            r"'fc3' matches no layer. Did you mean 'fc1'\?|Did you mean 'fc2'\?.*There are: fc1, fc2",
+            r"'fc3' matches no layer. Did you mean 'fc[12]'\?.*There are: fc1, fc2",
         ),
         ({"layers": ("blocks.*",)}, r"'blocks.\*' matches no layer.*There are: fc1, fc2"),
         ({"block_size": (16, 16)}, r"layer 'fc1': blocks of 16 do not divide dimension 1.*accepts 1, 2, 3, 4, 6, 12"),
@@ -579,11 +581,7 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: st
 
 
 def test_without_strict_layers_that_do_not_fit_fall_back_with_a_warning() -> None:
-    config = SparsityConfig(target_density=0.5, block_size=(8, 5), strict=False, warmup_fraction=0)
-    with pytest.warns(UserWarning, match="'fc1': blocks of 5"):
-        sparsifier = Sparsifier(TwoLayers(12, 16, 8), config.model_copy(update={"block_size": (8, 5)}), 4)
-    assert [row.block_size for row in sparsifier.report()] == [(1, 1), (1, 1)]
-    with pytest.warns(UserWarning, match="'fc1'"):
+    with pytest.warns(UserWarning, match="'fc1': blocks of 8 do not divide dimension 0"):
         mixed = Sparsifier(TwoLayers(12, 15, 8), SparsityConfig(block_size=(8, 5), strict=False, adjust=False), 4)
     assert [row.block_size for row in mixed.report()] == [(1, 1), (8, 5)]
     mixed.step()

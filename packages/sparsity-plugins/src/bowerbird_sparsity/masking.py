@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +72,7 @@ class Layer:
     @property
     def weight(self) -> Tensor:
         """The dense weight, a parameter."""
-        return self.module.parametrizations[self.parameter].original  # type: ignore[index, union-attr, return-value]
+        return getattr(self.module.parametrizations, self.parameter).original
 
     @property
     def total_cost(self) -> float:
@@ -98,16 +98,34 @@ class Budget:
         return layer.costs.to(mask).reshape(1 if layer.costs.numel() == 1 else self.rows, -1)
 
 
+class MaskSchedule(Protocol):
+    """What masks are after ``step`` steps. A ``Sparsifier``."""
+
+    def frozen_at(self, step: int) -> bool: ...
+
+    def beta(self, step: int) -> float: ...
+
+    def shares(self, step: int) -> list[float]:
+        """Share of its cost that every budget keeps."""
+        ...
+
+    def amount(self, budget: Budget, share: float) -> Tensor:
+        """What the kept entries of every problem of a budget may cost, ``(rows,)`` float64."""
+        ...
+
+
 class SharedMasks:
     """What the masked weights of one model share: mode, budgets, and where in the schedule they are."""
 
     def __init__(self, mode: Mode) -> None:
         self.mode: Mode = mode
-        self.budgets: tuple[Budget, ...] = ()
-        self.schedule: Any = None  # a Sparsifier; set once the layers are known
         self._seen = -1
         self._plain = True
         self._soft: dict[int, Tensor] = {}
+
+    def start(self, budgets: tuple[Budget, ...], schedule: MaskSchedule) -> None:
+        """To be called once, when the layers are known and before the first of them is used."""
+        self.budgets, self.schedule = budgets, schedule
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies of a model: tensors of the graph cannot be copied, and are made again."""

@@ -18,10 +18,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,60 +97,58 @@ class Sparsifier:
             raise InputError(f"total_steps = {total_steps}; it must be at least 1")
         self.model, self.config = model, config
         self.finalized = False
-        chosen = _chosen_weights(model, config)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        self.layers = self._mask(chosen)
-        masked = sum(math.prod(layer.shape) for layer in self.layers)
-        by_weights = isinstance(self._cost_model, ParameterCost) and parse_groups(config.pattern) is None
-        self._dense_factor = parameters / masked if config.adjust and by_weights else 1.0
-        if 1 - (1 - config.target_density) * self._dense_factor < 0:
-            raise InputError(
-                f"target_density = {config.target_density:g} cannot be met: of {parameters:,} parameters only "
-                f"{masked:,} are in sparse layers, and the dense rest is {1 - masked / parameters:.1%}. Make more "
-                "layers sparse, give a larger target_density, or set adjust = false, which counts only sparse layers"
-            )
+        self._groups = parse_groups(config.pattern)
+        self._shared = SharedMasks(config.mode)
+        self.layers = self._layers(_chosen_weights(model, config))
+        self._dense_factor = self._checked_dense_factor()
         sizes = [_typical_entry(layer, config) for layer in self.layers]
         self.schedule = Schedule(config, total_steps, math.exp(sum(map(math.log, sizes)) / len(sizes)))
-        self._shared.schedule = self
-        self._shared.budgets = self._budgets()
         first = self.layers[0].masked
         first.register_buffer("steps_done", torch.zeros((), dtype=torch.int64, device=first.mask.device))
+        self._shared.start(self._budgets(), self)
+        for layer in self.layers:  # nothing can go wrong any more: the model is changed
+            parametrize.register_parametrization(layer.module, layer.parameter, layer.masked)
 
     # ---------------------------------------------------------------------------------------------- construction
 
-    def _mask(self, chosen: list[_Chosen]) -> list[Layer]:
+    def _layers(self, chosen: list[_Chosen]) -> list[Layer]:
         cost_model: CostModel = ParameterCost() if self.config.cost_model == "parameters" else self.config.cost_model
-        self._cost_model = cost_model
         prepare = getattr(cost_model, "prepare", None)
         if prepare is not None:
             prepare(self.model, [c.name for c in chosen])
-        self._shared = SharedMasks(self.config.mode)
-        layers, masks = [], []
-        for c in chosen:  # every cost is asked before the first layer is changed
+        layers = []
+        for c in chosen:
             weight = getattr(c.module, c.parameter)
-            sizes = _entry_sizes(c.pattern, weight)
-            costs = torch.as_tensor(cost_model.cost(c.name, c.module, weight.detach(), sizes)).detach()
+            costs = cost_model.cost(c.name, c.module, weight.detach(), _entry_sizes(c.pattern, weight.shape))
+            costs = torch.as_tensor(costs).detach()
             shape = c.pattern.mask_shape(weight.shape)
             if (costs.numel() != 1 and tuple(costs.shape) != shape) or not (costs.isfinite() & (costs > 0)).all():
                 raise InputError(
                     f"the cost model gave layer {c.name!r} costs of shape {tuple(costs.shape)}; positive numbers are "
                     f"accepted, one, or one per entry of the mask: {shape}"
                 )
-            masks.append((MaskedWeight(weight, c.pattern, self._shared), costs))
-        for c, (masked, costs) in zip(chosen, masks, strict=True):
-            shape = tuple(getattr(c.module, c.parameter).shape)
-            layers.append(Layer(c.name, c.path, c.parameter, c.module, masked, costs, shape))
-        self._shared.budgets = (Budget(tuple(layers), None),)
-        for layer in layers:
-            layer.masked.shared = _Untouched(self.config.mode)  # registration reads the weight once
-            parametrize.register_parametrization(layer.module, layer.parameter, layer.masked)
-            layer.masked.shared = self._shared
+            masked = MaskedWeight(weight, c.pattern, self._shared)
+            layers.append(Layer(c.name, c.path, c.parameter, c.module, masked, costs, tuple(weight.shape)))
         return layers
 
+    def _checked_dense_factor(self) -> float:
+        """All parameters per masked one, where the density is that of the whole model; else 1."""
+        by_weights = self.config.cost_model == "parameters" or isinstance(self.config.cost_model, ParameterCost)
+        if not (self.config.adjust and by_weights and self._groups is None):
+            return 1.0
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        masked = sum(math.prod(layer.shape) for layer in self.layers)
+        if 1 - (1 - self.config.target_density) * parameters / masked < 0:
+            raise InputError(
+                f"target_density = {self.config.target_density:g} cannot be met: of {parameters:,} parameters only "
+                f"{masked:,} are in sparse layers, and the dense rest is {1 - masked / parameters:.1%}. Make more "
+                "layers sparse, give a larger target_density, or set adjust = false, which counts only sparse layers"
+            )
+        return parameters / masked
+
     def _budgets(self) -> tuple[Budget, ...]:
-        groups = parse_groups(self.config.pattern)
-        if groups is not None:
-            return tuple(Budget((layer,), groups) for layer in self.layers)
+        if self._groups is not None:
+            return tuple(Budget((layer,), self._groups) for layer in self.layers)
         if self.config.allocation == "global":
             return (Budget(tuple(self.layers), None),)
         return tuple(Budget((layer,), None) for layer in self.layers)
@@ -173,7 +170,7 @@ class Sparsifier:
     def shares(self, step: int) -> list[float]:
         """Share of its cost that every budget keeps after ``step`` steps."""
         density = self.density(step)
-        if self.config.allocation != "erk" or parse_groups(self.config.pattern) is not None:
+        if self.config.allocation != "erk" or self._groups is not None:
             return [density] * len(self._shared.budgets)
         sizes = [layer.total_cost for layer in self.layers]
         return erk_densities([layer.shape for layer in self.layers], density, sizes)
@@ -230,8 +227,8 @@ class Sparsifier:
         soft = self.config.mode == "spartan"
         # The entry at which the budget is spent: kept by a soft mask, dropped by a hard one; groups keep n exactly.
         kept = units >= at if soft or budget.groups is not None else units > at
-        if budget.groups is not None:
-            budget.groups.keep_exactly(units, kept) if math.isclose(float(amount[0]), budget.groups.n) else None
+        if budget.groups is not None and float(amount[0]) == budget.groups.n:
+            budget.groups.keep_exactly(units, kept)
         iterations, mask = 0, kept.to(values.dtype)
         if soft:
             c = self.config
@@ -347,13 +344,6 @@ class _Chosen:
     pattern: Pattern
 
 
-class _Untouched(SharedMasks):
-    """Stands in while a layer is registered, before there is a schedule: masks are constants."""
-
-    def plain(self) -> bool:
-        return True
-
-
 def _candidates(model: nn.Module) -> dict[str, tuple[str, str, nn.Module]]:
     """Name of a layer -> path of its module, name of the parameter, module; in the order of the modules."""
     found: dict[str, tuple[str, str, nn.Module]] = {}
@@ -418,9 +408,8 @@ def _fitting_pattern(weight: Tensor, groups: Groups | None, config: SparsityConf
     return None if groups is not None else Blocks((1,) * weight.ndim)
 
 
-def _entry_sizes(pattern: Pattern, weight: Any) -> tuple[int, ...]:
+def _entry_sizes(pattern: Pattern, shape: Sequence[int]) -> tuple[int, ...]:
     """Weights of an entry of the mask, per dimension of the weight."""
-    shape = weight.shape if isinstance(weight, Tensor) else weight
     return pattern.sizes if isinstance(pattern, Blocks) else (1,) * len(shape)
 
 
