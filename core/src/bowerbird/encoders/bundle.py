@@ -26,6 +26,7 @@ from bowerbird.data import images_of
 from bowerbird.data.images import OnError, Preprocessing, decode_batches
 from bowerbird.dist import pick_device
 from bowerbird.encoders.card import model_card
+from bowerbird.encoders.sparse import sparsity
 from bowerbird.encoders.weights import load_strictly
 from bowerbird.errors import DataError, InputError, RecipeError
 from bowerbird.files import atomic_folder, write_json
@@ -211,8 +212,7 @@ def save_encoder(
         InputError: ``path`` is something else than an encoder's folder, or the classifier does not fit.
     """
     path = Path(path)
-    if path.exists() and not (path / MANIFEST).is_file() and not (path.is_dir() and not any(path.iterdir())):
-        raise InputError(f"{str(path)!r} already exists and is no encoder folder; choose another place")
+    check_place(path)
     if classifier is not None and (classifier.ndim != 2 or len(classifier) != len(classes)):
         raise InputError(f"classifier of shape {tuple(classifier.shape)} for {len(classes)} classes; expected (C, D)")
     stored = encoder.stored_config(_shortest(use, config))
@@ -241,24 +241,32 @@ def save_encoder(
     return fingerprint
 
 
-def load_encoder(ref: str | Path, *, device: str = "auto") -> LoadedEncoder:
+def check_place(path: Path) -> None:
+    """Raises ``InputError`` where an encoder's folder must not be written."""
+    if path.exists() and not (path / MANIFEST).is_file() and not (path.is_dir() and not any(path.iterdir())):
+        raise InputError(f"{str(path)!r} already exists and is no encoder folder; choose another place")
+
+
+def load_encoder(ref: str | Path, *, device: str = "auto", dense: bool = False) -> LoadedEncoder:
     """An encoder from a folder, a run's folder, or a record's name with settings.
 
     Args:
         ref: A folder written by ``save_encoder`` or ``bowerbird export``; a run's folder; or a name such as
             ``core:timm?model=resnet18&weights=resnet18.safetensors`` (values are read as in ``--set``).
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
+        dense: Give the plain layers of a sparse export (``bowerbird export --sparse``): to train or export them again.
 
     Raises:
         InputError: There is no such folder or record.
         DataError: The files of the folder are damaged or do not belong together.
+        MissingExtraError: The folder is a sparse export, and ``bowerbird-sparsity`` is not installed.
     """
     text = str(ref)
     path = Path(text)
     if path.is_dir():
         for folder in (path, path / "encoder"):
             if (folder / MANIFEST).is_file():
-                return _load_folder(folder, pick_device(device))
+                return _load_folder(folder, pick_device(device), dense=dense)
         if (path / "recipe.json").is_file():
             raise InputError(
                 f"run {text!r} is not finished: it holds no encoder yet. Continue it: "
@@ -291,7 +299,7 @@ def _build_from_name(ref: str, device: torch.device) -> LoadedEncoder:
     return _ready(encoder, EncoderSpec(use=record.name, config=values), device, encoder.stored_config(values))
 
 
-def _load_folder(folder: Path, device: torch.device) -> LoadedEncoder:
+def _load_folder(folder: Path, device: torch.device, *, dense: bool) -> LoadedEncoder:
     manifest = read_manifest(folder)
     registry = get_registry()
     record = registry.get("encoder", manifest["use"])
@@ -299,7 +307,12 @@ def _load_folder(folder: Path, device: torch.device) -> LoadedEncoder:
     encoder: Encoder = registry.load(record).build(config)
     if manifest["preprocessing"] is not None:
         encoder.preprocessing = Preprocessing.from_dict(manifest["preprocessing"])
-    _load_state(encoder, folder / WEIGHTS)
+    sparse: Any = None
+    if "sparse" in manifest:
+        sparse = sparsity("folders", needed_by=f"encoder {str(folder)!r}, a sparse export,")
+        load_strictly(encoder, sparse.read_weights(folder, manifest["sparse"]), source=str(folder / sparse.WEIGHTS))
+    else:
+        _load_state(encoder, folder / WEIGHTS)
     if encoder.embed_dim != manifest["dim"]:
         raise DataError(f"{folder / MANIFEST}: dim = {manifest['dim']}, but the encoder gives {encoder.embed_dim}")
     if (folder / TOKENIZER).is_dir():
@@ -318,7 +331,8 @@ def _load_folder(folder: Path, device: torch.device) -> LoadedEncoder:
             f"{loaded.fingerprint[:12]}, {MANIFEST} says {manifest['fingerprint'][:12]}. "
             "The weights or settings were changed"
         )
-    return loaded
+    # The fingerprint was that of the dense weights: a form in which they are computed makes no other space.
+    return loaded if sparse is None or dense else sparse.in_sparse_form(loaded, manifest["sparse"])
 
 
 def _shortest(use: str, config: Mapping[str, Any]) -> dict[str, Any]:

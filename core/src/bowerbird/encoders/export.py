@@ -29,7 +29,7 @@ def export_encoder(ref: str | Path, folder: str | Path, *, kind: str = "bowerbir
     Raises:
         InputError: The encoder has no such form, or the folder is in use.
     """
-    loaded = load_encoder(ref, device="cpu")
+    loaded = load_encoder(ref, device="cpu", dense=True)
     folder = Path(folder)
     if kind == "bowerbird":
         source = loaded.spec.path

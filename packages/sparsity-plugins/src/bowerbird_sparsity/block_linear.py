@@ -91,7 +91,9 @@ class BlockLinear(nn.Module):
             columns = kept[rows].nonzero()[:, 1].view(len(rows), k)
             blocks = grid[rows[:, None], columns]  # (g, k, p, q)
             i = len(self.groups)
-            self.register_buffer(f"values_{i}", blocks.transpose(1, 2).reshape(len(rows), p, k * q).contiguous())
+            values = blocks.transpose(1, 2).reshape(len(rows), p, k * q).contiguous()
+            # Parameters as in a dense layer: models ask the first one for their type and device.
+            self.register_parameter(f"values_{i}", nn.Parameter(values, requires_grad=False))
             self.register_buffer(f"columns_{i}", columns.flatten())
             self.groups.append((len(rows), k))
             order.append(rows)
@@ -102,8 +104,8 @@ class BlockLinear(nn.Module):
         self.live = len(live)
         self.in_order = self.live == len(position) and bool((live.diff() > 0).all())
         self.register_buffer("position", position)
-        self.register_buffer("like", weight.new_empty(0), persistent=False)  # type and device, also without any block
-        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        self.like = nn.Parameter(weight.new_empty(0), requires_grad=False)  # type and device, also without any block
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
 
     @classmethod
     def of(cls, linear: nn.Linear, block: tuple[int, int]) -> Self:

@@ -32,10 +32,10 @@ class RowsLinear(nn.Module):
         kept = weight.detach() != 0
         rows, columns = kept.any(dim=1), kept.any(dim=0)
         self.out_features, self.in_features = weight.shape
-        self.register_buffer("weight", weight.detach()[rows][:, columns].clone())
+        self.weight = nn.Parameter(weight.detach()[rows][:, columns].clone(), requires_grad=False)
         self.register_buffer("rows", None if rows.all() else rows.nonzero()[:, 0])
         self.register_buffer("columns", None if columns.all() else columns.nonzero()[:, 0])
-        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
 
     def dense_weight(self) -> Tensor:
         full = self.weight.new_zeros(self.out_features, self.in_features)

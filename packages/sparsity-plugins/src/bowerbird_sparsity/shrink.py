@@ -53,7 +53,7 @@ def shrink(model: nn.Module, sample: Any = None) -> nn.Module:
     smaller, _ = shrink_report(model)
     if sample is not None:
         difference = largest_difference(model, smaller, sample)
-        if difference > TOLERANCE:
+        if not difference <= TOLERANCE:
             raise InputError(
                 f"removing dead units changed the outputs by {difference:.1e} of the largest one: the layers of this "
                 "model are used in ways that its structure does not show. Export it without shrinking"
