@@ -340,7 +340,7 @@ def statistics_distances(model: nn.Module, *inputs: Any) -> dict[str, float]:
         found[layer.datasets[position]].append(divergence.mean())
 
     training = {module: module.training for module in model.modules()}
-    hooks = [layer.register_forward_pre_hook(compare, with_kwargs=True) for layer in layers]  # type: ignore[arg-type]
+    hooks = [layer.register_forward_pre_hook(compare, with_kwargs=True) for layer in layers]
     try:
         model.eval()
         with torch.no_grad():

@@ -26,7 +26,15 @@ from bowerbird.encoders.timm_encoder import create_timm_model, load_weights, pre
 from bowerbird.errors import DataError, InputError, RecipeError
 from bowerbird.protocols import BuildContext, Encoder, Features, ItemTransform, LossOutput, Objective
 from bowerbird_domain.cdcl import DatasetHeads, active_dataset, convert_batchnorm, export_single, unknown_dataset
-from bowerbird_domain.segmentation_configs import FCNConfig, NetworkConfig, PixelConfig, PSPNetConfig, Statistics
+from bowerbird_domain.segmentation_configs import (
+    CDCLConfig,
+    FCNConfig,
+    NetworkConfig,
+    PixelConfig,
+    PSPNetConfig,
+    SegmentationConfig,
+    Statistics,
+)
 
 IGNORE = 255  # class index of a pixel that does not count
 
@@ -248,11 +256,16 @@ class SegmentationObjective(Objective):
     Args:
         encoder: Gets the classifiers and, with private statistics, its branches.
         label_spaces: Data set -> number of classes, in the order of the key ``domain``.
-        config: Weights and statistics.
+        config: Weights, and whether statistics are shared.
+        views: What makes a picture and its label map ready in the processes that read the data.
     """
 
     def __init__(
-        self, encoder: SegmentationEncoder, label_spaces: Mapping[str, int], config: Any, views: ItemTransform
+        self,
+        encoder: SegmentationEncoder,
+        label_spaces: Mapping[str, int],
+        config: SegmentationConfig | CDCLConfig,
+        views: ItemTransform,
     ) -> None:
         super().__init__()
         encoder.open(label_spaces, config.statistics)
@@ -267,11 +280,8 @@ class SegmentationObjective(Objective):
             raise RecipeError("objective.weights: every data set has the weight 0, so there is nothing to train")
 
     @classmethod
-    def build(cls, config: Any, encoder: Encoder, context: BuildContext) -> Self:
-        """``config`` is a ``SegmentationConfig`` or a ``CDCLConfig``.
-
-        Raises ``RecipeError`` for an encoder that is no segmentation network, or data that are no segmentation sets.
-        """
+    def build(cls, config: SegmentationConfig | CDCLConfig, encoder: Encoder, context: BuildContext) -> Self:
+        """Raises ``RecipeError`` for an encoder that is no segmentation network, or data that are no segmentation sets."""
         if not isinstance(encoder, SegmentationEncoder):
             raise RecipeError(
                 f"encoder: segmentation trains domain:fcn and domain:pspnet, not a {type(encoder).__name__}"
