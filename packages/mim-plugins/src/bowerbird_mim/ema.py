@@ -44,8 +44,9 @@ class EMATeacher(nn.Module):
         momentum = self.momentum_schedule(step)
         if not 0 <= momentum <= 1:
             raise InputError(f"momentum_schedule is {momentum} at step {step}: expected a momentum from 0 to 1")
-        theirs, ours = dict(student.named_parameters()), dict(self.module.named_parameters())
-        differing = [name for name in ours if name not in theirs or theirs[name].shape != ours[name].shape]
+        ours = dict(self.module.named_parameters())
+        theirs = {name: _tensor(student, name) for name in ours}
+        differing = [name for name, tensor in theirs.items() if tensor is None or tensor.shape != ours[name].shape]
         if differing:
             raise InputError(
                 f"{type(student).__name__} is not the student of this teacher: no parameter of the same name and shape "
@@ -53,12 +54,15 @@ class EMATeacher(nn.Module):
             )
         if not ours:
             return
-        followed: list[Tensor] = [theirs[name].detach() for name in ours]
+        followed = [tensor.detach() for tensor in theirs.values() if tensor is not None]
         torch._foreach_mul_(list(ours.values()), momentum)
         torch._foreach_add_(list(ours.values()), followed, alpha=1 - momentum)
 
 
-def _tensor(module: nn.Module, name: str) -> Tensor:
+def _tensor(module: nn.Module, name: str) -> Tensor | None:
     """The tensor that ``module`` has under a parameter's name: the parameter, or what it was parametrised to."""
     path, _, own = name.rpartition(".")
-    return getattr(module.get_submodule(path), own)
+    try:
+        return getattr(module.get_submodule(path), own)
+    except AttributeError:
+        return None
