@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import pytest
 import torch
 
 from bowerbird.testing import load_golden
+
+sys.path.insert(0, str(Path(__file__).parent))  # helpers beside the tests
 
 DATA = Path(__file__).parent / "data"
 
