@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from bowerbird.errors import InputError, UnknownNameError
 from bowerbird.testing import assert_close
@@ -485,6 +487,25 @@ def test_a_network_without_branches_is_trained_jointly() -> None:
     losses, found = stepped(model, batches())
     assert losses.keys() == set(NAMES) and len(found) == len(list(model.parameters()))
     assert model[1].num_batches_tracked == 2
+
+
+def test_a_network_wrapped_for_several_processes_gets_the_same_gradients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    _, expected = stepped(net(), batches())
+    store = distributed.FileStore(str(tmp_path / "store"), 1)
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(net(), find_unused_parameters=True)
+        for _ in range(2):  # a second step fails where the first one left gradients that were not exchanged
+            losses, found = stepped(wrapped, batches())
+    finally:
+        distributed.destroy_process_group()
+    assert losses.keys() == set(NAMES)
+    assert {name.removeprefix("module."): value.tolist() for name, value in found.items()} == {
+        name: value.tolist() for name, value in expected.items()
+    }
 
 
 # -------------------------------------------------------------------------------------------------- unknown data sets

@@ -281,7 +281,7 @@ class SegmentationObjective(Objective):
 
     @classmethod
     def build(cls, config: SegmentationConfig | CDCLConfig, encoder: Encoder, context: BuildContext) -> Self:
-        """Raises ``RecipeError`` for an encoder that is no segmentation network, or data that are no segmentation sets."""
+        """Raises ``RecipeError`` for another encoder than a segmentation network, and for data without label maps."""
         if not isinstance(encoder, SegmentationEncoder):
             raise RecipeError(
                 f"encoder: segmentation trains domain:fcn and domain:pspnet, not a {type(encoder).__name__}"
