@@ -19,9 +19,10 @@ from pathlib import Path
 HERE = Path(__file__).parent
 LONG = ("serve_share_exact", "serve_share_ivf", "serve_share_hnsw")  # 1M items
 SHORT = ("cli_startup", "gallery_search", "gallery_ann", "gallery_add", "gallery_open", "serve_passes", "scale_shards")
-ONE_CORE = (*SHORT, *LONG, "compat_losses", "mim_steps", "mim_data_wait")
+ONE_CORE = (*SHORT, *LONG, "compat_losses", "mim_steps", "mim_data_wait", "dsu_step")
 TWO_CORES = ("transforms",)
-ALL = (*SHORT, "embed", "upgrade_run", "upgrade_workers", "compat_losses", "mim_steps", "mim_data_wait", *TWO_CORES)
+STEPS = ("compat_losses", "mim_steps", "mim_data_wait", "dsu_step")
+ALL = (*SHORT, "embed", "upgrade_run", "upgrade_workers", *STEPS, *TWO_CORES)
 
 
 def measure(name: str) -> None:

@@ -152,6 +152,23 @@ def maps(r: Mapping[str, Any]) -> list[Row]:
     ]  # fmt: skip
 
 
+def noise(r: Mapping[str, Any]) -> list[Row]:
+    case = f"ResNet-18, {r['batch']} pictures of {r['size']} pixels, six points"
+    limit, at_evaluation = r["limit_training"], r["limit_evaluation"]
+    rows: list[Row] = []
+    for name, v in r["training"].items():
+        limited = name == "p = 0.5"
+        rows.append(
+            (f"a training step with `domain:dsu`, against one without: {case}, {name}",
+             f"{v['ratio']:.3f}x ({v['ms']:.0f} ms against {v['reference_ms']:.0f} ms of processor time)",
+             f"at most {limit}x" if limited else "", v["ratio"] <= limit if limited else None)
+        )  # fmt: skip
+    v = r["evaluation"]
+    measured = f"{v['ratio']:.3f}x ({v['ms']:.0f} ms against {v['reference_ms']:.0f} ms of processor time)"
+    what = "a forward pass at evaluation with `domain:dsu` attached, against one without"
+    return [*rows, (what, measured, f"at most {at_evaluation}x", v["ratio"] <= at_evaluation)]
+
+
 ROWS: dict[str, Callable[[Mapping[str, Any]], list[Row]]] = {
     "cli_startup": startup,
     "embed": share("`embed` from JPEG files, against the bare forward pass on ready tensors", "ratio", "limit_ratio"),
@@ -172,6 +189,7 @@ ROWS: dict[str, Callable[[Mapping[str, Any]], list[Row]]] = {
     "mim_mask_ratio": mask_ratios,
     "mim_data_wait": waits,
     "transforms": maps,
+    "dsu_step": noise,
 }
 
 

@@ -100,13 +100,13 @@ class LooksConfig(BaseModel):
     """Items of the split train."""
     test_split: str = "test"
     """Items of the splits validation and test."""
-    looks: tuple[Look, ...] = Field(LOOKS, min_length=1)
+    looks: tuple[Look, ...] = Field(default=LOOKS, min_length=1)
     """Looks in which every item is rendered, in this order."""
     unseen: tuple[Look, ...] = ("low-contrast", "bright-background", "noise")
     """Looks that are left out of the splits train and validation; they are the split test."""
-    size: int | None = Field(16, ge=4, le=512)
+    size: int | None = Field(default=16, ge=4, le=512)
     """Side of the pictures in pixels; none: that of the source."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Of colours and noise."""
 
     @field_validator("looks")

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from bowerbird.errors import InputError
 from bowerbird_domain.dsu import (
-    FeatureStatistics,
     as_channels_first,
     as_given,
     check_features,
     check_range,
     coin,
+    moments,
 )
 
 
@@ -56,11 +56,12 @@ def mix_feature_statistics(
         return x
     features = as_channels_first(x, channels_last)
     with torch.no_grad():
-        own = FeatureStatistics(features, eps)
-        share = weight.to(own.mean).reshape(-1, *[1] * (features.ndim - 1))
-        mean, std = (torch.lerp(value[partner], value, share) for value in (own.mean, own.std))
-        factor = std / own.std
-    return as_given(torch.addcmul(mean - own.mean * factor, features, factor), x, channels_last)
+        own_mean, _, variance, _ = moments(features)
+        own_std = (variance + eps).sqrt()
+        share = weight.to(own_mean).reshape(-1, *[1] * (features.ndim - 1))
+        mean, std = (torch.lerp(own[partner], own, share) for own in (own_mean, own_std))
+        gain = std / own_std
+    return as_given(torch.addcmul(mean - own_mean * gain, features, gain), x, channels_last)
 
 
 class MixStyle(nn.Module):

@@ -58,8 +58,9 @@ class DSUModifier(StatisticsNoise):
     @classmethod
     def build(cls, config: DSUConfig) -> Self:
         c = config
-        options = {"channels_last": CHANNELS_LAST[c.layout], "strict": c.strict}
-        return cls(c.layers, partial(FeatureStatisticsUncertainty, c.p, c.eps, c.scale, **options))
+        layout = CHANNELS_LAST[c.layout]
+        noise = partial(FeatureStatisticsUncertainty, c.p, c.eps, c.scale, channels_last=layout, strict=c.strict)
+        return cls(c.layers, noise)
 
 
 class MixStyleModifier(StatisticsNoise):
@@ -68,5 +69,5 @@ class MixStyleModifier(StatisticsNoise):
     @classmethod
     def build(cls, config: MixStyleConfig) -> Self:
         c = config
-        options = {"channels_last": CHANNELS_LAST[c.layout], "strict": c.strict}
-        return cls(c.layers, partial(MixStyle, c.p, c.alpha, c.eps, **options))
+        layout = CHANNELS_LAST[c.layout]
+        return cls(c.layers, partial(MixStyle, c.p, c.alpha, c.eps, channels_last=layout, strict=c.strict))
