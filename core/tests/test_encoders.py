@@ -201,6 +201,18 @@ def test_a_saved_encoder_loads_to_the_same_fingerprint_and_vectors(tmp_path: Pat
     assert sorted(p.name for p in tmp_path.iterdir()) == ["e"]  # nothing half-written beside it
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_an_encoder_of_another_precision_is_kept_in_float32(tmp_path: Path, dtype: torch.dtype) -> None:
+    encoder = build("core:timm", **SMALL).to(dtype)
+    fingerprint = save_encoder(encoder, tmp_path / "e", use="core:timm", config=SMALL)
+    loaded = load_encoder(tmp_path / "e", device="cpu")
+    assert loaded.fingerprint == fingerprint
+    for own, kept in zip(encoder.parameters(), loaded.module.parameters(), strict=True):
+        assert own.dtype == dtype
+        assert torch.equal(own.float(), kept)
+    assert loaded.encode(pictures(2)).dtype == np.float32
+
+
 def test_written_out_defaults_do_not_change_the_fingerprint_but_weights_and_preprocessing_do(tmp_path: Path) -> None:
     def saved(**settings: Any) -> str:
         return save_encoder(build("core:timm", **SMALL, **settings), tmp_path / "e", use="core:timm",

@@ -6,6 +6,7 @@ A folder holds ``encoder.json`` (how to build it, its preprocessing, classes and
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -199,7 +200,7 @@ def save_encoder(
     """Write an encoder as a folder, whole or not at all, and return its fingerprint.
 
     Args:
-        encoder: The module; all its weights are stored.
+        encoder: The module; all its weights are stored, in float32, in which it will compute when it is loaded.
         path: The folder. One that already stands there is replaced if it is an encoder's folder.
         use: Name of the encoder's record.
         config: The settings that it was built with.
@@ -215,6 +216,8 @@ def save_encoder(
     check_place(path)
     if classifier is not None and (classifier.ndim != 2 or len(classifier) != len(classes)):
         raise InputError(f"classifier of shape {tuple(classifier.shape)} for {len(classes)} classes; expected (C, D)")
+    if any(parameter.dtype != torch.float32 for parameter in encoder.parameters()):
+        encoder = copy.deepcopy(encoder).float()
     stored = encoder.stored_config(_shortest(use, config))
     fingerprint = fingerprint_of(encoder, use=use, config=stored)
     state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in encoder.state_dict().items()}
