@@ -266,6 +266,7 @@ class TokenizerObjective(Objective):
 
     def forward(self, batch: Batch) -> LossOutput:
         seeds, tokenizer = batch["noise_seed"], self.encoder
+        assert isinstance(tokenizer, DiscreteVAE | VQVAE)
         images = tokenizer.check_images(batch["image"])
         stats: dict[str, Tensor] = {}
         if isinstance(tokenizer, DiscreteVAE):
@@ -274,7 +275,6 @@ class TokenizerObjective(Objective):
             output = tokenizer.output(images, noise, temperature=self.temperature)
             stats["temperature"] = self.temperature.clone()
         else:
-            assert isinstance(tokenizer, VQVAE)
             output = tokenizer.output(images)
         with torch.no_grad():
             seen = dist.world_size() * dist.mean_over_processes(count_codes(output.ids, tokenizer.vocab_size))
