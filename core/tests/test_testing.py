@@ -187,6 +187,9 @@ class LibDataset(SyntheticDataset):
         ids = list(super().item_ids)
         return [ids[0]] * len(ids) if self.fault == "same ids" else ids
 
+    def domain_indices(self) -> Any:
+        return [(index + (self.fault == "wrong domain")) % 2 for index in range(len(self))]
+
 
 @pytest.fixture(autouse=True, scope="module")
 def lib() -> Iterator[None]:
@@ -302,6 +305,7 @@ def test_a_loss_that_is_a_sum_is_not_batch_additive(monkeypatch: pytest.MonkeyPa
         ("wrong id", "test_items_have_the_keys_and_types_of_the_record"),
         ("augmented", "test_an_item_is_the_same_whenever_it_is_read"),
         ("wrong label", "test_labels_agree_with_the_items"),
+        ("wrong domain", "test_domains_agree_with_the_items"),
         ("same ids", "test_item_ids_are_unique_text_and_the_same_in_every_build"),
         ("any split", "test_a_split_that_does_not_exist_is_refused_by_name"),
         ("leak", "test_disjoint_splits_share_no_item"),
