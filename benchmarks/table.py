@@ -169,6 +169,27 @@ def noise(r: Mapping[str, Any]) -> list[Row]:
     return [*rows, (what, measured, f"at most {at_evaluation}x", v["ratio"] <= at_evaluation)]
 
 
+def masks(r: Mapping[str, Any]) -> list[Row]:
+    what = f"soft top-k of {r['count']:,} weights, forward and backward, against the authors' formula in plain torch"
+    time = f"{r['ratio']:.2f}x ({r['ours_s']:.2f} s against {r['plain_s']:.2f} s of processor time)"
+    held = f"{r['memory_ratio']:.2f}x ({r['ours_mb']:.0f} MiB against {r['plain_mb']:.0f} MiB)"
+    limit, memory_limit = r["limit_ratio"], r["limit_memory_ratio"]
+    return [
+        (what, time, f"at most {limit}x", r["ratio"] <= limit),
+        ("its peak memory", held, f"at most {memory_limit}x", r["memory_ratio"] <= memory_limit),
+    ]
+
+
+def sparse_steps(r: Mapping[str, Any]) -> list[Row]:
+    limit = r["limit_ratio"]
+    return [
+        (f"a training step with `sparsity:spartan`, against the dense step: {r['network']}, {pattern}",
+         f"{v['ratio']:.2f}x ({v['ms']:.0f} ms against {v['reference_ms']:.0f} ms of processor time)",
+         f"at most {limit}x", v["ratio"] <= limit)
+        for pattern, v in r["patterns"].items()
+    ]  # fmt: skip
+
+
 ROWS: dict[str, Callable[[Mapping[str, Any]], list[Row]]] = {
     "cli_startup": startup,
     "embed": share("`embed` from JPEG files, against the bare forward pass on ready tensors", "ratio", "limit_ratio"),
@@ -190,6 +211,8 @@ ROWS: dict[str, Callable[[Mapping[str, Any]], list[Row]]] = {
     "mim_data_wait": waits,
     "transforms": maps,
     "dsu_step": noise,
+    "soft_topk": masks,
+    "spartan_step": sparse_steps,
 }
 
 
