@@ -92,7 +92,7 @@ def test_a_block_perceptron_computes_what_its_layers_compute_one_after_the_other
 @pytest.mark.parametrize("layout", ["csr", "bsr"])
 def test_a_layer_with_a_sparse_weight_can_be_called_copied_and_moved(layout: str) -> None:
     dense = zero_blocks(nn.Linear(24, 16), (8, 8), 0.5)
-    layer = SparseLinear.of(dense, layout, (8, 8) if layout == "bsr" else None)
+    layer = SparseLinear.of(dense, (8, 8) if layout == "bsr" else None)
     for x in (torch.randn(24), torch.randn(5, 24), torch.randn(2, 3, 24), torch.randn(0, 24)):
         for mode in (torch.inference_mode(), torch.no_grad(), torch.enable_grad()):
             with mode:
@@ -104,7 +104,7 @@ def test_a_layer_with_a_sparse_weight_can_be_called_copied_and_moved(layout: str
 
 def test_sparse_layers_have_parameters_to_tell_type_and_device() -> None:
     dense = zero_blocks(nn.Linear(8, 8, bias=False), (4, 4), 1.0).double()
-    for layer in (BlockLinear.of(dense, (4, 4)), RowsLinear(dense.weight, None), SparseLinear.of(dense, "csr")):
+    for layer in (BlockLinear.of(dense, (4, 4)), RowsLinear(dense.weight, None), SparseLinear.of(dense)):
         assert next(layer.parameters()).dtype == torch.float64
         assert not any(parameter.requires_grad for parameter in layer.parameters())
 

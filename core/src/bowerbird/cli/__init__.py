@@ -32,6 +32,7 @@ COMMANDS = {
     "gallery": "Create, fill and search a gallery.",
     "upgrade": "Move a gallery to another model while it serves.",
     "benchmark": "Compare methods and strategies of an upgrade.",
+    "report": "Look into a trained encoder: which weights are kept, what that saves.",
     "new-plugin": "Start a plugin of your own.",
 }
 

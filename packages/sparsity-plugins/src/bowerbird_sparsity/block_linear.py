@@ -72,6 +72,8 @@ class BlockLinear(nn.Module):
         InputError: Blocks that do not divide the weight.
     """
 
+    position: Tensor
+
     def __init__(self, weight: Tensor, bias: Tensor | None, block: tuple[int, int]) -> None:
         super().__init__()
         check_block_shape(weight, block, type(self).__name__)
@@ -243,4 +245,4 @@ def chunks(tokens: Tensor) -> Iterator[tuple[int, int]]:
 
 def is_traced() -> bool:
     """Whether an exporter or a compiler follows the operations: they want them all, without loops and workspaces."""
-    return torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
+    return torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()

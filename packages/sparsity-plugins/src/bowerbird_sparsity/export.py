@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +34,7 @@ from bowerbird_sparsity.timing import input_shapes, time_in_turns
 
 FORMATS = ("auto", "rows", "blocks", "csr", "bsr", "2:4")
 DENSE = Form("dense")
+APART = Form("layer by layer")  # of a perceptron: each of its layers in the form chosen for it
 GAIN = 0.97  # a sparse form is kept where it needs at most this share of the dense time: above that, it is noise
 # Without a sample nothing can be timed: shares of zeros from which a form was faster than the dense one on one core.
 ZEROS_WITHOUT_SAMPLE = {"rows": 0.1, "blocks": 0.7, "csr": 0.9}
@@ -63,9 +66,24 @@ def export_sparse(model: nn.Module, format: str = "auto", sample: Any = None) ->
     return apply_forms(copy.deepcopy(model).eval(), choose_forms(model, format, sample))
 
 
-def choose_forms(model: nn.Module, format: str = "auto", sample: Any = None) -> dict[str, Form]:
-    """The form of every layer that does not stay dense, by name; arguments and errors as in ``export_sparse``."""
+@dataclass(frozen=True)
+class LayerTimes:
+    """What was measured of one layer (or perceptron): seconds of every form of it, ``DENSE`` among them."""
+
+    name: str
+    seconds: Mapping[Form, float]
+    chosen: Form
+
+
+def choose_forms(
+    model: nn.Module, format: str = "auto", sample: Any = None, *, measured: list[LayerTimes] | None = None
+) -> dict[str, Form]:
+    """The form of every layer that does not stay dense, by name.
+
+    Arguments and errors as in ``export_sparse``. ``measured`` receives the times of every layer that was measured.
+    """
     check_format(format)
+    measured = [] if measured is None else measured
     layers = linear_layers(model)
     if not layers:
         found = "it is exported already" if sparse_forms(model) else "it has none"
@@ -86,8 +104,9 @@ def choose_forms(model: nn.Module, format: str = "auto", sample: Any = None) -> 
             best = min(candidates, key=seconds.__getitem__)
             if seconds[best] <= GAIN * seconds[DENSE]:
                 forms[name] = best
+            measured.append(LayerTimes(name, seconds, forms.get(name, DENSE)))
     if format in ("auto", "blocks", "csr"):
-        _fuse(model, forms, format, shapes, measured=sample is not None)
+        _fuse(model, forms, format, None if sample is None else shapes, measured)
     return forms
 
 
@@ -123,7 +142,7 @@ def layer_times(layer: nn.Module, forms: Sequence[Form], shape: tuple[int, ...])
     x = torch.randn(shape, dtype=like.dtype, device=like.device)
     modules = {DENSE: copy.deepcopy(layer).eval()}
     modules |= {form: in_form(copy.deepcopy(layer).eval(), form, "") for form in forms}
-    return time_in_turns({form: lambda module=module: module(x) for form, module in modules.items()})
+    return time_in_turns({form: partial(module, x) for form, module in modules.items()})
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
@@ -208,9 +227,13 @@ def _why_not_two_four(layer: nn.Linear) -> str:
 
 
 def _fuse(
-    model: nn.Module, forms: dict[str, Form], format: str, shapes: Mapping[str, tuple[int, ...]], *, measured: bool
+    model: nn.Module,
+    forms: dict[str, Form],
+    format: str,
+    shapes: Mapping[str, tuple[int, ...]] | None,
+    measured: list[LayerTimes],
 ) -> None:
-    """Compute both layers of a perceptron as one, where that is faster (not measured: where both are sparse)."""
+    """Compute both layers of a perceptron as one where that is faster; without ``shapes``, where both are sparse."""
     for name, module in model.named_modules():
         parts = mlp_parts(module)
         if parts is None:
@@ -221,18 +244,22 @@ def _fuse(
         if pair[0] is None or pair[1] is None:
             continue
         fused = Form("mlp", layers=(pair[0], pair[1]))
-        if measured:
-            if name not in shapes:
+        if shapes is None:
+            if not all(full in forms for full in names):
                 continue
+        elif name not in shapes:
+            continue
+        else:
             x = torch.randn(shapes[name], dtype=parts[0].weight.dtype, device=parts[0].weight.device)
             chosen = {part: forms[full] for part, full in zip(("fc1", "fc2"), names, strict=True) if full in forms}
-            apart = apply_forms(copy.deepcopy(module).eval(), chosen)
-            together = in_form(copy.deepcopy(module).eval(), fused, name)
-            seconds = time_in_turns({"apart": lambda: apart(x), "together": lambda: together(x)})  # noqa: B023
-            if seconds["together"] > GAIN * seconds["apart"]:
+            dense = copy.deepcopy(module).eval()
+            apart, together = apply_forms(copy.deepcopy(dense), chosen), in_form(copy.deepcopy(dense), fused, name)
+            modules = {DENSE: dense, APART: apart, fused: together}
+            seconds = time_in_turns({form: partial(one, x) for form, one in modules.items()})
+            faster = seconds[fused] <= GAIN * min(seconds[APART], seconds[DENSE])
+            measured.append(LayerTimes(name, seconds, fused if faster else APART if chosen else DENSE))
+            if not faster:
                 continue
-        elif not all(full in forms for full in names):
-            continue
         for full in names:
             forms.pop(full, None)
         forms[name] = fused
@@ -250,6 +277,7 @@ def _holders(model: nn.Module) -> dict[str, str]:
 
 
 __all__ = [
-    "FORMATS", "Form", "apply_forms", "candidates_for", "check_format", "choose_forms", "dense_copy", "export_sparse",
-    "is_two_four_pattern", "layer_times", "linear_layers", "skipped_layers", "sparse_forms", "zeros_of",
+    "FORMATS", "Form", "LayerTimes", "apply_forms", "candidates_for", "check_format", "choose_forms", "dense_copy",
+    "export_sparse", "is_two_four_pattern", "layer_times", "linear_layers", "skipped_layers", "sparse_forms",
+    "zeros_of",
 ]  # fmt: skip

@@ -105,7 +105,7 @@ def in_form(module: nn.Module, form: Form, name: str = "") -> nn.Module:
     if form.format == "blocks":
         assert form.block is not None
         return BlockLinear.of(module, form.block).train(module.training)
-    return SparseLinear.of(module, "csr" if form.format == "csr" else "bsr", form.block).train(module.training)
+    return SparseLinear.of(module, form.block).train(module.training)
 
 
 def sparse_forms(model: nn.Module) -> dict[str, Form]:
@@ -152,7 +152,7 @@ def mlp_parts(module: nn.Module) -> tuple[nn.Linear, nn.Module, nn.Linear] | Non
 
     It must do nothing else: no norm or gate between the layers, an activation of single numbers.
     """
-    from timm.layers import Mlp
+    from timm.layers.mlp import Mlp
 
     if type(module) is not Mlp:
         return None

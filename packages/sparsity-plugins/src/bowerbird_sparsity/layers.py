@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,9 @@ INERT = (nn.Identity, nn.Dropout, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 class RowsLinear(nn.Module):
     """A linear layer without dead rows (outputs that are their bias) and dead columns (inputs that nobody reads)."""
+
+    rows: Tensor | None
+    columns: Tensor | None
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -76,11 +79,12 @@ class SparseLinear(nn.Linear):
             self.bias = nn.Parameter(bias.detach(), requires_grad=False)
 
     @classmethod
-    def of(cls, linear: nn.Linear, layout: Literal["csr", "bsr"], block: tuple[int, int] | None = None) -> Self:
+    def of(cls, linear: nn.Linear, block: tuple[int, int] | None = None) -> Self:
+        """In CSR, or in blocks (BSR)."""
         weight = linear.weight.detach()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Sparse .*")  # a note that they are new in torch
-            if layout == "bsr":
+            if block is not None:
                 return cls(weight.to_sparse_bsr(block), linear.bias)
             sparse = weight.to_sparse_csr()
             # MKL and cuSPARSE count in 32 bits: otherwise torch would convert the indices at every call.
@@ -101,13 +105,13 @@ class SparseLinear(nn.Linear):
             y[start:end] = F.linear(flat[None, start:end], self.weight, self.bias)[0]
         return y.view(*x.shape[:-1], self.out_features)
 
-    def features(self, x: Tensor, spaces: Any = None) -> Tensor:
+    def features(self, x: Tensor, spaces: object = None) -> Tensor:
         """``(I, n)`` to ``(O, n)``, bias included."""
         if self.bias is None:
             return torch.sparse.mm(self.weight, x)
         return torch.addmm(self.bias[:, None], self.weight, x)
 
-    def workspaces(self, like: Tensor) -> None:
+    def workspaces(self, like: Tensor) -> Any:
         """It needs none."""
 
     def _with_weight(self, weight: Tensor, bias: Tensor | None) -> SparseLinear:
@@ -120,12 +124,10 @@ class SparseLinear(nn.Linear):
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         # nn.Module would move the weight by way of .data, which sparse tensors do not have.
         weight = self.weight.detach()
-        if weight.layout == torch.sparse_csr:
-            make, indices = torch.sparse_csr_tensor, (weight.crow_indices(), weight.col_indices())
-        else:
-            make, indices = torch.sparse_bsr_tensor, (weight.crow_indices(), weight.col_indices())
+        make = torch.sparse_csr_tensor if weight.layout == torch.sparse_csr else torch.sparse_bsr_tensor
         values = fn(weight.values())
-        moved = make(*(index.to(values.device) for index in indices), values, weight.shape)
+        crow, column = weight.crow_indices().to(values.device), weight.col_indices().to(values.device)
+        moved = make(crow, column, values, weight.shape)
         del self.weight
         super()._apply(fn, recurse)
         self.weight = nn.Parameter(moved, requires_grad=False)
@@ -143,6 +145,10 @@ class SparseMlp(nn.Module):
         act: An activation of single numbers (``ELEMENTWISE``).
         fc2: Second layer, H to O.
     """
+
+    order: Tensor
+    fc1: FeatureLayer
+    fc2: FeatureLayer
 
     def __init__(self, fc1: FeatureLayer, act: nn.Module, fc2: FeatureLayer) -> None:
         super().__init__()
