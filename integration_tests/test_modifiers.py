@@ -107,7 +107,7 @@ def run(objective: str, modifier: str | None, folder: Path, out: Path, *, resume
     encoder, settings, dataset, training = OBJECTIVES[objective]
     if "old_run" in settings:
         settings = {**settings, "old_run": str(folder / settings["old_run"])}
-    noise = {"layers": ["layers.*" if encoder is FCN else "vit"]} if modifier and modifier.startswith("domain:") else {}
+    noise = {"layers": ["network.2" if encoder is FCN else "vit"]} if modifier and modifier.startswith("domain:") else {}
     recipe = {
         "name": "small",
         "encoder": encoder,
