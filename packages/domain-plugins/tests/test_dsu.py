@@ -161,6 +161,18 @@ def test_any_number_of_spatial_dimensions_and_channels_at_the_end(shape: tuple[i
     torch.testing.assert_close(last.movedim(-1, 1), y)
 
 
+def test_a_compiled_function_gives_the_same_outputs_and_gradients() -> None:
+    found = []
+    for function in (perturb_feature_statistics, torch.compile(perturb_feature_statistics, backend="aot_eager")):
+        x, e1, e2 = features()
+        x.requires_grad_()
+        y = function(x, e1, e2)
+        (y**2).sum().backward()
+        found.append((y, x.grad))
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
 def test_the_memory_layout_is_kept() -> None:
     x, e1, e2 = features()
     x = x.contiguous(memory_format=torch.channels_last)

@@ -151,6 +151,27 @@ def test_a_map_of_one_position_is_refused_unless_that_is_accepted() -> None:
             assert model(x).isfinite().all()
 
 
+def test_maps_with_channels_at_the_end_are_read_so_where_the_recipe_says_so() -> None:
+    x = torch.randn(4, 5, 6, 3)  # (B, H, W, C), as in Swin
+    model = nn.Sequential(nn.Identity()).train()
+    modifier("domain:dsu", p=1.0, layers=["0"], layout="channels-last").attach(model, 10)
+    y = model(x)
+    normalised = [(v - v.mean((1, 2), keepdim=True)) / v.std((1, 2), keepdim=True) for v in (x, y)]
+    torch.testing.assert_close(normalised[1].abs(), normalised[0].abs(), rtol=1e-4, atol=1e-4)
+    assert not torch.equal(x, y)
+
+
+def test_an_encoder_in_bf16_keeps_its_type() -> None:
+    model = resnet().train()
+    seen: list[torch.dtype] = []
+    modifier("domain:dsu", p=1.0, layers=["conv1"]).attach(model, 10)
+    model.bn1.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(torch.randn(4, 3, 32, 32)).float().sum().backward()
+    assert seen == [torch.bfloat16]
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_a_frozen_layer_is_refused() -> None:
     model = nn.ModuleDict({"trunk": resnet()}).train()
     model["trunk"].eval()
