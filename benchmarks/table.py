@@ -190,6 +190,18 @@ def sparse_steps(r: Mapping[str, Any]) -> list[Row]:
     ]  # fmt: skip
 
 
+def sparse_models(r: Mapping[str, Any]) -> list[Row]:
+    rows: list[Row] = []
+    for case, v in r["cases"].items():
+        measured = f"{v['speed']:.2f}x ({v['ms']:.0f} ms against {v['reference_ms']:.0f} ms); "
+        measured += f"in chunks without zeros {v['speed_of_dense_in_chunks']:.2f}x, torch's CSR as it is "
+        measured += f"{v['speed_of_plain_csr']:.2f}x"
+        limit, what = v["limit"], f"a sparse ViT, batch {r['batch']}, {r['threads']} cores, against dense: {case}"
+        within = None if limit is None else v["speed"] >= limit
+        rows.append((what, measured, "" if limit is None else f"at least {limit:g}x", within))
+    return rows
+
+
 ROWS: dict[str, Callable[[Mapping[str, Any]], list[Row]]] = {
     "cli_startup": startup,
     "embed": share("`embed` from JPEG files, against the bare forward pass on ready tensors", "ratio", "limit_ratio"),
@@ -213,6 +225,7 @@ ROWS: dict[str, Callable[[Mapping[str, Any]], list[Row]]] = {
     "dsu_step": noise,
     "soft_topk": masks,
     "spartan_step": sparse_steps,
+    "sparse_vit": sparse_models,
 }
 
 

@@ -137,6 +137,20 @@ def test_a_gallery_that_the_dense_encoder_filled_is_searched_with_the_sparse_one
     assert found.ids == expected.ids
 
 
+def test_an_export_in_place_serves_the_gallery_that_names_the_folder(
+    dense: Path, tmp_path: Path, pictures: list[Image.Image]
+) -> None:
+    encoder = load_encoder(dense)
+    with Gallery.create(tmp_path / "gallery", encoder.space()) as gallery:
+        gallery.add([str(i) for i in range(len(pictures))], encoder.encode(pictures))
+    export_sparse_encoder(dense, dense, format="blocks", measure=False)
+    assert not (dense / "weights.safetensors").exists() and sparse_forms(load_encoder(dense).module)
+    pictures[4].save(tmp_path / "query.png")
+    code, out = run("gallery", "search", str(tmp_path / "gallery"), "--image", str(tmp_path / "query.png"), "--json")
+    assert code == 0, out
+    assert '"4"' in out.split("]")[0]
+
+
 def test_a_sparse_export_can_be_exported_again_dense_or_sparse(dense: Path, tmp_path: Path) -> None:
     from bowerbird.encoders.export import export_encoder
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 SECONDS = 0.25  # of timing per call, about
+LEAST_TURNS = 5  # however long they take: on a busy machine the shortest of a few is no measure
 
 
 def call(model: nn.Module, sample: Any) -> Any:
@@ -47,7 +48,7 @@ def time_in_turns(calls: Mapping[Any, Callable[[], Any]], *, seconds: float | No
     best = dict.fromkeys(calls, float("inf"))
     end = time.perf_counter() + (SECONDS if seconds is None else seconds) * len(calls)
     for turn in range(100):
-        if turn >= 3 and time.perf_counter() > end:
+        if turn >= LEAST_TURNS and time.perf_counter() > end:
             break
         for name, one in calls.items():
             _synchronize()
