@@ -92,7 +92,7 @@ def perturb_feature_statistics(
     channels_last: bool = False,
     strict: bool = False,
 ) -> Tensor:
-    """The equations of DSU with given draws (Section 3.2 of the paper, unbiased variances as in the authors' code).
+    """The equations of DSU with given draws; variances are unbiased, as in the authors' code.
 
     With m and s the mean and deviation of a sample's channel, and S_m, S_s their deviations over the batch, the result
     has mean ``m + scale * noise_mean * S_m`` and deviation ``s + scale * noise_std * S_s``. Each variance is unbiased

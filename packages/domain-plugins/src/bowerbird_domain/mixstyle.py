@@ -33,7 +33,7 @@ def mix_feature_statistics(
     channels_last: bool = False,
     strict: bool = False,
 ) -> Tensor:
-    """Equations 4 to 6 of the paper: sample b gets ``weight[b]`` of its own mean and deviation and the rest of those of
+    """The equations of MixStyle: sample b gets ``weight[b]`` of its own mean and deviation and the rest of those of
     sample ``partner[b]``, per channel. Statistics carry no gradient; variances are unbiased, ``eps`` below the root.
 
     Args:
