@@ -28,17 +28,25 @@ PAGES = {
     "dvae": "tokenizer",
     "fcn": "cdcl",
     "lift": "bict",
+    "magnitude": "spartan",
     "metric-compatible": "online-backfilling",
     "miou": "cdcl",
+    "mixstyle": "dsu",
     "pspnet": "cdcl",
     "rank-merge": "online-backfilling",
     "reverse-transform": "online-backfilling",
     "segmentation": "cdcl",
     "tokenizer-quality": "tokenizer",
+    "top-k": "spartan",
     "vqvae": "tokenizer",
 }
 # The README has what people look for first; the rest is on the page of methods.
-IN_README = {"objective": "Training", "retriever upgrade": "Ways to upgrade", "retriever store": "Galleries in"}
+IN_README = {
+    "objective": "Training",
+    "modifier": "Modifiers of any training",
+    "retriever upgrade": "Ways to upgrade",
+    "retriever store": "Galleries in",
+}
 
 
 def method_table(kinds: dict[str, str], *, with_links: str) -> str:
