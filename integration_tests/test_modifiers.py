@@ -107,7 +107,8 @@ def run(objective: str, modifier: str | None, folder: Path, out: Path, *, resume
     encoder, settings, dataset, training = OBJECTIVES[objective]
     if "old_run" in settings:
         settings = {**settings, "old_run": str(folder / settings["old_run"])}
-    noise = {"layers": ["network.2" if encoder is FCN else "vit"]} if modifier and modifier.startswith("domain:") else {}
+    of_domain = modifier is not None and modifier.startswith("domain:")
+    noise = {"layers": ["network.2" if encoder is FCN else "vit"]} if of_domain else {}
     recipe = {
         "name": "small",
         "encoder": encoder,
@@ -164,7 +165,7 @@ def test_a_modified_run_resumes_to_the_same_bits_and_exports_a_plain_encoder(
         assert encoder.module.state_dict().keys() == build(plain.encoder, "encoder").state_dict().keys()
     assert not any("parametrizations" in key for key in encoder.module.state_dict())
     if modifier.startswith("sparsity:"):
-        names = {key.partition(".parametrizations.")[0] for key in first if key.endswith("weight.0.kept")}
+        names = {key.partition(".parametrizations.")[0] for key in first if key.endswith("weight.0.signed")}
         assert names
         sparse = {
             f"{name}.{kind}": module.weight

@@ -49,7 +49,7 @@ def network(hidden: Sequence[int], seed: int, *, norm: bool) -> nn.Sequential:
 
 def kept_entries(model: nn.Module) -> Tensor:
     """Of all masks together, bool."""
-    return torch.cat([buffer.flatten() for name, buffer in model.named_buffers() if name.endswith(".kept")])
+    return torch.cat([mask.flatten() > 0 for name, mask in model.named_buffers() if name.endswith(".signed")])
 
 
 def train(

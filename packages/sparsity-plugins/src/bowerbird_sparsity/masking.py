@@ -10,7 +10,6 @@ may run forward and backward as often as it likes (accumulated gradients, severa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -26,35 +25,49 @@ from bowerbird_sparsity.soft_topk import marginal_price, value_gradient
 class MaskedWeight(nn.Module):
     """The parametrisation of one weight.
 
-    Buffers: ``mask``, in the pattern's shape, with the soft values also of dropped entries; ``kept``, bool;
-    ``steps_done``, of the first layer of a model only.
+    Buffers: ``signed``, in the pattern's shape: the soft mask, negative where its entry is dropped (the gradient needs
+    the value of a dropped entry, too); ``steps_done``, of the first layer of a model only.
     """
 
-    mask: Tensor
-    kept: Tensor
+    signed: Tensor
 
     def __init__(self, weight: Tensor, pattern: Pattern, shared: SharedMasks) -> None:
         super().__init__()
         self.pattern, self.shared = pattern, shared
         shape = pattern.mask_shape(weight.shape)
         dtype = weight.dtype if weight.dtype.itemsize >= 4 else torch.float32
-        self.register_buffer("mask", torch.ones(shape, dtype=dtype, device=weight.device))
-        self.register_buffer("kept", torch.ones(shape, dtype=torch.bool, device=weight.device))
+        self.register_buffer("signed", torch.ones(shape, dtype=dtype, device=weight.device))
+
+    @property
+    def mask(self) -> Tensor:
+        """Soft values in [0, 1], of dropped entries, too."""
+        return self.signed.abs()
+
+    @property
+    def kept(self) -> Tensor:
+        """bool: entries that the forward pass uses."""
+        return self.signed > 0
 
     def factor(self) -> Tensor:
         """What weights are multiplied with: the mask, and 0 where an entry is dropped."""
-        return torch.where(self.kept, self.mask, 0.0)
+        return torch.relu(self.signed)
 
     def forward(self, weight: Tensor) -> Tensor:
         shared = self.shared
-        if not (torch.is_grad_enabled() and weight.requires_grad) or shared.plain():
-            return self.pattern.times(weight, self.factor().to(weight.dtype))
-        if shared.mode == "dual_averaging":
+        if not (torch.is_grad_enabled() and weight.requires_grad):
+            return self.product(weight)
+        if shared.mode == "dual_averaging" and not shared.plain():
             return _StraightThrough.apply(weight, self)
-        soft = shared.differentiable(self)
-        if soft is None:  # this budget keeps everything, or nothing
+        soft = None if shared.plain() else shared.differentiable(self)
+        if soft is None:  # a constant mask; also of a budget that keeps everything, or nothing
             return self.pattern.times(weight, self.factor().to(weight.dtype))
         return _SoftMasked.apply(weight, soft, self)
+
+    def product(self, weight: Tensor) -> Tensor:
+        """``W * E(factor)``, for where autograd does not look: in a new tensor, and no other one."""
+        if self.pattern.single and weight.dtype == self.signed.dtype:
+            return self.factor().mul_(weight)
+        return self.pattern.times(weight, self.factor().to(weight.dtype))
 
 
 @dataclass(frozen=True)
@@ -76,7 +89,7 @@ class Layer:
 
     @property
     def total_cost(self) -> float:
-        count = self.masked.kept.numel() if self.costs.numel() == 1 else 1
+        count = self.masked.signed.numel() if self.costs.numel() == 1 else 1
         return float(self.costs.sum(dtype=torch.float64)) * count
 
 
@@ -90,11 +103,11 @@ class Budget:
     @property
     def rows(self) -> int:
         """Number of independent problems."""
-        return 1 if self.groups is None else self.layers[0].masked.kept.numel() // self.groups.m
+        return 1 if self.groups is None else self.layers[0].masked.signed.numel() // self.groups.m
 
     def cost_of(self, layer: Layer) -> Tensor:
         """``(1, 1)`` or ``(rows, entries of the layer)``, on the device of its mask."""
-        mask = layer.masked.mask
+        mask = layer.masked.signed
         return layer.costs.to(mask).reshape(1 if layer.costs.numel() == 1 else self.rows, -1)
 
 
@@ -145,7 +158,7 @@ class SharedMasks:
         """The soft mask of a layer, attached to the weights of its budget; ``None`` where it is constant."""
         self._synchronise()
         soft = self._soft.get(id(masked))
-        if soft is not None and soft.data_ptr() != masked.mask.data_ptr():  # the model was moved to another device
+        if soft is not None and soft.data_ptr() != masked.signed.data_ptr():  # the model was moved to another device
             self._seen = -1
             self._synchronise()
             soft = self._soft.get(id(masked))
@@ -182,7 +195,7 @@ class _Solved(torch.autograd.Function):
     def forward(ctx: Any, budget: Budget, amount: Tensor, beta: float, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.budget, ctx.amount, ctx.beta = budget, amount, beta
-        return tuple(layer.masked.mask.detach() for layer in budget.layers)
+        return tuple(layer.masked.signed.detach() for layer in budget.layers)
 
     @staticmethod
     @once_differentiable
@@ -190,24 +203,22 @@ class _Solved(torch.autograd.Function):
         budget: Budget = ctx.budget
         pieces = []
         for layer, gradient in zip(budget.layers, upstream, strict=True):
-            mask = layer.masked.mask.view(budget.rows, -1)
+            mask = layer.masked.signed.view(budget.rows, -1)
             # A layer that was not used has no gradient of its own, but its weights could take budget from others.
             slope = torch.zeros_like(mask) if gradient is None else gradient.reshape(mask.shape)
             pieces.append((mask, slope, budget.cost_of(layer)))
         price = marginal_price(pieces, ctx.amount)
         found: list[Tensor] = []
         for layer, piece in zip(budget.layers, pieces, strict=True):
-            of_values = value_gradient(*piece, price, ctx.beta).view(layer.masked.mask.shape)
-            found.append(_along_signs(layer, of_values))
+            weight, pattern = layer.weight.detach(), layer.masked.pattern
+            if pattern.single and weight.dtype == piece[0].dtype and weight.is_contiguous():
+                # The gradient of a mask was made for this node alone: it is overwritten.
+                signs = weight.view(piece[0].shape)
+                found.append(value_gradient(*piece, price, ctx.beta, signs, out=piece[1]).view(weight.shape))
+            else:
+                of_values = value_gradient(*piece, price, ctx.beta).view(layer.masked.signed.shape)
+                found.append(pattern.times(weight.sign(), of_values.to(weight.dtype)))
         return (None, None, None, *found)
-
-
-def _along_signs(layer: Layer, of_values: Tensor) -> Tensor:
-    """``sign(W) * E(of_values)``; a value is a sum of absolute weights."""
-    weight, pattern = layer.weight.detach(), layer.masked.pattern
-    if pattern.single:
-        return of_values.mul_(weight.sign()).to(weight.dtype)
-    return pattern.times(weight.sign(), of_values.to(weight.dtype))
 
 
 class _SoftMasked(torch.autograd.Function):
@@ -217,15 +228,17 @@ class _SoftMasked(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, soft: Tensor, masked: MaskedWeight) -> Tensor:
         ctx.masked = masked
         ctx.save_for_backward(weight, soft)
-        return masked.pattern.times(weight, masked.factor().to(weight.dtype))
+        return masked.product(weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        weight, soft = ctx.saved_tensors
+        weight, signed = ctx.saved_tensors
         pattern: Pattern = ctx.masked.pattern
-        of_mask = pattern.sums(upstream * weight).to(soft.dtype)
-        return pattern.times(upstream, soft.to(upstream.dtype)), of_mask, None
+        of_mask = pattern.sums(upstream * weight).to(signed.dtype)
+        if pattern.single and upstream.dtype == signed.dtype:
+            return signed.abs().mul_(upstream), of_mask, None
+        return pattern.times(upstream, signed.abs().to(upstream.dtype)), of_mask, None
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -233,13 +246,8 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, masked: MaskedWeight) -> Tensor:
-        return masked.pattern.times(weight, masked.factor().to(weight.dtype))
+        return masked.product(weight)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         return upstream, None
-
-
-def flat(tensors: Sequence[Tensor]) -> Tensor:
-    """All entries of some tensors, one after the other."""
-    return tensors[0].reshape(-1) if len(tensors) == 1 else torch.cat([tensor.reshape(-1) for tensor in tensors])

@@ -85,10 +85,10 @@ class Groups:
     def values(self, weight: Tensor) -> Tensor:
         return self.sums(weight.abs())
 
-    def keep_exactly(self, values: Tensor, kept: Tensor) -> None:
-        """Drop, in place, the later ones of equal entries of which all were kept: ``(groups, m)`` each."""
-        order = values.argsort(dim=-1, descending=True, stable=True)
-        kept.scatter_(-1, order[:, self.n :], False)
+    def keep_exactly(self, margin: Tensor) -> None:
+        """Make, in place, all but the n largest of every group negative, of equal ones the later; ``(groups, m)``."""
+        order = margin.argsort(dim=-1, descending=True, stable=True)
+        margin.scatter_(-1, order[:, self.n :], -1.0)
 
 
 Pattern = Blocks | Groups

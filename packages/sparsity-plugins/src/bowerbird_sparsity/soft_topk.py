@@ -189,7 +189,8 @@ def marginal_price(pieces: Sequence[tuple[Tensor, Tensor, Tensor]], budgets: Ten
     """K of the backward: what a unit of cost is worth, for the gradient of masks that share a budget.
 
     Args:
-        pieces: (mask ``(R, n_p)``, gradient of the mask, costs) of every part of the entries.
+        pieces: (mask ``(R, n_p)``, gradient of the mask, costs) of every part of the entries. The sign of a mask does
+            not count: it may say which entries are kept.
         budgets: ``(R,)`` float64.
 
     Returns:
@@ -199,23 +200,43 @@ def marginal_price(pieces: Sequence[tuple[Tensor, Tensor, Tensor]], budgets: Ten
     gained, squares, spent = (torch.zeros_like(budgets) for _ in range(3))
     for mask, upstream, cost in pieces:
         for tile in _tiles(mask):
-            m, s, c = mask[tile], upstream[tile], _cost_tile(cost, tile)
+            m, s = mask[tile].abs(), upstream[tile]
             square = m * m
-            squares[tile[0]] += (square * c).sum(dim=1)
-            spent[tile[0]] += (m * c).sum(dim=1)
-            gained[tile[0]] += torch.sub(m, square, out=square).mul_(s).sum(dim=1)
+            slope = m - square
+            if cost.numel() == 1:
+                squares[tile[0]] += square.sum(dim=1).double().mul_(float(cost))
+                spent[tile[0]] += m.sum(dim=1).double().mul_(float(cost))
+            else:
+                squares[tile[0]] += _row_dot(square, cost[tile])
+                spent[tile[0]] += _row_dot(m, cost[tile])
+            gained[tile[0]] += _row_dot(slope, s)
     left = budgets - squares
     left = torch.where(left > 0, left, spent - squares)
     return torch.where(left > 0, gained / left, 0.0)  # a mask of zeros and ones does not move
 
 
-def value_gradient(mask: Tensor, upstream: Tensor, cost: Tensor, price: Tensor, beta: float) -> Tensor:
-    """``beta m (1 - m) (S / c - K)``: the gradient of the values, ``(R, n)`` like ``mask`` and its gradient S."""
-    result = torch.empty_like(mask)
+def value_gradient(
+    mask: Tensor,
+    upstream: Tensor,
+    cost: Tensor,
+    price: Tensor,
+    beta: float,
+    signs: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``beta m (1 - m) (S / c - K)``: the gradient of the values, ``(R, n)`` like ``mask`` and its gradient S.
+
+    ``signs``: numbers by whose sign it is multiplied, weights of which the values are absolute; ``out``: where to
+    write, S itself may be overwritten. The sign of a mask does not count.
+    """
+    result = torch.empty_like(mask) if out is None else out
     for tile in _tiles(mask):
-        m, c, out = mask[tile], _cost_tile(cost, tile), result[tile]
-        torch.div(upstream[tile], c, out=out)
-        out.sub_(price[tile[0], None].to(out.dtype)).mul_(torch.addcmul(m, m, m, value=-1)).mul_(beta)
+        m, c, part = mask[tile].abs(), _cost_tile(cost, tile), result[tile]
+        torch.div(upstream[tile], c, out=part)
+        part.sub_(price[tile[0], None].to(part.dtype)).mul_(torch.addcmul(m, m, m, value=-1)).mul_(beta)
+        if signs is not None:
+            part.mul_(signs[tile].sign())
     return result
 
 
@@ -251,8 +272,8 @@ class _Problem:
         """Set the mask to that of mu; return ``sum(c m)`` and ``sum(v m)``, ``(R,)`` float64."""
         spent, gained = torch.zeros_like(self.budgets), torch.zeros_like(self.budgets)
         one_cost = float(self.cost) if self.cost.numel() == 1 else None
-        for tile, out in self.scores(centre):
-            m = out.add_(mu[tile[0], None].to(out.dtype)).sigmoid_()
+        for tile, out in self.scores(centre - mu / self.beta):  # one operation less than adding mu
+            m = out.sigmoid_()
             gained[tile[0]] += _row_dot(m, self.values[tile])
             if one_cost is None:
                 spent[tile[0]] += _row_dot(m, self.cost[tile].expand_as(m))

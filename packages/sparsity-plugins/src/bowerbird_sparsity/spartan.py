@@ -30,7 +30,7 @@ from bowerbird.errors import InputError, RecipeError, did_you_mean
 from bowerbird_sparsity.allocation import erk_densities
 from bowerbird_sparsity.config import SparsityConfig
 from bowerbird_sparsity.costs import CostModel, ParameterCost
-from bowerbird_sparsity.masking import Budget, Layer, MaskedWeight, SharedMasks, flat
+from bowerbird_sparsity.masking import Budget, Layer, MaskedWeight, SharedMasks
 from bowerbird_sparsity.patterns import Blocks, Groups, Pattern, parse_groups, pattern_of
 from bowerbird_sparsity.schedule import Schedule
 from bowerbird_sparsity.soft_topk import hard_threshold, solve
@@ -104,7 +104,7 @@ class Sparsifier:
         sizes = [_typical_entry(layer, config) for layer in self.layers]
         self.schedule = Schedule(config, total_steps, math.exp(sum(map(math.log, sizes)) / len(sizes)))
         first = self.layers[0].masked
-        first.register_buffer("steps_done", torch.zeros((), dtype=torch.int64, device=first.mask.device))
+        first.register_buffer("steps_done", torch.zeros((), dtype=torch.int64, device=first.signed.device))
         self._shared.start(self._budgets(), self)
         for layer in self.layers:  # nothing can go wrong any more: the model is changed
             parametrize.register_parametrization(layer.module, layer.parameter, layer.masked)
@@ -177,7 +177,7 @@ class Sparsifier:
 
     def amount(self, budget: Budget, share: float) -> Tensor:
         """B of every problem of a budget, ``(rows,)`` float64."""
-        device = budget.layers[0].masked.mask.device
+        device = budget.layers[0].masked.signed.device
         if budget.groups is None:
             amount = share * math.fsum(layer.total_cost for layer in budget.layers)
         else:
@@ -206,7 +206,7 @@ class Sparsifier:
                 iterations = max(iterations, self._update(budget, share, beta))
             if self.frozen_at(step):
                 for layer in self.layers:
-                    layer.masked.mask.mul_(layer.masked.kept)
+                    layer.masked.signed.clamp_min_(0)
         self._shared.counter.fill_(step)
         return SparsityState(step, self.density(step), beta, iterations)
 
@@ -214,30 +214,32 @@ class Sparsifier:
         """Masks of one budget; returns the passes of the solver."""
         if not 0 < share < 1:
             for layer in budget.layers:
-                layer.masked.mask.fill_(float(share >= 1))
-                layer.masked.kept.fill_(share >= 1)
+                layer.masked.signed.fill_(float(share >= 1))
             return 0
-        values = flat([layer.masked.pattern.values(layer.weight).to(layer.masked.mask) for layer in budget.layers])
-        values = values.view(budget.rows, -1)
+        values = _values(budget)
         costs = _joined_costs(budget, values)
         amount = self.amount(budget, share)
         threshold = hard_threshold(values, amount, costs)
-        units = values if costs is None else values / costs
-        at = threshold[:, None].to(units)
-        soft = self.config.mode == "spartan"
-        # The entry at which the budget is spent: kept by a soft mask, dropped by a hard one; groups keep n exactly.
-        kept = units >= at if soft or budget.groups is not None else units > at
-        if budget.groups is not None and float(amount[0]) == budget.groups.n:
-            budget.groups.keep_exactly(units, kept)
-        iterations, mask = 0, kept.to(values.dtype)
-        if soft:
+        solution = None
+        if self.config.mode == "spartan":
             c = self.config
             solution = solve(
                 values, amount, beta, costs, solver=c.solver, max_iters=c.max_iters, tol=c.tol, threshold=threshold
             )
-            iterations, mask = solution.iterations, solution.mask
-        _scatter(budget, mask, kept)
-        return iterations
+        margin = (values if costs is None else values.div_(costs)).sub_(threshold[:, None])
+        if budget.groups is not None and float(amount[0]) == budget.groups.n:
+            budget.groups.keep_exactly(margin)
+        # The entry at which the budget is spent: kept by a soft mask, dropped by a hard one; groups keep n exactly.
+        if solution is not None:
+            signed = torch.copysign(solution.mask, margin, out=margin)
+        else:
+            signed = margin >= 0 if budget.groups is not None else margin > 0
+        start = 0
+        for layer in budget.layers:
+            end = start + layer.masked.signed.numel() // budget.rows
+            layer.masked.signed.view(budget.rows, -1).copy_(signed[:, start:end])
+            start = end
+        return 0 if solution is None else solution.iterations
 
     @torch.no_grad()
     def finalize(self) -> nn.Module:
@@ -275,9 +277,9 @@ class Sparsifier:
         rows = []
         for layer in self.layers:
             masked = layer.masked
-            alive = masked.kept & (masked.mask > 0)
+            alive = masked.kept
             kept = int(alive.sum()) * masked.pattern.weights_per_entry
-            kept_cost = (layer.costs.to(masked.mask) * alive).sum(dtype=torch.float64)
+            kept_cost = (layer.costs.to(masked.signed) * alive).sum(dtype=torch.float64)
             count = math.prod(layer.shape)
             rows.append(
                 LayerSparsity(
@@ -295,11 +297,11 @@ class Sparsifier:
         return rows
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Masks, counter and whether the masks are frozen; of the model's state only these."""
+        """Of the model's state only the masks (negative where dropped), the counter, and whether masks are frozen."""
         step = self.steps_done
         state = {"step": torch.tensor(step), "frozen": torch.tensor(self.frozen_at(step))}
         for layer in self.layers:
-            state |= {f"{layer.name}.mask": layer.masked.mask.clone(), f"{layer.name}.kept": layer.masked.kept.clone()}
+            state[f"{layer.name}.mask"] = layer.masked.signed.clone()
         return state
 
     @torch.no_grad()
@@ -308,7 +310,7 @@ class Sparsifier:
 
         Raises ``InputError`` for the state of other layers, or of a schedule that freezes at another step.
         """
-        expected = {"step", "frozen"} | {f"{layer.name}.{b}" for layer in self.layers for b in ("mask", "kept")}
+        expected = {"step", "frozen"} | {f"{layer.name}.mask" for layer in self.layers}
         if expected != set(state):
             differing = sorted(expected ^ set(state))
             raise InputError(f"the state is of other layers; differing: {', '.join(differing[:5])}")
@@ -319,14 +321,12 @@ class Sparsifier:
                 f"are frozen from step {self.schedule.finetune_start} on; give total_steps, finetune_fraction as before"
             )
         for layer in self.layers:
-            for buffer in ("mask", "kept"):
-                own, given = getattr(layer.masked, buffer), state[f"{layer.name}.{buffer}"]
-                if own.shape != given.shape:
-                    raise InputError(
-                        f"layer {layer.name!r}: the state has a mask of {tuple(given.shape)}; here it is "
-                        f"{tuple(own.shape)}"
-                    )
-                own.copy_(given)
+            own, given = layer.masked.signed, state[f"{layer.name}.mask"]
+            if own.shape != given.shape:
+                raise InputError(
+                    f"layer {layer.name!r}: the state has a mask of {tuple(given.shape)}; here it is {tuple(own.shape)}"
+                )
+            own.copy_(given)
         self._shared.counter.fill_(step)
 
 
@@ -427,16 +427,22 @@ def _joined_costs(budget: Budget, values: Tensor) -> Tensor | None:
     if len(numbers) == 1 and not any(map(math.isnan, numbers)):
         return values.new_tensor(numbers.pop())
     spread = [
-        budget.cost_of(layer).expand(budget.rows, layer.masked.mask.numel() // budget.rows) for layer in budget.layers
+        budget.cost_of(layer).expand(budget.rows, layer.masked.signed.numel() // budget.rows) for layer in budget.layers
     ]
     return torch.cat(spread, dim=1)
 
 
-def _scatter(budget: Budget, mask: Tensor, kept: Tensor) -> None:
-    """Solved masks back to their layers."""
+def _values(budget: Budget) -> Tensor:
+    """Values of the entries of a budget, layer after layer: a new tensor ``(rows, n)``."""
+    masks = [layer.masked.signed for layer in budget.layers]
+    values = masks[0].new_empty(sum(mask.numel() for mask in masks))
     start = 0
-    for layer in budget.layers:
-        end = start + layer.masked.mask.numel() // budget.rows
-        for buffer, solved in ((layer.masked.mask, mask), (layer.masked.kept, kept)):
-            buffer.view(budget.rows, -1).copy_(solved[:, start:end])
-        start = end
+    for layer, mask in zip(budget.layers, masks, strict=True):
+        part = values[start : start + mask.numel()].view(mask.shape)
+        pattern, weight = layer.masked.pattern, layer.weight
+        if isinstance(pattern, Blocks) and pattern.single and weight.dtype == values.dtype:
+            torch.abs(weight, out=part)
+        else:
+            part.copy_(pattern.values(weight))
+        start += mask.numel()
+    return values.view(budget.rows, -1)
