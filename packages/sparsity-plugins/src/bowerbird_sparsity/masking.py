@@ -30,6 +30,7 @@ class MaskedWeight(nn.Module):
     """
 
     signed: Tensor
+    steps_done: Tensor
 
     def __init__(self, weight: Tensor, pattern: Pattern, shared: SharedMasks) -> None:
         super().__init__()
