@@ -231,10 +231,11 @@ def value_gradient(
     write, S itself may be overwritten. The sign of a mask does not count.
     """
     result = torch.empty_like(mask) if out is None else out
+    ones = cost.numel() == 1 and float(cost) == 1.0
     for tile in _tiles(mask):
-        m, c, part = mask[tile].abs(), _cost_tile(cost, tile), result[tile]
-        torch.div(upstream[tile], c, out=part)
-        part.sub_(price[tile[0], None].to(part.dtype)).mul_(torch.addcmul(m, m, m, value=-1)).mul_(beta)
+        m, s, part = mask[tile].abs(), upstream[tile], result[tile]
+        torch.sub(s if ones else s / _cost_tile(cost, tile), price[tile[0], None].to(part.dtype), out=part)
+        part.mul_(torch.addcmul(m, m, m, value=-1)).mul_(beta)
         if signs is not None:
             part.mul_(signs[tile].sign())
     return result
