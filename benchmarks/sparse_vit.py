@@ -53,7 +53,7 @@ KINDS = (
 )
 
 
-def block_sparse(name: str, zeros: float, block: int) -> nn.Module:
+def block_sparse(name: str, zeros: float, block: int) -> Any:
     """The timm model ``name``; ``zeros`` of the blocks of its transformer blocks' linear layers are zero."""
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=0).eval()
@@ -83,9 +83,9 @@ class ChunkedMlp(nn.Module):
         return y.view_as(x)
 
 
-def chunked(model: nn.Module) -> nn.Module:
+def chunked(model: Any) -> nn.Module:
     model = copy.deepcopy(model)
-    for block in model.blocks:  # type: ignore[union-attr]
+    for block in model.blocks:
         block.mlp = ChunkedMlp(block.mlp)
     return model
 
@@ -101,9 +101,9 @@ class PlainCsr(nn.Module):
         return nn.functional.linear(x, self.layer.weight, self.layer.bias)
 
 
-def plain_csr(model: nn.Module) -> nn.Module:
+def plain_csr(model: Any) -> nn.Module:
     model = copy.deepcopy(model)
-    for parent in list(model.blocks.modules()):  # type: ignore[union-attr]
+    for parent in list(model.blocks.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):
                 setattr(parent, name, PlainCsr(child))

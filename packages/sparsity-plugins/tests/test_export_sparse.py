@@ -27,6 +27,7 @@ from bowerbird_sparsity.export import (
 )
 from bowerbird_sparsity.layers import RowsLinear, SparseLinear, SparseMlp
 from bowerbird_sparsity.shrink import shrink, shrink_report
+from bowerbird_sparsity.spartan import Sparsifier, SparsityConfig
 from bowerbird_sparsity.timing import largest_difference
 
 
@@ -155,6 +156,27 @@ def test_an_exported_model_gives_the_vectors_of_the_dense_one(format: str, with_
     again = dense_copy(exported)
     assert not sparse_forms(again)
     assert largest_difference(model, again, sample) < 1e-5
+
+
+def test_what_spartan_trained_in_blocks_is_exported_in_these_blocks() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))
+    config = SparsityConfig(target_density=0.25, block_size=(8, 8), allocation="uniform", adjust=False)
+    sparsifier = Sparsifier(model, config, total_steps=10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = torch.randn(40, 32)
+    for _ in range(10):
+        optimizer.zero_grad()
+        (model(x) - x).square().mean().backward()
+        optimizer.step()
+        sparsifier.step()
+    with pytest.raises(InputError, match="call finalize"):
+        export_sparse(model, "blocks")
+    final = sparsifier.finalize()
+    exported = export_sparse(final, "blocks")
+    assert sparse_forms(exported) == {"0": Form("blocks", (8, 8)), "2": Form("blocks", (8, 8))}
+    assert largest_difference(final, exported, x) < 1e-5
+    assert largest_difference(final, shrink(final, x), x) < 1e-5
 
 
 def test_a_named_format_without_a_sample_changes_every_layer_that_has_zeros() -> None:

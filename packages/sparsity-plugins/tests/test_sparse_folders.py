@@ -105,7 +105,7 @@ def test_a_measured_export_keeps_dense_what_is_faster_dense_and_still_compresses
 
 def test_a_vision_transformer_is_exported_with_its_perceptrons_computed_as_one(tmp_path: Path) -> None:
     dense = sparse_encoder(tmp_path / "dense", "core:timm", {"model": "test_vit", "image_size": 32}, block=(16, 16))
-    made = export_sparse_encoder(dense, tmp_path / "sparse", measure=False, batch_size=2)
+    made = export_sparse_encoder(dense, tmp_path / "sparse", format="blocks", measure=False, batch_size=2)
     formats = {name.rpartition(".")[2]: form.format for name, form in made.forms.items()}
     assert formats["mlp"] == "mlp" and formats["qkv"] == "blocks"
     pictures = [Image.new("RGB", (32, 32), color) for color in ("red", "green", "blue")]

@@ -77,8 +77,8 @@ def _whole(values: Tensor, kept: Tensor, negative: Tensor | None, shape: list[in
     rows, columns = shape[0], prod(shape[1:])
     if rows % p or columns % q or list(values.shape[1:]) != block:
         raise ValueError(f"blocks of {p} x {q} do not fit")
+    which = _unpacked(kept, rows // p * (columns // q)).view(rows // p, columns // q)  # before memory is taken
     grid = values.new_zeros(rows // p, columns // q, p, q)
-    which = _unpacked(kept, grid.shape[0] * grid.shape[1]).view(grid.shape[:2])
     grid[which] = values
     if negative is not None:
         signs = _unpacked(negative, int((~which).sum()) * p * q).view(-1, p, q)

@@ -25,7 +25,6 @@ from torch.nn.functional import normalize
 from bowerbird.encoders.bundle import LoadedEncoder, load_encoder
 from bowerbird.errors import InputError, MissingExtraError
 from bowerbird.files import atomic_folder, write_json
-from bowerbird.protocols import Encoder
 from bowerbird_sparsity.export import GAIN, Form, apply_forms, choose_forms
 from bowerbird_sparsity.folders import check_zeros, sample_batch
 from bowerbird_sparsity.shrink import shrink_report
@@ -78,7 +77,7 @@ class OnnxExport:
 class VectorsOf(nn.Module):
     """An encoder of pictures as a function of one tensor: ``image (B, 3, H, W)`` to unit vectors ``(B, D)``."""
 
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
         self.encoder = encoder
 

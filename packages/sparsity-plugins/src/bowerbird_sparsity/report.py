@@ -219,7 +219,7 @@ def kept_weights_svg(masks: dict[str, Tensor], *, columns: int = 6) -> str:
 def kept_shares(mask: Tensor) -> NDArray[np.float32]:
     """Share of kept weights in a coarse grid over ``(outputs, inputs)``, at most ``CELLS`` along a side."""
     matrix = mask.reshape(mask.shape[0], -1).float()[None, None]
-    sides = [min(side, CELLS) for side in matrix.shape[2:]]
+    sides = min(matrix.shape[2], CELLS), min(matrix.shape[3], CELLS)
     return nn.functional.adaptive_avg_pool2d(matrix, sides)[0, 0].numpy()
 
 
