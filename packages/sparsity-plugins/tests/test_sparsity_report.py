@@ -93,6 +93,7 @@ def test_a_report_counts_what_is_kept_and_what_it_takes_on_disk(tmp_path: Path) 
 
 
 def test_the_picture_shows_every_weight_with_its_share() -> None:
+    pytest.importorskip("matplotlib")
     masks = {"a.weight": torch.zeros(100, 30, dtype=torch.bool), "b.weight": torch.ones(8, 3, 3, 3, dtype=torch.bool)}
     masks["a.weight"][:50] = True
     svg = kept_weights_svg(masks)
@@ -103,6 +104,7 @@ def test_the_picture_shows_every_weight_with_its_share() -> None:
 
 
 def test_the_command_reports_times_and_writes_the_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     dense = sparse_encoder(tmp_path / "dense")
     out = tmp_path / "out"
     result = CliRunner().invoke(main, ["report", "sparsity", str(dense), "--batch-size", "2", "--out", str(out)])
