@@ -27,7 +27,7 @@ PACKAGES = {
     "mim": ("./packages/mim-plugins", "", f"{CORE}[torch,digits,testing]"),
     "emoji": ("./packages/emoji-plugins", "", f"{CORE}[testing]"),
     "scale": ("./packages/scale-plugins", "[ray,testing]", f"{CORE}[faiss-cpu,testing]"),
-    "sparsity": ("./packages/sparsity-plugins", "[onnx]", f"{CORE}[torch,digits,testing]"),
+    "sparsity": ("./packages/sparsity-plugins", "[onnx,report]", f"{CORE}[torch,digits,testing]"),
 }
 EVERYTHING = [PACKAGES["core"][2], *(folder for name, (folder, _, _) in PACKAGES.items() if name != "core")]
 # One thread per test process: the tests run in parallel, and results do not depend on the number of cores.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bowerbird.retrieval.metrics import Relevance
@@ -22,7 +22,7 @@ class Dataset(ABC):
 
     @classmethod
     @abstractmethod
-    def build(cls, config: Any, split: str | None) -> Self:
+    def build(cls, config: Any, split: str | None) -> Dataset:
         """The items of ``split``. Raises ``UnknownNameError`` for a split that does not exist."""
 
     @abstractmethod
