@@ -56,7 +56,7 @@ def mix_feature_statistics(
         return x
     features = as_channels_first(x, channels_last)
     with torch.no_grad():
-        own_mean, _, variance, _ = moments(features)
+        own_mean, variance, _ = moments(features.detach())
         own_std = (variance + eps).sqrt()
         share = weight.to(own_mean).reshape(-1, *[1] * (features.ndim - 1))
         mean, std = (torch.lerp(own[partner], own, share) for own in (own_mean, own_std))
