@@ -65,6 +65,18 @@ def test_a_teacher_is_exported_with_the_zeros_of_the_student() -> None:
     assert report["sparse_layers_density"] == pytest.approx(0.25, abs=0.01) and 0 < report["mask_softness"] <= 0.25
 
 
+def test_layers_without_any_weight_left_are_named() -> None:
+    network = nn.Sequential(nn.Linear(8, 32), nn.Linear(32, 4))
+    with torch.no_grad():
+        network[1].weight.mul_(1e-3)
+    modifier = modifier_of(target_density=0.1, warmup_fraction=0.1, adjust=False)
+    modifier.attach(network, total_steps=4)
+    for step in range(4):
+        modifier.after_step(step)
+    with pytest.warns(UserWarning, match=r"no weight is left in 1 layer\(s\): 1\..*erk"):
+        modifier.finalize(network)
+
+
 def test_an_encoder_inside_of_what_is_exported_loses_its_masks() -> None:
     inner = encoder()
     modifier = modifier_of(target_density=0.5)

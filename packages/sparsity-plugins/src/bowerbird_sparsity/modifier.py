@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -39,6 +40,14 @@ class SparsityModifier(Modifier):
 
     def finalize(self, module: nn.Module) -> nn.Module:
         """Plain weights with exact zeros; ``module`` may be another one than was attached to, such as a teacher."""
+        dead = [layer.name for layer in self.sparsifier.report() if not layer.kept]
+        if dead:
+            warnings.warn(
+                f"no weight is left in {len(dead)} layer(s): {', '.join(dead[:5])}. What they compute no longer depends on "
+                "the picture. Keep more (target_density), spread it over the layers (allocation = 'erk' or 'uniform'), or "
+                "leave them out (layers)",
+                stacklevel=2,
+            )
         if any(part is self.module for part in module.modules()):
             self.sparsifier.finalize()
             return module
