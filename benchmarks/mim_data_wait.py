@@ -15,6 +15,7 @@ import json
 import resource
 import tempfile
 import time
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +66,26 @@ def measured(file: Path, folder: Path, tokenizer: Path, workers: int | None) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipes", nargs="*", type=Path, help="default: every recipes/fashion-*.toml without labels")
+    parser.add_argument(
+        "recipes",
+        nargs="*",
+        type=Path,
+        help="default: every recipes/fashion-*.toml of mim-plugins without labels; rows "
+        "of other recipes in --output are kept",
+    )
     parser.add_argument("--workers", type=int, help="default: those of the recipe")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    every = sorted(file for file in ROOT.glob("recipes/fashion-*.toml") if "finetune" not in file.stem)
+    every = sorted(
+        file
+        for file in ROOT.glob("recipes/fashion-*.toml")
+        if tomllib.loads(file.read_text())["objective"]["use"].startswith("mim:") and "finetune" not in file.stem
+    )
     files = options.recipes or every
     found: dict[str, Any] = {}
+    if options.recipes and options.output is not None and options.output.exists():
+        found = json.loads(options.output.read_text())["result"]["recipes"]  # the others stay as they were measured
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = Path(folder, "fashion-tokenizer")
         if any("tokenizer =" in file.read_text() for file in files):

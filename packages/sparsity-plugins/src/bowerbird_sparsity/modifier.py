@@ -43,9 +43,9 @@ class SparsityModifier(Modifier):
         dead = [layer.name for layer in self.sparsifier.report() if not layer.kept]
         if dead:
             warnings.warn(
-                f"no weight is left in {len(dead)} layer(s): {', '.join(dead[:5])}. What they compute no longer depends on "
-                "the picture. Keep more (target_density), spread it over the layers (allocation = 'erk' or 'uniform'), or "
-                "leave them out (layers)",
+                f"no weight is left in {len(dead)} layer(s): {', '.join(dead[:5])}. What they compute does not depend "
+                "on the picture any more. Keep more (target_density), spread it over the layers (allocation = 'erk' or "
+                "'uniform'), or leave them out (layers)",
                 stacklevel=2,
             )
         if any(part is self.module for part in module.modules()):
