@@ -208,7 +208,7 @@ class _Backbone(nn.Module):
             load_weights(self.model, config.weights)
 
     def forward(self, image: Tensor) -> Tensor:
-        maps = self.model.forward_features(image)
+        maps = self.model.forward_features(image)  # type: ignore[operator]
         if not isinstance(maps, Tensor) or maps.ndim != 4:
             raise InputError(f"backbone {type(self.model).__name__} gives no maps (batch, channels, height, width)")
         return maps
