@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from bowerbird.testing import load_golden
+
 sys.path.insert(0, str(Path(__file__).parent))  # helpers beside the tests
 
 DATA = Path(__file__).parent / "data"
@@ -18,16 +20,11 @@ DATA = Path(__file__).parent / "data"
 
 @pytest.fixture
 def golden() -> Callable[[str], dict[str, Any]]:
-    """``golden("mae/patchify")``: arrays as tensors, of texts as lists, values without dimensions as Python's."""
+    """``golden("dsu/module_float32")``: arrays as tensors, values without dimensions as Python's."""
 
     def load(name: str) -> dict[str, Any]:
-        with np.load(DATA / f"{name}.npz") as arrays:
-            return {key: plain(arrays[key]) for key in arrays.files}
-
-    def plain(array: np.ndarray) -> Any:
-        if array.ndim == 0:
-            return array.item()
-        return array.tolist() if array.dtype.kind == "U" else torch.from_numpy(array)
+        values = load_golden(DATA / f"{name}.npz")
+        return {key: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for key, v in values.items()}
 
     return load
 
