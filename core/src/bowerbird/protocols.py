@@ -109,6 +109,57 @@ class Encoder(nn.Module):
 
 
 @dataclass(frozen=True)
+class Objects:
+    """The objects of one picture of H x W pixels: R annotated or found ones.
+
+    Attributes:
+        boxes: float32 ``(R, 4)``, x1 y1 x2 y2 in pixels, x1 <= x2 and y1 <= y2.
+        labels: int64 ``(R,)``, class index in 0..C-1 (no class stands for the background).
+        scores: float32 ``(R,)`` in 0..1, falling; ``None`` for annotations.
+        masks: bool ``(R, H, W)``, or ``None``.
+        keypoints: float32 ``(R, K, 3)``, x and y in pixels and visibility (0: not annotated, 1: hidden, 2: visible), or
+            ``None``.
+        crowd: bool ``(R,)``, boxes around groups that are neither right nor wrong; ``None``: none is.
+        presence: float32 ``(C,)`` in 0..1, how sure it is that the picture has a class; ``None`` for annotations and
+            detectors that do not say.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    scores: Tensor | None = None
+    masks: Tensor | None = None
+    keypoints: Tensor | None = None
+    crowd: Tensor | None = None
+    presence: Tensor | None = None
+
+
+class Detector(Encoder):
+    """An encoder that also finds objects. ``classes`` are their names, known once ``open`` was called.
+
+    Pictures are float32 ``(3, h, w)`` in 0..1, RGB, each of its own size: a detector resizes, normalises and pads.
+    As an encoder it embeds pictures as every other.
+    """
+
+    classes: Sequence[str] = ()
+
+    def open(self, classes: Sequence[str]) -> None:
+        """Make what depends on the classes. Raises ``RecipeError`` where there are other classes already."""
+        raise NotImplementedError(f"{type(self).__name__}.open")
+
+    def losses(self, images: Sequence[Tensor], objects: Sequence[Objects]) -> Mapping[str, Tensor]:
+        """Named scalars whose sum is minimised. In training mode."""
+        raise NotImplementedError(f"{type(self).__name__}.losses")
+
+    def detect(self, images: Sequence[Tensor]) -> list[Objects]:
+        """The objects of every picture, in its own pixels, best first, on the CPU. In eval mode, without gradients."""
+        raise NotImplementedError(f"{type(self).__name__}.detect")
+
+    def parameter_groups(self) -> list[dict[str, Any]] | None:
+        """Groups for the optimiser, as ``Objective.parameter_groups``; ``None`` leaves them to the objective."""
+        return None
+
+
+@dataclass(frozen=True)
 class TrainedRun:
     """A finished run, loaded: frozen encoder in eval mode, the state of its objective, and the names of its classes."""
 
@@ -265,6 +316,6 @@ def freeze(module: nn.Module) -> nn.Module:
 
 
 __all__ = [
-    "Batch", "BuildContext", "Dataset", "Encoder", "EvalContext", "Evaluator", "Features", "ItemTransform",
-    "LossOutput", "Metrics", "Modifier", "Objective", "TimmForm", "TrainedRun", "Transform", "freeze",
+    "Batch", "BuildContext", "Dataset", "Detector", "Encoder", "EvalContext", "Evaluator", "Features", "ItemTransform",
+    "LossOutput", "Metrics", "Modifier", "Objective", "Objects", "TimmForm", "TrainedRun", "Transform", "freeze",
 ]  # fmt: skip

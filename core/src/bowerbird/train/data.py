@@ -177,6 +177,7 @@ SKIPPED = "skipped"  # batch key: how many items of the batch could not be read 
 def collate(items: Sequence[Mapping[str, Any] | None], tokenize: Callable[[list[str]], Any] | None = None) -> Batch:
     """A batch of items: numbers and arrays are stacked, texts are tokenized, the rest becomes a list.
 
+    Pictures with an ``image_size`` may differ in size: they are padded with zeros at the bottom and the right.
     ``None`` stands for an item that could not be read; their number is the entry ``skipped``.
 
     Raises:
@@ -196,10 +197,21 @@ def collate(items: Sequence[Mapping[str, Any] | None], tokenize: Callable[[list[
             batch[key] = tokenize([str(value) for value in values])
         elif isinstance(first, bool | int | np.integer):
             batch[key] = torch.tensor(values, dtype=torch.int64)
-        elif isinstance(first, np.ndarray | Tensor) and key not in ("boxes", "masks"):
+        elif key == "image" and "image_size" in items[0]:
+            batch[key] = padded([torch.as_tensor(value) for value in values])
+        elif isinstance(first, np.ndarray | Tensor) and key not in ("boxes", "masks", "keypoints", "crowd"):
             batch[key] = torch.stack([torch.as_tensor(value) for value in values])
         else:
             batch[key] = values
+    return batch
+
+
+def padded(images: Sequence[Tensor]) -> Tensor:
+    """``(B, 3, H, W)``: pictures ``(3, h, w)`` at the upper left of the smallest joint size, zeros elsewhere."""
+    height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
+    batch = images[0].new_zeros((len(images), len(images[0]), height, width))
+    for row, image in zip(batch, images, strict=True):
+        row[:, : image.shape[1], : image.shape[2]] = image
     return batch
 
 

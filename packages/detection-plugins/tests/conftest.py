@@ -1,0 +1,34 @@
+"""Golden numbers: see the README beside each folder in data/."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bowerbird.testing import load_golden
+
+sys.path.insert(0, str(Path(__file__).parent))  # helpers beside the tests
+
+DATA = Path(__file__).parent / "data"
+
+
+@pytest.fixture
+def golden() -> Callable[[str], dict[str, Any]]:
+    """``golden("dpt/box_coder")``: arrays as tensors, values without dimensions as Python's."""
+
+    def load(name: str) -> dict[str, Any]:
+        values = load_golden(DATA / f"{name}.npz")
+        return {key: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for key, v in values.items()}
+
+    return load
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
