@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from upgrade_world import (
     FakeEncoder,
     by_item,
@@ -25,6 +28,7 @@ from upgrade_world import (
 from bowerbird.errors import DataError, InputError, PluginError, SpaceError, UnknownNameError, UpgradeError
 from bowerbird.gallery import Gallery
 from bowerbird.registry import get_registry
+from bowerbird.retrieval.intervals import Interval
 from bowerbird.retrieval.metrics import RankedList, Relevance, average_precision
 from bowerbird.upgrade import ItemEncoder, PairedVectors, QuerySet, backfill_order, begin
 from bowerbird.upgrade.backfill import backfill_plan
@@ -40,9 +44,18 @@ from bowerbird.upgrade.orders import (
 from bowerbird.upgrade.plan import plan
 from bowerbird.upgrade.run import run
 from bowerbird.upgrade.serve import serve
-from bowerbird.upgrade.verdict import queries_needed
+from bowerbird.upgrade.tables import plan_table
+from bowerbird.upgrade.verdict import queries_for_precision, queries_needed
 
 STRATEGY = "world:two-queries"
+
+
+def _text(made):
+    console = Console(file=io.StringIO(), width=200)
+    console.print(plan_table(made))
+    return console.file.getvalue()
+
+
 with np.load(Path(__file__).parent / "data" / "ract" / "backfill_order.npz") as _file:
     GOLDEN = dict(_file)
 
@@ -264,6 +277,14 @@ class TestPlan:
         assert str(made.recommendation.queries_needed) in made.recommendation.reason
         assert made.recommendation.queries_needed >= 30
 
+    def test_says_how_far_the_areas_can_be_off_and_how_many_queries_would_bring_them_within_the_promise(self, gallery):
+        few = plan(gallery, by_item(new_encoder()), label_key="label", num_queries=40, strategies=[STRATEGY])
+        shown = re.search(r"(\d+) queries tell an area to \+-(\S+); about (\d+) would tell it to \+-0.03", _text(few))
+        assert shown is not None
+        queries, half, needed = int(shown[1]), float(shown[2]), int(shown[3])
+        assert queries == few.queries and half > 0.03
+        assert needed == pytest.approx(queries * (half / 0.03) ** 2, rel=0.05)
+
     def test_without_labels_it_still_says_what_it_costs(self, gallery):
         made = plan(gallery, by_item(new_encoder()), sample=50)
         assert made.recommendation.decision == "no-verdict"
@@ -311,6 +332,11 @@ class TestPlan:
         with pytest.raises(UpgradeError, match="empty"):
             plan(empty, by_item(new_encoder()))
         empty.close()
+
+
+def test_an_interval_that_is_narrow_enough_needs_no_more_queries():
+    assert queries_for_precision(Interval(0.5, 0.475, 0.525, 0.95), 200) is None
+    assert queries_for_precision(Interval(0.5, 0.44, 0.56, 0.95), 200) == 800
 
 
 def test_more_spread_needs_more_queries_and_more_gain_needs_fewer():

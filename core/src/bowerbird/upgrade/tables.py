@@ -10,7 +10,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from bowerbird.upgrade.verdict import short_name
+from bowerbird.upgrade.verdict import PRECISE, queries_for_precision, short_name
 
 if TYPE_CHECKING:
     from bowerbird.retrieval.intervals import Interval
@@ -96,7 +96,7 @@ def plan_table(plan: Plan) -> RenderableType:
                 "" if curve.costs is None else str(curve.costs.encoder_passes),
                 style="bold" if best else None,
             )
-        parts += [quality, Text(), curves, *refused, Text()]
+        parts += [quality, Text(), curves, *_precision(plan), *refused, Text()]
         held = next((curve.items for curve in plan.curves if curve.trained_on), 0)
         if held:
             parts += [Text(f"* fitted on {plan.trained_on} items, forecast on the other {held}"), Text()]
@@ -122,6 +122,21 @@ def plan_table(plan: Plan) -> RenderableType:
     parts.append(Text(f"Recommendation: {headline[verdict.decision]}", style="bold"))
     parts.append(Text(verdict.reason))
     return Group(*parts)
+
+
+def _precision(plan: Plan) -> list[Text]:
+    """One line that says how far the areas can be off for want of queries; none where there are enough."""
+    widest = max(
+        (curve.area_interval for curve in plan.curves if curve.area_interval is not None),
+        key=lambda interval: interval.high - interval.low,
+        default=None,
+    )
+    needed = None if widest is None else queries_for_precision(widest, plan.queries)
+    if widest is None or needed is None:
+        return []
+    half = (widest.high - widest.low) / 2
+    text = f"{plan.queries} queries tell an area to +-{half:.3f}; about {needed} would tell it to +-{PRECISE}"
+    return [Text(text, style="dim")]
 
 
 def unique_names(names: Sequence[str]) -> dict[str, str]:

@@ -19,6 +19,7 @@ FEWEST_QUERIES = 30  # below this a bootstrap interval is not worth showing as a
 SMALLEST_GAIN = 0.01  # the difference in quality that a larger sample should be able to settle
 NO_REGRET = 0.01  # a curve that is shown to fall further below the old level is unsafe
 LARGE_DIP = 0.03  # and so is one that seems to fall so far, though the queries are too few to show it
+PRECISE = 0.03  # a forecast area is promised to be within this of what other queries will measure, given enough queries
 SAME = 0.005  # areas that differ by less are settled by flips
 
 
@@ -49,6 +50,12 @@ def queries_needed(differences: np.ndarray, *, gain: float = SMALLEST_GAIN) -> i
     spread = float(np.std(differences, ddof=1)) if len(differences) > 1 else 1.0
     target = max(abs(float(np.mean(differences))), gain) if len(differences) else gain
     return max(FEWEST_QUERIES, math.ceil(((1.96 + 0.84) * spread / target) ** 2))
+
+
+def queries_for_precision(interval: Interval, queries: int, *, within: float = PRECISE) -> int | None:
+    """Queries with which half of the interval's width would be ``within``; ``None`` where it is now."""
+    half = (interval.high - interval.low) / 2
+    return None if half <= within else math.ceil(queries * (half / within) ** 2)
 
 
 def recommend(
