@@ -1,7 +1,7 @@
 """``detection:canvases``: pictures of several objects, composed of the items of other data sets on textured grounds.
 
-Boxes, masks and keypoints are exact, the long tail of the classes is set, nothing is downloaded. Made to study detectors
-where no annotated photographs are at hand.
+Boxes, masks and keypoints are exact, the long tail of the classes is set, nothing is downloaded. Made to study
+detectors where no annotated photographs are at hand.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from bowerbird.data.compose import foreground, free_place, item_classes, scaled_to, texture
+from bowerbird.data.compose import Paper, foreground, free_place, item_classes, scaled_to, texture
 from bowerbird.data.uris import open_dataset
 from bowerbird.errors import DataError
 from bowerbird.protocols import Objects
@@ -44,7 +44,7 @@ class ItemSource(BaseModel):
     splits: dict[str, str] = Field(
         default={}, description="Split of the canvases -> split of the source, where that has another name."
     )
-    paper: Literal["dark", "light"] = Field(default="dark", description="What the source's items are drawn on.")
+    paper: Paper = Field(default="dark", description="What the source's items are drawn on.")
     class_key: str | None = Field(
         default=None, description="Take the class from this entry of the source's metadata instead of its label."
     )
@@ -143,8 +143,8 @@ class Canvases(DetectionSet):
     """Canvas i of a split is a function of the settings, the split and i.
 
     Later objects hide earlier ones; boxes and masks are of what is seen, and an object that is hidden altogether is not
-    annotated. Keypoints are the middles of the outermost pixels of the whole object, hidden (1) where a later one covers
-    them. Classes are named as in their source; with several sources SOURCE/CLASS.
+    annotated. Keypoints are the middles of the outermost pixels of the whole object, hidden (1) where a later one
+    covers them. Classes are named as in their source; with several sources SOURCE/CLASS.
     """
 
     has_masks = True
@@ -237,7 +237,9 @@ class Canvases(DetectionSet):
         low, high = self.config.distractors
         shown: list[int | None] = [None] * int(generator.integers(low, high + 1))
         shown += self.planned_labels[index]
-        pasted, taken, labels, masks, points = [], [], [], [], []
+        pasted, labels, points = [], [], []
+        taken: list[tuple[int, int, int, int]] = []
+        masks: list[NDArray[np.bool_]] = []
         for label in shown:
             drawn = int(generator.integers(len(self.classes))) if label is None else label
             position = int(np.searchsorted(self._starts, drawn, side="right")) - 1
@@ -276,7 +278,7 @@ class _Items:
     def __init__(self, source: ItemSource, split: str | None) -> None:
         inner = source.splits.get(split, split) if split is not None else None
         self.items, _ = open_dataset(source.source, inner)
-        self.paper: Literal["dark", "light"] = source.paper
+        self.paper = source.paper
         self.name = source.source.partition("?")[0].partition(":")[2]
         where = f"detection:canvases: the items of {source.source!r}{f', split {inner!r},' if inner else ''}"
         self.classes, labels = item_classes(self.items, source.class_key, where)

@@ -28,8 +28,9 @@ class DetectionSet(Dataset):
     """Pictures with objects. A subclass gives ``image``, ``objects`` and ``size``; the rest follows from them.
 
     An item has ``image`` (RGB), ``item_id``, ``boxes`` float32 ``(R, 4)``, ``box_labels`` (R class indices), ``crowd``
-    bool ``(R,)``, ``masks`` bool ``(R, h, w)`` where ``has_masks``, and where there are ``keypoint_names`` ``keypoints``
-    float32 ``(R, K, 3)`` and ``keypoint_mirror``. Every item of a set has the same entries, also without objects.
+    bool ``(R,)``, ``masks`` bool ``(R, h, w)`` where ``has_masks``, and where there are ``keypoint_names``
+    ``keypoints`` float32 ``(R, K, 3)`` and ``keypoint_mirror``. Every item of a set has the same entries, also without
+    objects.
 
     Attributes:
         classes: Names of the C classes.

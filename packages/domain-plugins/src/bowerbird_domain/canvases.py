@@ -7,22 +7,21 @@ sets where no annotated photographs are at hand.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from bowerbird.data.dataset import Dataset
+from bowerbird.data.compose import Paper, foreground, item_classes, scaled_to
 from bowerbird.data.uris import open_dataset
 from bowerbird.errors import DataError
 from bowerbird_domain.segmentation_sets import SegmentationSets
 
 Pair = Annotated[tuple[int, int], Field(strict=False)]
 
-_DIFFERENT = 25  # grey values of 0..255 that an item's pixel must differ by from the paper that it was drawn on
 _TRIES = 20  # places tried for an item that shall not cover others
 
 
@@ -36,7 +35,7 @@ class CanvasSet(BaseModel):
         default={}, description="Split of the canvases -> split of the source, where that has another name."
     )
     count: int | None = Field(default=None, ge=1, description="Canvases of this set; by default those of all sets.")
-    paper: Literal["dark", "light"] = Field(default="dark", description="What the source's items are drawn on.")
+    paper: Paper = Field(default="dark", description="What the source's items are drawn on.")
     class_key: str | None = Field(
         default=None, description="Take the class from this entry of the source's metadata instead of its label."
     )
@@ -169,9 +168,7 @@ class _Source:
         split = look.splits.get(split, split) if split is not None else None
         self.items, _ = open_dataset(look.source, split)
         where = f"domain:canvases: the items of {look.source!r}{f', split {split!r},' if split else ''}"
-        if not self.items.classes or len(self.items) == 0:
-            raise DataError(f"{where} have no classes; name a data set with labels")
-        names, self.labels = _classes(self.items, look.class_key, where)
+        names, self.labels = item_classes(self.items, look.class_key, where)
         if look.groups is not None:
             if look.groups > len(names):
                 raise DataError(f"{where} have {len(names)} classes, which cannot make groups = {look.groups}")
@@ -190,28 +187,10 @@ class _Source:
         return picture, int(self.labels[position])
 
 
-def _classes(items: Dataset, key: str | None, where: str) -> tuple[list[str], NDArray[np.int64]]:
-    if key is None:
-        return list(items.classes), np.asarray(items.labels(), np.int64)
-    metadata: Sequence[Mapping[str, Any]] = items.metadata() or ()
-    known = sorted(metadata[0]) if metadata else []
-    if key not in known:
-        raise DataError(f"{where} have no metadata {key!r} (class_key); they have {', '.join(known) or 'none'}")
-    values = [str(entry[key]) for entry in metadata]
-    names = sorted(set(values))
-    return names, np.asarray([names.index(value) for value in values], np.int64)
-
-
-def _drawn(picture: Image.Image, longer: int, paper: str) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+def _drawn(picture: Image.Image, longer: int, paper: Paper) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Pixels (h, w, 3) in 0..1 of an item with ``longer`` as its longer side, and which of them are not paper."""
-    scale = longer / max(picture.size)
-    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    if size != picture.size:
-        picture = picture.resize(size, Image.Resampling.BILINEAR)
-    grey = np.asarray(picture.convert("L"), np.int16)
-    mask = grey > _DIFFERENT if paper == "dark" else np.asarray(picture, np.int16).min(axis=2) < 255 - _DIFFERENT
-    if not mask.any():  # an item that cannot be told from the paper is there as a whole
-        mask = np.ones_like(mask)
+    picture = scaled_to(picture, longer)
+    mask = foreground(picture, paper)
     return (np.asarray(picture) / 255).astype(np.float32), mask
 
 

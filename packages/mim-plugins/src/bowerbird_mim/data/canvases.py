@@ -17,15 +17,12 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from bowerbird.data import subset
+from bowerbird.data.compose import foreground, free_place, scaled_to, texture
 from bowerbird.data.dataset import Dataset
 from bowerbird.data.uris import open_dataset
 from bowerbird.errors import DataError
 
 Pair = Annotated[tuple[int, int], Field(strict=False)]
-
-_CELLS = (3, 7, 16, 40)  # cells across a canvas of the four noises that make its texture
-_DARK = 25  # grey values of 0..255 up to this one are the background of an item
-_TRIES = 60  # places tried for an item that shall not cover others
 
 
 class CanvasesConfig(BaseModel):
@@ -145,19 +142,18 @@ class Canvases(Dataset):
         """Canvas ``index`` with everything that is known of it."""
         generator, shown = self._shown(index)
         side = self.config.canvas_size
-        canvas = texture(side, generator)
+        canvas = texture((side, side), generator)
         masks = np.zeros((len(shown), side, side), bool)
         boxes = np.zeros((len(shown), 4), np.float32)
         labels: list[int] = []
         taken: list[tuple[int, int, int, int]] = []
         for k, position in enumerate(shown):
             item = self.source[position]
-            picture = item["image"]
-            scale = int(generator.integers(self.config.item_size[0], self.config.item_size[1] + 1)) / max(picture.size)
-            width, height = (max(1, round(length * scale)) for length in picture.size)
-            picture = picture.resize((width, height), Image.Resampling.BILINEAR)
+            sizes = self.config.item_size
+            picture = scaled_to(item["image"], int(generator.integers(sizes[0], sizes[1] + 1)))
+            width, height = picture.size
             mask = self._mask(picture)
-            left, top = free_place(side, (width, height), taken, generator)
+            left, top = free_place((side, side), (width, height), taken, generator)
             taken.append((left, top, left + width, top + height))
             canvas.paste(picture, (left, top), Image.fromarray(mask))
             whole = np.zeros((side, side), bool)
@@ -179,9 +175,7 @@ class Canvases(Dataset):
     def _mask(self, picture: Image.Image) -> NDArray[np.bool_]:
         """Which pixels of ``picture`` are pasted; all of them where everything is dark."""
         if self.config.background == "dark":
-            mask = np.asarray(picture.convert("L")) > _DARK
-            if mask.any():
-                return mask
+            return foreground(picture, "dark")
         return np.ones((picture.height, picture.width), bool)
 
     def _cut_out(self, canvas: dict[str, Any], box: int) -> dict[str, Any]:
@@ -198,34 +192,3 @@ class Canvases(Dataset):
             "masks": canvas["masks"][[box], y : y + side, x : x + side],
             "box_labels": [canvas["box_labels"][box]],
         }
-
-
-def texture(side: int, generator: np.random.Generator) -> Image.Image:
-    """A coloured texture of ``side`` pixels: the mean of smooth noises of four sizes around a random colour."""
-    colour = generator.integers(40, 216, 3, dtype=np.uint8)
-    canvas = Image.new("RGB", (side, side), tuple(colour.tolist()))
-    for cells in _CELLS:
-        noise = Image.fromarray(generator.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
-        canvas = Image.blend(canvas, noise.resize((side, side), Image.Resampling.BICUBIC), 0.3)
-    return canvas
-
-
-def free_place(
-    side: int,
-    size: tuple[int, int],
-    taken: Sequence[tuple[int, int, int, int]],
-    generator: np.random.Generator,
-) -> tuple[int, int]:
-    """(left, top) of a random place for ``size`` (width, height) that covers as little of ``taken`` as can be found."""
-    best, least = (0, 0), np.inf
-    for _ in range(_TRIES):
-        left, top = (int(generator.integers(side - length + 1)) for length in size)
-        covered = sum(
-            max(0, min(left + size[0], r) - max(left, x)) * max(0, min(top + size[1], b) - max(top, y))
-            for x, y, r, b in taken
-        )
-        if covered < least:
-            best, least = (left, top), covered
-        if not covered:
-            break
-    return best
