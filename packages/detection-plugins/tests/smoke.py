@@ -8,6 +8,7 @@ out = subprocess.run(
     [str(Path(sys.executable).with_name("bowerbird")), "list"], capture_output=True, text=True, check=True
 )
 NAMES = """
+dpt
 """
 for name in NAMES.split():
     assert f"detection:{name}" in out.stdout, f"detection:{name} is not in\n{out.stdout}"
