@@ -8,6 +8,8 @@ out = subprocess.run(
     [str(Path(sys.executable).with_name("bowerbird")), "list"], capture_output=True, text=True, check=True
 )
 NAMES = """
+detector
+torchvision
 dpt
 """
 for name in NAMES.split():

@@ -25,7 +25,7 @@ def bowerbird_encoders() -> Iterable[EncoderRecord]:
         name="detection:torchvision",
         target="bowerbird_detection.detectors:TorchvisionDetector",
         config="bowerbird_detection.configs:TorchvisionConfig",
-        summary="Faster, Mask, Keypoint R-CNN or RetinaNet of torchvision on a timm model or any encoder; plain baseline.",
+        summary="Faster, Mask, Keypoint R-CNN or RetinaNet of torchvision on a timm model or any encoder.",
         paper="Mask R-CNN, ICCV 2017, arXiv:1703.06870",
         outputs=("pooled", "tokens"),
     )
