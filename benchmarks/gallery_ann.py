@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from bowerbird.gallery import Gallery
-from bowerbird.retrieval.index import load_faiss
+from bowerbird.retrieval.faiss_index import load_faiss
 from common import write_result
 from gallery_common import clustered, paired, parser, space
 

@@ -21,7 +21,7 @@ from bowerbird.gallery import Gallery, Space
 from bowerbird.gallery.ann import IndexUnusableWarning
 from bowerbird.gallery.covered import LINKING, CoveredPart
 from bowerbird.gallery.part import Part
-from bowerbird.retrieval.index import FaissIndex
+from bowerbird.retrieval.faiss_index import FaissIndex
 
 pytest.importorskip("faiss")
 
@@ -597,7 +597,7 @@ def test_without_faiss_building_is_refused_and_searches_are_exact_with_one_warni
     def missing() -> None:
         raise MissingExtraError("pip install 'bowerbird-core[faiss-cpu]'")
 
-    monkeypatch.setattr("bowerbird.retrieval.index.load_faiss", missing)
+    monkeypatch.setattr("bowerbird.retrieval.faiss_index.load_faiss", missing)
     monkeypatch.setattr("bowerbird.gallery.part.load_faiss", missing)
     with Gallery.open(path) as gallery:
         with pytest.warns(IndexUnusableWarning, match="faiss-cpu"):

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from bowerbird.errors import CorruptionError, InputError, PluginError
 from bowerbird.retrieval import index as index_module
-from bowerbird.retrieval.index import ExactIndex, FaissIndex, Hits, exact_search, load_faiss
+from bowerbird.retrieval.faiss_index import FaissIndex, load_faiss
+from bowerbird.retrieval.index import ExactIndex, Hits, exact_search
 from bowerbird.testing import IndexContract
 
 faiss_missing = importlib.util.find_spec("faiss") is None

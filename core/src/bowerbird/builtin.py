@@ -181,7 +181,7 @@ def bowerbird_retrievers() -> Iterable[RetrieverRecord]:
     yield RetrieverRecord(
         name="core:faiss",
         role="index",
-        target="bowerbird.retrieval.index:FaissIndex",
+        target="bowerbird.retrieval.faiss_index:FaissIndex",
         config="bowerbird.retrieval.configs:FaissConfig",
         summary="FAISS: exact (flat), inverted lists (ivf) or a graph (hnsw), tuned to a measured recall.",
         extras={"faiss": "bowerbird-core[faiss-cpu]"},

@@ -41,7 +41,8 @@ from bowerbird.errors import (
 from bowerbird.gallery.catalog import DISK_FULL, disk_full
 from bowerbird.gallery.covered import LiveIndex
 from bowerbird.gallery.segments import sync_folder
-from bowerbird.retrieval.index import FaissIndex, saved_effort
+from bowerbird.retrieval.faiss_index import FaissIndex
+from bowerbird.retrieval.index_files import saved_effort
 
 if TYPE_CHECKING:
     from bowerbird.gallery.part import Part

@@ -23,7 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bowerbird.gallery.part import MARGIN, Part
-from bowerbird.retrieval.index import FaissIndex, Hits
+from bowerbird.retrieval.faiss_index import FaissIndex
+from bowerbird.retrieval.index import Hits
 
 FRESH_ROWS = 1024  # searching so many exactly costs little; beyond, the index takes them in
 TAKEN_AT_ONCE = {"ivf": 8192, "hnsw": 64, "flat": 65_536}  # some ten milliseconds in which nobody searches

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from bowerbird.errors import MissingExtraError
 from bowerbird.gallery.segments import MappedSegment
 from bowerbird.gallery.space import Space
-from bowerbird.retrieval.index import Hits, exact_search, load_faiss
+from bowerbird.retrieval.faiss_index import load_faiss
+from bowerbird.retrieval.index import Hits, exact_search
 
 GAP_ROWS = 4096  # a run of dead rows this long is stepped over, a shorter one is masked
 GATHER_SHARE = 0.25  # where fewer rows than this are searched, they are copied together instead of masked

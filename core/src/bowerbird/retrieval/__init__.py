@@ -22,8 +22,9 @@ from bowerbird.retrieval.compatibility import (
     update_gain,
 )
 from bowerbird.retrieval.curves import BackfillState, Curve, backfill_curve, num_backfilled
+from bowerbird.retrieval.faiss_index import FaissIndex
 from bowerbird.retrieval.flips import APFlips, Flips, ap_flips, churn, flips
-from bowerbird.retrieval.index import ExactIndex, FaissIndex, Hits, exact_search
+from bowerbird.retrieval.index import ExactIndex, Hits, exact_search
 from bowerbird.retrieval.intervals import Interval, bootstrap_interval, paired_difference
 from bowerbird.retrieval.metrics import (
     PerQuery,
