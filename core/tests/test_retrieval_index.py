@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bowerbird.errors import CorruptionError, InputError, PluginError
-from bowerbird.retrieval import index as index_module
+from bowerbird.retrieval import faiss_index
 from bowerbird.retrieval.faiss_index import FaissIndex, load_faiss
 from bowerbird.retrieval.index import ExactIndex, Hits, exact_search
 from bowerbird.testing import IndexContract
@@ -322,7 +322,7 @@ def test_a_search_leaves_the_thread_count_of_faiss_as_it_was():
 
 def test_two_faiss_wheels_are_refused_with_the_command_that_repairs_it(monkeypatch):
     load_faiss.cache_clear()
-    monkeypatch.setattr(index_module, "_installed", lambda distribution: True)
+    monkeypatch.setattr(faiss_index, "_installed", lambda distribution: True)
     try:
         with pytest.raises(PluginError, match="pip uninstall -y faiss-cpu faiss-gpu"):
             load_faiss()
