@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from bowerbird.data.regions import split_region
 from bowerbird.data.uris import is_dataset_uri, open_dataset_item
 from bowerbird.errors import DataError, InputError, did_you_mean
 
@@ -214,16 +215,25 @@ def open_image(
 
     Args:
         source: A path, the bytes of a file, an open Pillow image, or the address of a data set's item
-            (``bowerbird.data.uris``).
+            (``bowerbird.data.uris``). A path or an address may name a part of the picture: ``#xywh=x,y,w,h``
+            (``bowerbird.data.regions``); limits hold for the whole.
         max_pixels: Limit of width x height, checked in the header before any pixel is decoded. Pillow's own limit,
             twice ``PIL.Image.MAX_IMAGE_PIXELS``, holds as well.
         max_bytes: Limit of the file's size.
         name: What to call the image in errors; by default its path.
 
     Raises ``DataError``, which names the file, what was found and the limits, where the file is missing, is no image,
-    is damaged or is larger than a limit.
+    is damaged or is larger than a limit, and where a region lies outside the picture or has no area.
     """
     name = name or (str(source) if isinstance(source, str | Path) else f"<{type(source).__name__}>")
+    if isinstance(source, str | Path):
+        whole, region = split_region(source)
+        if region is not None:
+            image = open_image(whole, max_pixels=max_pixels, max_bytes=max_bytes, background=background, name=name)
+            try:
+                return image.crop(region.box(*image.size))
+            except DataError as error:
+                raise DataError(f"Cannot read image {name}: {error}.") from error
     if isinstance(source, str) and is_dataset_uri(source):
         source = open_dataset_item(source)
     if isinstance(source, Image.Image):

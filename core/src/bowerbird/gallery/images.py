@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bowerbird.data.regions import region_uri, split_region
 from bowerbird.data.uris import is_dataset_uri, open_dataset_item
 from bowerbird.errors import DataError, InputError, SpaceError
 
@@ -213,20 +214,28 @@ def _serves(gallery: Gallery, encoder: Any) -> bool:
 
 def _content_hash(image: Any) -> str | None:
     """sha256 of the bytes; ``None`` where there are none (a decoded image) or they cannot be read."""
-    if is_dataset_uri(image):
-        return hashlib.sha256(open_dataset_item(image).tobytes()).hexdigest()
     if isinstance(image, bytes):
         return hashlib.sha256(image).hexdigest()
     if not isinstance(image, str | Path):
         return None
     try:
-        with Path(image).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:  # the encoder reports it, with the name
+        whole, region = split_region(image)
+        if is_dataset_uri(whole):
+            digest = hashlib.sha256(open_dataset_item(whole).tobytes())
+        else:
+            with Path(whole).open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256")
+    except (OSError, DataError):  # the encoder reports it, with the name
         return None
+    if region is not None:  # two regions of one picture are two contents, also where their pixels are equal
+        digest.update(str(region).encode())
+    return digest.hexdigest()
 
 
 def _uri(image: Any) -> str | None:
-    if is_dataset_uri(image):
-        return str(image)
-    return str(Path(image).resolve()) if isinstance(image, str | Path) else None
+    """Where the image is, from whatever folder it is read."""
+    if not isinstance(image, str | Path):
+        return None
+    whole, region = split_region(image)
+    address = whole if is_dataset_uri(whole) else str(Path(whole).resolve())
+    return address if region is None else region_uri(address, region)
