@@ -10,122 +10,22 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from bowerbird.data.compose import Paper, foreground, free_place, item_classes, scaled_to, texture
 from bowerbird.data.uris import open_dataset
 from bowerbird.errors import DataError
 from bowerbird.protocols import Objects
+from bowerbird_detection.data_configs import CanvasesConfig, ItemSource
 from bowerbird_detection.detection_set import DetectionSet
 
 KEYPOINTS = ("top", "bottom", "left", "right")
 VISIBLE, HIDDEN = 2, 1
-
-
-def _as_pair(value: Any) -> Any:
-    return (value, value) if isinstance(value, int) else value
-
-
-Pair = Annotated[tuple[int, int], Field(strict=False), BeforeValidator(_as_pair)]
-
-
-class ItemSource(BaseModel):
-    """A data set whose items are shown, and what their classes are."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    source: str = Field(default="core:digits", description="Data set of the items, NAME or NAME?key=value.")
-    splits: dict[str, str] = Field(
-        default={}, description="Split of the canvases -> split of the source, where that has another name."
-    )
-    paper: Paper = Field(default="dark", description="What the source's items are drawn on.")
-    class_key: str | None = Field(
-        default=None, description="Take the class from this entry of the source's metadata instead of its label."
-    )
-
-
-class CanvasesConfig(BaseModel):
-    """Settings of ``detection:canvases``."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    sources: Annotated[tuple[ItemSource, ...], Field(min_length=1, strict=False)] = Field(
-        default=(ItemSource(),), description="Data sets of the items; their classes are put one after the other."
-    )
-    count: int = Field(default=200, ge=1, description="Canvases of every split.")
-    counts: dict[str, int] = Field(default={}, description="Split -> canvases, where there shall be another number.")
-    canvas_size: Pair = Field(
-        default=(64, 64), description="Smallest and largest side in pixels; height and width are drawn for each canvas."
-    )
-    items: Pair = Field(default=(1, 4), description="Fewest and most objects on a canvas that is not empty.")
-    item_size: Pair = Field(default=(12, 28), description="Smallest and largest longer side of an object in pixels.")
-    tail: float = Field(
-        default=1.0,
-        ge=1,
-        description="Objects of the most frequent class over those of the rarest; between them numbers fall "
-        "geometrically in the order of the classes. 1: all classes alike.",
-    )
-    tail_order: Literal["index", "shuffled"] = Field(
-        default="index", description="Which classes are frequent: the first ones, or (shuffled) chosen by the seed."
-    )
-    balanced_splits: Annotated[tuple[str, ...], Field(strict=False)] = Field(
-        default=("test",), description="Splits that have no long tail."
-    )
-    empty: float = Field(default=0.0, ge=0, lt=1, description="Share of canvases without objects.")
-    distractors: Pair = Field(
-        default=(0, 0), description="Fewest and most scrambled items on a canvas, which are no objects."
-    )
-    keypoints: bool = Field(default=True, description="Top, bottom, left and right end of every object.")
-    seed: int = Field(default=0, ge=0, description="Of items, places, sizes and textures.")
-
-    @model_validator(mode="after")
-    def _items_fit(self) -> Self:
-        for name, least in (("canvas_size", 8), ("items", 1), ("item_size", 1), ("distractors", 0)):
-            low, high = getattr(self, name)
-            if not least <= low <= high:
-                raise ValueError(f"{name} = {[low, high]}: expected two whole numbers, {least} <= smaller <= larger")
-        small, most = self.canvas_size[0], self.items[1] + self.distractors[1]
-        if self.item_size[1] > small or most * self.item_size[1] ** 2 > small**2:
-            raise ValueError(
-                f"items = {list(self.items)}, distractors = {list(self.distractors)}, item_size = "
-                f"{list(self.item_size)}: {most} items of {self.item_size[1]} pixels do not fit on a canvas of "
-                f"{small} pixels (canvas_size)"
-            )
-        return self
-
-
-def fashion() -> dict[str, Any]:
-    """Clothes of Fashion-MNIST, which must be installed."""
-    return {"sources": [{"source": "core:fashion-mnist"}], "canvas_size": 96, "item_size": [20, 36]}
-
-
-def emoji() -> dict[str, Any]:
-    """Emoji in eight categories, other concepts in the test split. Needs ``bowerbird-emoji``."""
-    return {
-        "sources": [
-            {
-                "source": "emoji:styles", "splits": {"train": "seen", "test": "unseen"}, "paper": "light",
-                "class_key": "category",
-            }
-        ],
-        "canvas_size": 96,
-        "item_size": [20, 40],
-    }  # fmt: skip
-
-
-def mixed() -> dict[str, Any]:
-    """Digits, clothes and emoji together: 28 classes. Needs Fashion-MNIST and ``bowerbird-emoji``."""
-    return {
-        "sources": [{"source": "core:digits"}, *fashion()["sources"], *emoji()["sources"]],
-        "canvas_size": 96,
-        "item_size": [20, 36],
-    }
 
 
 @dataclass(frozen=True)
@@ -278,7 +178,7 @@ class _Items:
     def __init__(self, source: ItemSource, split: str | None) -> None:
         inner = source.splits.get(split, split) if split is not None else None
         self.items, _ = open_dataset(source.source, inner)
-        self.paper = source.paper
+        self.paper: Paper = source.paper
         self.name = source.source.partition("?")[0].partition(":")[2]
         where = f"detection:canvases: the items of {source.source!r}{f', split {inner!r},' if inner else ''}"
         self.classes, labels = item_classes(self.items, source.class_key, where)

@@ -22,6 +22,16 @@ def bowerbird_encoders() -> Iterable[EncoderRecord]:
         outputs=("pooled", "tokens"),
     )
     yield EncoderRecord(
+        name="detection:mimdet",
+        target="bowerbird_detection.mimdet_detector:MIMDetDetector",
+        config="bowerbird_detection.mimdet_config:MIMDetConfig",
+        summary="Mask R-CNN on a plain ViT, pre-trained by masking, that sees half of the picture in training.",
+        presets={size: f"bowerbird_detection.mimdet_config:{size}" for size in ("tiny", "small", "base", "large")},
+        paper="Unleashing Vanilla Vision Transformer with Masked Image Modeling for Object Detection, ICCV 2023, "
+        "arXiv:2204.02964",
+        outputs=("pooled", "tokens"),
+    )
+    yield EncoderRecord(
         name="detection:torchvision",
         target="bowerbird_detection.detectors:TorchvisionDetector",
         config="bowerbird_detection.configs:TorchvisionConfig",
@@ -48,12 +58,12 @@ def bowerbird_datasets() -> Iterable[DatasetRecord]:
     yield DatasetRecord(
         name="detection:canvases",
         target="bowerbird_detection.canvases:Canvases",
-        config="bowerbird_detection.canvases:CanvasesConfig",
+        config="bowerbird_detection.data_configs:CanvasesConfig",
         summary="Pictures of several objects composed of the items of other data sets; boxes, masks, keypoints, tail.",
         presets={
-            "emoji": "bowerbird_detection.canvases:emoji",
-            "fashion": "bowerbird_detection.canvases:fashion",
-            "mixed": "bowerbird_detection.canvases:mixed",
+            "emoji": "bowerbird_detection.data_configs:emoji",
+            "fashion": "bowerbird_detection.data_configs:fashion",
+            "mixed": "bowerbird_detection.data_configs:mixed",
         },
         provides=("image", "boxes", "box_labels", "masks", "keypoints", "crowd", "item_id"),
     )

@@ -1,0 +1,163 @@
+"""Settings of data sets with objects, of their augmentation and of their evaluators. Imports pydantic only."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+def _as_pair(value: Any) -> Any:
+    return (value, value) if isinstance(value, int) else value
+
+
+Pair = Annotated[tuple[int, int], Field(strict=False), BeforeValidator(_as_pair)]
+
+
+class ItemSource(BaseModel):
+    """A data set whose items are shown, and what their classes are."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    source: str = Field(default="core:digits", description="Data set of the items, NAME or NAME?key=value.")
+    splits: dict[str, str] = Field(
+        default={}, description="Split of the canvases -> split of the source, where that has another name."
+    )
+    paper: Literal["dark", "light"] = Field(default="dark", description="What the source's items are drawn on.")
+    class_key: str | None = Field(
+        default=None, description="Take the class from this entry of the source's metadata instead of its label."
+    )
+
+
+class CanvasesConfig(BaseModel):
+    """Settings of ``detection:canvases``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    sources: Annotated[tuple[ItemSource, ...], Field(min_length=1, strict=False)] = Field(
+        default=(ItemSource(),), description="Data sets of the items; their classes are put one after the other."
+    )
+    count: int = Field(default=200, ge=1, description="Canvases of every split.")
+    counts: dict[str, int] = Field(default={}, description="Split -> canvases, where there shall be another number.")
+    canvas_size: Pair = Field(
+        default=(64, 64), description="Smallest and largest side in pixels; height and width are drawn for each canvas."
+    )
+    items: Pair = Field(default=(1, 4), description="Fewest and most objects on a canvas that is not empty.")
+    item_size: Pair = Field(default=(12, 24), description="Smallest and largest longer side of an object in pixels.")
+    tail: float = Field(
+        default=1.0,
+        ge=1,
+        description="Objects of the most frequent class over those of the rarest; between them numbers fall "
+        "geometrically in the order of the classes. 1: all classes alike.",
+    )
+    tail_order: Literal["index", "shuffled"] = Field(
+        default="index", description="Which classes are frequent: the first ones, or (shuffled) chosen by the seed."
+    )
+    balanced_splits: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        default=("test",), description="Splits that have no long tail."
+    )
+    empty: float = Field(default=0.0, ge=0, lt=1, description="Share of canvases without objects.")
+    distractors: Pair = Field(
+        default=(0, 0), description="Fewest and most scrambled items on a canvas, which are no objects."
+    )
+    keypoints: bool = Field(default=True, description="Top, bottom, left and right end of every object.")
+    seed: int = Field(default=0, ge=0, description="Of items, places, sizes and textures.")
+
+    @model_validator(mode="after")
+    def _items_fit(self) -> Self:
+        for name, least in (("canvas_size", 8), ("items", 1), ("item_size", 1), ("distractors", 0)):
+            low, high = getattr(self, name)
+            if not least <= low <= high:
+                raise ValueError(f"{name} = {[low, high]}: expected two whole numbers, {least} <= smaller <= larger")
+        small, most = self.canvas_size[0], self.items[1] + self.distractors[1]
+        if self.item_size[1] > small or most * self.item_size[1] ** 2 > small**2:
+            raise ValueError(
+                f"items = {list(self.items)}, distractors = {list(self.distractors)}, item_size = "
+                f"{list(self.item_size)}: {most} items of {self.item_size[1]} pixels do not fit on a canvas of "
+                f"{small} pixels (canvas_size)"
+            )
+        return self
+
+
+def fashion() -> dict[str, Any]:
+    """Clothes of Fashion-MNIST, which must be installed."""
+    return {"sources": [{"source": "core:fashion-mnist"}], "canvas_size": 96, "item_size": [20, 36]}
+
+
+def emoji() -> dict[str, Any]:
+    """Emoji in eight categories, other concepts in the test split. Needs ``bowerbird-emoji``."""
+    return {
+        "sources": [
+            {
+                "source": "emoji:styles", "splits": {"train": "seen", "test": "unseen"}, "paper": "light",
+                "class_key": "category",
+            }
+        ],
+        "canvas_size": 96,
+        "item_size": [20, 40],
+    }  # fmt: skip
+
+
+def mixed() -> dict[str, Any]:
+    """Digits, clothes and emoji together: 28 classes. Needs Fashion-MNIST and ``bowerbird-emoji``."""
+    return {
+        "sources": [{"source": "core:digits"}, *fashion()["sources"], *emoji()["sources"]],
+        "canvas_size": 96,
+        "item_size": [20, 36],
+    }
+
+
+Sides = Annotated[
+    tuple[Annotated[int, Field(ge=1, le=8192)], ...],
+    Field(strict=False),
+    BeforeValidator(lambda value: (value,) if isinstance(value, int) else value),
+]
+Range = Annotated[tuple[float, float], Field(strict=False)]
+
+
+class AugmentationConfig(BaseModel):
+    """How pictures are changed, in this order. By default they are only mirrored."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    iou_crop: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Share of pictures that are cropped so that an object stays in by a random part (SSD's crop).",
+    )
+    short_side: Sides = Field(
+        default=(), description="Resize so that the shorter side has one of these numbers of pixels, at random."
+    )
+    max_side: int | None = Field(
+        default=None, ge=1, le=8192, description="With short_side: the longer side has no more pixels than this."
+    )
+    scale_jitter: Range | None = Field(
+        default=None,
+        description="Smallest and largest factor: a picture is resized to fit in target_size times a random one.",
+    )
+    target_size: int | None = Field(
+        default=None, ge=1, le=8192, description="With scale_jitter: side of a square; what is larger is cropped to it."
+    )
+    flip: float = Field(default=0.5, ge=0, le=1, description="Share of pictures that are mirrored left to right.")
+    photometric: float = Field(
+        default=0.0, ge=0, le=1, description="Share of pictures whose brightness, contrast, colours change."
+    )
+    min_side: float = Field(
+        default=1.0, gt=0, description="Objects of fewer pixels than this on a side, after all this, are left out."
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.scale_jitter is not None:
+            if not 0 < self.scale_jitter[0] <= self.scale_jitter[1]:
+                raise ValueError(f"scale_jitter = {list(self.scale_jitter)}: expected 0 < smallest <= largest factor")
+            if self.short_side:
+                raise ValueError("short_side and scale_jitter both resize a picture: set one of them")
+        if (self.scale_jitter is None) != (self.target_size is None):
+            raise ValueError("scale_jitter and target_size belong together: set both or neither")
+        if self.max_side is not None and (not self.short_side or self.max_side < max(self.short_side)):
+            raise ValueError(
+                f"max_side = {self.max_side} limits what short_side resizes: set short_side, none above it"
+            )
+        return self
