@@ -8,6 +8,9 @@ import os
 import platform
 import shlex
 import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -48,3 +51,25 @@ def write_result(name: str, result: dict[str, Any], *, out: Path | None = None) 
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text + "\n")
+
+
+def shortest(
+    cases: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    within: Mapping[str, Callable[[], AbstractContextManager[Any]]] | None = None,
+) -> dict[str, float]:
+    """Seconds of processor time of each case, the least of ``rounds``: others on the machine disturb that least.
+
+    The cases take turns, each round in another order; a round before them warms up. ``within``: what a case runs in,
+    outside the clock.
+    """
+    best = dict.fromkeys(cases, float("inf"))
+    names = list(cases)
+    for turn in range(rounds + 1):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            with within[name]() if within and name in within else nullcontext():
+                start = time.process_time()
+                cases[name]()
+                if turn:
+                    best[name] = min(best[name], time.process_time() - start)
+    return best

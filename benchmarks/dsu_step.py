@@ -10,7 +10,6 @@ others on the machine disturb least.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bowerbird_domain.dsu import FeatureStatisticsUncertainty, insert_after
-from common import write_result
+from common import shortest, write_result
 
 LIMIT_TRAINING = 1.05
 LIMIT_EVALUATION = 1.01  # zero, as far as a clock can tell
@@ -73,9 +72,9 @@ def main() -> None:
         "plain torch": lambda: insert_after(model, ["resnet"], Plain),
     }
     model.train()
-    training = shortest(cases, step, options.rounds)
+    training = shortest(dict.fromkeys(cases, step), options.rounds, cases)
     model.eval()
-    evaluation = shortest({name: cases[name] for name in ("none", "every point acts")}, evaluate, options.rounds)
+    evaluation = shortest(dict.fromkeys(("none", "every point acts"), evaluate), options.rounds, cases)
     half = (training["every point acts"] + training["no point acts"]) / 2
 
     def against(seconds: float, reference: float) -> dict[str, float]:
@@ -98,22 +97,6 @@ def main() -> None:
         "evaluation": against(evaluation["every point acts"], evaluation["none"]),
     }
     write_result("dsu_step", result, out=options.output)
-
-
-def shortest(
-    cases: dict[str, Callable[[], AbstractContextManager[Any]]], work: Callable[[], None], rounds: int
-) -> dict[str, float]:
-    """Seconds of processor time of ``work`` in every case; the cases take turns, each round in another order."""
-    best = dict.fromkeys(cases, float("inf"))
-    names = list(cases)
-    for turn in range(rounds + 1):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            with cases[name]():
-                start = time.process_time()
-                work()
-                if turn:  # the first round warms up
-                    best[name] = min(best[name], time.process_time() - start)
-    return best
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ measured beside MAE of the same ratio 1 - 1 / K.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,20 +19,18 @@ from torch import Tensor, nn
 from bowerbird_mim.emae import EfficientMaskedAutoencoder
 from bowerbird_mim.mae import MaskedAutoencoder, random_mask
 from bowerbird_mim.vit import ViTEncoder, tiny
-from common import write_result
+from common import shortest, write_result
 
 RATIOS = (0.25, 0.5, 0.75, 0.9)
 PARTS = (2, 4, 7)  # divisors of 196
 
 
 def shortest_ms(module: nn.Module, loss: Callable[[], Tensor], rounds: int) -> float:
-    times = []
-    for _ in range(rounds + 1):
-        start = time.process_time()
+    def step() -> None:
         module.zero_grad(set_to_none=True)
         loss().backward()
-        times.append(time.process_time() - start)
-    return round(1000 * min(times[1:]), 1)
+
+    return round(1000 * shortest({"step": step}, rounds)["step"], 1)
 
 
 def main() -> None:

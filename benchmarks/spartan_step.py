@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bowerbird_sparsity.spartan import Sparsifier, SparsityConfig
-from common import write_result
+from common import shortest, write_result
 
 LIMIT = 1.25
 TOTAL_STEPS, AT_STEP = 1000, 500
@@ -55,15 +54,7 @@ def main() -> None:
         return step
 
     steps = {"dense": make(None), **{name: make(block) for name, block in PATTERNS.items()}}
-    for step in steps.values():
-        step()
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(options.rounds):
-        for name in list(steps)[:: 1 if turn % 2 else -1]:
-            start = time.process_time()
-            steps[name]()
-            times[name].append(time.process_time() - start)
-    best = {name: 1000 * min(values) for name, values in times.items()}
+    best = {name: 1000 * seconds for name, seconds in shortest(steps, options.rounds).items()}
     write_result(
         "spartan_step",
         {

@@ -131,10 +131,14 @@ def mask_ratios(r: Mapping[str, Any]) -> list[Row]:
     ]  # fmt: skip
 
 
+def _workers(count: int) -> str:
+    return f"{count} worker{'' if count == 1 else 's'}"
+
+
 def waits(r: Mapping[str, Any]) -> list[Row]:
     limit = r["limit_share"]
     return [
-        (f"waiting for data, `recipes/{name}.toml`, {v['workers']} worker",
+        (f"waiting for data, `recipes/{name}.toml`, {_workers(v['workers'])}",
          f"{v['wait_share']:.1%} of the loop (processor time: {v['read_cpu_ms']:.0f} ms to read a batch, "
          f"{v['step_cpu_ms']:.0f} ms for a step)", f"at most {limit:.0%}", v["wait_share"] <= limit)
         for name, v in r["recipes"].items()

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from bowerbird.testing import load_golden
+
 DATA = Path(__file__).parent / "data"
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -18,8 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 @pytest.fixture
 def golden() -> Callable[[str], dict[str, Tensor]]:
     def load(name: str) -> dict[str, Tensor]:
-        with np.load(DATA / f"{name}.npz") as arrays:
-            return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+        return {key: torch.from_numpy(np.asarray(value)) for key, value in load_golden(DATA / f"{name}.npz").items()}
 
     return load
 

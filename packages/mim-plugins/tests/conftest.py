@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from bowerbird.testing import load_golden
+
 sys.path.insert(0, str(Path(__file__).parent))  # helpers beside the tests
 
 DATA = Path(__file__).parent / "data"
@@ -21,13 +23,12 @@ def golden() -> Callable[[str], dict[str, Any]]:
     """``golden("mae/patchify")``: arrays as tensors, of texts as lists, values without dimensions as Python's."""
 
     def load(name: str) -> dict[str, Any]:
-        with np.load(DATA / f"{name}.npz") as arrays:
-            return {key: plain(arrays[key]) for key in arrays.files}
+        return {key: plain(value) for key, value in load_golden(DATA / f"{name}.npz").items()}
 
-    def plain(array: np.ndarray) -> Any:
-        if array.ndim == 0:
-            return array.item()
-        return array.tolist() if array.dtype.kind == "U" else torch.from_numpy(array)
+    def plain(value: Any) -> Any:
+        if not isinstance(value, np.ndarray):
+            return value
+        return value.tolist() if value.dtype.kind == "U" else torch.from_numpy(value)
 
     return load
 
