@@ -11,6 +11,7 @@ NAMES = """
 detector
 torchvision
 dpt
+mimdet
 """
 for name in NAMES.split():
     assert f"detection:{name}" in out.stdout, f"detection:{name} is not in\n{out.stdout}"

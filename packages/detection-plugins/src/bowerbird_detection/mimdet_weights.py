@@ -19,6 +19,9 @@ from torch import Tensor
 
 from bowerbird.encoders.weights import read_weights
 from bowerbird.errors import DataError, did_you_mean
+from bowerbird.recipe import build_config
+from bowerbird.registry import get_registry
+from bowerbird_detection.mimdet_parts import resize_positions
 
 if TYPE_CHECKING:
     from bowerbird_detection.mimdet import MIMDetBackbone
@@ -32,6 +35,7 @@ RENAMED = tuple(
         (r"^decoder\.(decoder_layers|decoder_encoder\.layer)\.", "decoder_blocks."),
         (r"^(vit\.)?(encoder\.layer|layers)\.(?=\d)", "blocks."),
         (r"^(vit\.)?embeddings\.position_embeddings$", "pos_embed"),
+        (r"^(vit\.)?embeddings\.cls_token$", "cls_token"),
         (r"^(vit\.)?embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
         (r"^(vit\.)?layernorm\.", "norm."),
         (r"^decoder\.(?=decoder_|mask_token)", ""),
@@ -172,8 +176,6 @@ def _refuse_others(taken: Mapping[str, Tensor], own: Mapping[str, Tensor], sourc
 
 def _resized(table: Tensor, grid: Grid | None, wanted: Grid, source: str) -> Tensor:
     """``(1, 1 + L, D)`` of the grid ``wanted``, from a table with or without a class row."""
-    from bowerbird_detection.mimdet import resize_positions  # it imports this module for its public names
-
     length = table.shape[1] if table.ndim == 3 else 0
     if grid is None:
         side = next((isqrt(n) for n in (length - 1, length) if n > 0 and isqrt(n) ** 2 == n), 0)
@@ -210,46 +212,47 @@ def read_first_weights(source: str) -> FirstWeights:
 
     Raises:
         DataError: There is no such thing, or it cannot be read.
+        RecipeError: The run is not finished.
     """
     path = Path(source)
     if path.is_file():
         return FirstWeights(read_weights(path))
     if path.is_dir():
-        for folder in (path, path / "encoder"):
-            if (folder / "encoder.json").is_file():
-                return _of_encoder_folder(path, folder)
+        if any((path / name).is_file() for name in ("encoder.json", "recipe.json")):
+            return _of_run(path)
         return _of_hub_folder(path)
     return _of_timm(source)
 
 
-def _of_encoder_folder(run: Path, folder: Path) -> FirstWeights:
-    from bowerbird.encoders.bundle import read_manifest
+def _of_run(path: Path) -> FirstWeights:
+    from bowerbird.train.run import load_run
 
-    config = read_manifest(folder)["config"]
-    state: dict[str, Tensor] = read_weights(folder / "weights.safetensors")
-    recipe = json.loads((run / "recipe.json").read_text()) if (run / "recipe.json").is_file() else {}
-    state |= _decoder_of_run(run)
-    size, patch = config.get("image_size", 224), config.get("patch_size", 16)
-    height, width = (size, size) if isinstance(size, int) else size
-    # Settings that have their default are left out of the files; then nothing is known, and nothing is compared.
+    run = load_run(path)
+    network: Any = getattr(getattr(run.encoder, "trunk", None), "model", run.encoder)  # core:timm wraps timm's model
+    prefix = "model.decoder."
+    decoder = {k.removeprefix(prefix): v for k, v in run.objective_state.items() if k.startswith(prefix)}
+    heads = None
+    if decoder:
+        registry = get_registry()
+        settings = {key: value for key, value in run.recipe["objective"].items() if key != "use"}
+        record = registry.get("objective", run.recipe["objective"]["use"])
+        heads = getattr(build_config(record, settings, where=f"{str(path)!r} [objective]"), "decoder_heads", None)
     return FirstWeights(
-        state=state,
-        grid=(height // patch, width // patch),
-        num_heads=config.get("num_heads"),
-        decoder_heads=recipe.get("objective", {}).get("decoder_heads"),
+        state={**network.state_dict(), **decoder},
+        grid=_grid(network),
+        num_heads=_heads(network),
+        decoder_heads=heads,
     )
 
 
-def _decoder_of_run(run: Path) -> dict[str, Tensor]:
-    """The decoder of a masked autoencoder's run, from its last checkpoint; empty where there is none."""
-    from bowerbird.train.checkpoint import latest_checkpoint, load_checkpoint
+def _grid(network: Any) -> Grid | None:
+    grid = getattr(network, "grid", None) or getattr(getattr(network, "patch_embed", None), "grid_size", None)
+    return None if grid is None else (int(grid[0]), int(grid[1]))
 
-    checkpoint = latest_checkpoint(run / "checkpoints")
-    if checkpoint is None:
-        return {}
-    prefix = "model.decoder."
-    objective = load_checkpoint(checkpoint).objective
-    return {key.removeprefix(prefix): value for key, value in objective.items() if key.startswith(prefix)}
+
+def _heads(network: Any) -> int | None:
+    blocks = getattr(network, "blocks", None)
+    return getattr(getattr(blocks[0], "attn", None), "num_heads", None) if blocks else None
 
 
 def _of_hub_folder(path: Path) -> FirstWeights:
@@ -286,7 +289,4 @@ def _of_timm(name: str) -> FirstWeights:
             "a timm ViT"
         )
     model: Any = create_timm_model(name, pretrained=True)
-    blocks = getattr(model, "blocks", None)
-    heads = getattr(getattr(blocks[0], "attn", None), "num_heads", None) if blocks else None
-    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
-    return FirstWeights(model.state_dict(), grid=tuple(grid) if grid else None, num_heads=heads)
+    return FirstWeights(model.state_dict(), grid=_grid(model), num_heads=_heads(model))
