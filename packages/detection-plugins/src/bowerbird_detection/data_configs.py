@@ -161,3 +161,46 @@ class AugmentationConfig(BaseModel):
                 f"max_side = {self.max_side} limits what short_side resizes: set short_side, none above it"
             )
         return self
+
+
+class MultiLabelConfig(BaseModel):
+    """Settings of ``detection:multi-label``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    dataset: str = Field(description="Data set whose pictures have objects.")
+    split: str | None = Field(default=None, description="Which part of it.")
+    settings: dict[str, Any] = Field(default={}, description="Of the data set.")
+    groups_split: str | None = Field(
+        default=None, description="Also report by how frequent classes are in this split, such as train."
+    )
+    rare_up_to: int = Field(default=10, ge=0, description="Most pictures of a rare class.")
+    common_up_to: int = Field(default=100, ge=0, description="Most pictures of a common class.")
+    per_class: bool = Field(default=False, description="Also report every class.")
+    batch_size: int = Field(default=8, ge=1, description="Pictures at once.")
+
+
+class CocoAPConfig(MultiLabelConfig):
+    """Settings of ``detection:coco-ap``."""
+
+    kinds: Annotated[tuple[Literal["box", "mask", "keypoint"], ...], Field(strict=False)] | None = Field(
+        default=None, description="What to measure; by default all that the data have and the detector finds."
+    )
+    max_detections: int = Field(default=100, ge=1, description="Best ones of a picture that count; LVIS has 300.")
+    area_sides: Range = Field(
+        default=(32.0, 96.0), description="Sides of the squares that divide small, medium and large objects, in pixels."
+    )
+    keypoint_sigmas: float | Annotated[tuple[float, ...], Field(strict=False)] = Field(
+        default=0.05,
+        description="Width of every keypoint, in parts of the object's size (square root of its area); one number for "
+        "all, but COCO's own where there are 17 keypoints.",
+    )
+    lvis: bool = Field(
+        default=False, description="Judge a picture by the classes that were verified in it, as LVIS annotates them."
+    )
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if not 0 < self.area_sides[0] <= self.area_sides[1]:
+            raise ValueError(f"area_sides = {list(self.area_sides)}: expected 0 < small <= large")
+        return self

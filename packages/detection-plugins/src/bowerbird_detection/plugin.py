@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from bowerbird.hookspecs import hookimpl
-from bowerbird.records import DatasetRecord, EncoderRecord, ObjectiveRecord
+from bowerbird.records import DatasetRecord, EncoderRecord, EvaluatorRecord, ObjectiveRecord
 
 BOWERBIRD_API = "1.0"
 
@@ -66,4 +66,22 @@ def bowerbird_datasets() -> Iterable[DatasetRecord]:
             "mixed": "bowerbird_detection.data_configs:mixed",
         },
         provides=("image", "boxes", "box_labels", "masks", "keypoints", "crowd", "item_id"),
+    )
+
+
+@hookimpl
+def bowerbird_evaluators() -> Iterable[EvaluatorRecord]:
+    yield EvaluatorRecord(
+        name="detection:coco-ap",
+        target="bowerbird_detection.evaluators:CocoAP",
+        config="bowerbird_detection.data_configs:CocoAPConfig",
+        summary="Average precision of boxes, masks and keypoints as in COCO and LVIS; by how frequent classes are.",
+        needs=("image", "boxes", "box_labels"),
+    )
+    yield EvaluatorRecord(
+        name="detection:multi-label",
+        target="bowerbird_detection.evaluators:MultiLabel",
+        config="bowerbird_detection.data_configs:MultiLabelConfig",
+        summary="Mean average precision of telling which classes a picture has.",
+        needs=("image", "boxes", "box_labels"),
     )
