@@ -29,6 +29,7 @@ COMMANDS = {
     "evaluate": "Evaluate an encoder with a protocol.",
     "export": "Export the encoder of a run to a folder.",
     "embed": "Turn images into vectors.",
+    "detect": "Find the objects in images, draw them, write COCO results.",
     "gallery": "Create, fill and search a gallery.",
     "upgrade": "Move a gallery to another model while it serves.",
     "benchmark": "Compare methods and strategies of an upgrade.",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import Any
 
 import click
 
 from bowerbird.cli import examples
+from bowerbird.cli.parts import progress_bar
 
 
 @click.command(
@@ -60,7 +60,7 @@ def command(
     else:
         ids, items = _dataset_items(source, split, overrides)
     loaded = load_encoder(encoder, device=device)
-    with _progress(len(ids), show=sys.stderr.isatty() and not as_json) as advance:
+    with progress_bar("embedding", len(ids), "images", as_json) as advance:
         result = embed_to_file(
             loaded, ids, items, out, batch_size=batch_size, skip_errors=skip_errors, progress=advance
         )
@@ -90,32 +90,3 @@ def _dataset_items(name: str, split: str | None, overrides: tuple[str, ...]) -> 
     config = build_config(record, settings, where=f"dataset {record.name!r}")
     dataset = registry.load(record).build(config, split)
     return list(dataset.item_ids), images_of(dataset)
-
-
-class _progress:
-    """A bar with rate and time left on standard error; nothing where it is not shown."""
-
-    def __init__(self, total: int, *, show: bool) -> None:
-        self.total, self.show = total, show
-
-    def __enter__(self) -> Any:
-        if not self.show:
-            return None
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
-        from rich.text import Text
-
-        class Rate(ProgressColumn):
-            def render(self, task: Task) -> Text:
-                return Text(f"{task.speed:.0f} images/s" if task.speed else "")
-
-        self.bar = Progress(
-            "embedding", BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn(), console=Console(stderr=True)
-        )
-        self.bar.start()
-        task = self.bar.add_task("embedding", total=self.total)
-        return lambda count: self.bar.advance(task, count)
-
-    def __exit__(self, *_: object) -> None:
-        if self.show:
-            self.bar.stop()

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +11,7 @@ import click
 
 from bowerbird.cli import examples
 from bowerbird.cli.matrix import matrix
+from bowerbird.cli.parts import class_names, images_from, progress_bar
 
 if TYPE_CHECKING:
     from bowerbird.gallery import Gallery
@@ -93,6 +92,7 @@ def create(
         "bowerbird gallery add photos cat.jpg dog.jpg",
         "bowerbird gallery add photos --folder ~/Pictures --on-error skip --metadata labels.csv",
         "bowerbird gallery add styles --dataset emoji:styles --split unseen-gallery",
+        "bowerbird gallery add things --folder ~/Pictures --detect runs/detector --threshold 0.6",
         "bowerbird gallery add vectors --vectors vectors.npy --ids ids.txt",
         "bowerbird gallery add vectors --vectors vectors.parquet",
     )
@@ -123,6 +123,15 @@ def create(
 @click.option(
     "--on-error", type=click.Choice(["raise", "skip"]), default="raise", show_default=True, help="Unreadable images."
 )
+@click.option("--detect", "detector", metavar="MODEL", help="Add the objects that this detector finds, a vector each; "
+              "ids are IMAGE#xywh=x,y,w,h, metadata label, score, box, image.")  # fmt: skip
+@click.option("--threshold", type=click.FloatRange(0, 1), help="With --detect: least score of an object. Default: 0.5.")
+@click.option(
+    "--classes", multiple=True, callback=class_names, metavar="NAMES", help="With --detect: only these; cat,dog."
+)
+@click.option(
+    "--max-per-image", type=click.IntRange(min=1), help="With --detect: most objects of an image. Default: 100."
+)
 @click.option(
     "--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Images per forward pass."
 )
@@ -131,16 +140,19 @@ def create(
 @json_option
 def add(
     path: str, images: tuple[str, ...], folder: str | None, dataset: str | None, split: str | None, vectors: str | None,
-    ids_file: str | None, space: str | None, metadata: str | None, existing: str | None, on_error: str, batch_size: int,
-    lock_timeout: float, device: str, as_json: bool,
+    ids_file: str | None, space: str | None, metadata: str | None, existing: str | None, on_error: str,
+    detector: str | None, threshold: float | None, classes: tuple[str, ...], max_per_image: int | None,
+    batch_size: int, lock_timeout: float, device: str, as_json: bool,
 ) -> None:  # fmt: skip
-    """Add images (files, a folder, a data set) or ready vectors to the gallery PATH.
+    """Add images (files, a folder, a data set), the objects in them (--detect), or ready vectors to the gallery PATH.
 
-    Repeat an interrupted call: what is there already is not encoded again.
+    Repeat an interrupted call: what is there already is not encoded again. A part of an image is added as
+    IMAGE#xywh=x,y,w,h (pixels).
     """
     from bowerbird.errors import InputError
     from bowerbird.gallery import open_gallery
     from bowerbird.gallery.images import Added, add_images
+    from bowerbird.gallery.objects import AddedObjects, add_objects
 
     if sum([bool(images), folder is not None, dataset is not None, vectors is not None]) != 1:
         raise InputError("say what to add, one of: image files, --folder, --dataset, --vectors")
@@ -148,6 +160,12 @@ def add(
         raise InputError("--ids goes with --vectors, and --split goes with --dataset")
     if space is not None and vectors is None:
         raise InputError("--space goes with --vectors; images are encoded by the encoder of the space that is written")
+    chosen = {"threshold": threshold, "classes": classes or None, "max_per_image": max_per_image}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    if detector is not None and vectors is not None:
+        raise InputError("--detect finds objects in images; --vectors has none")
+    if detector is None and chosen:
+        raise InputError(f"--{next(iter(chosen)).replace('_', '-')} goes with --detect")
     with open_gallery(path, lock_timeout=lock_timeout) as gallery:
         if vectors is not None:
             if ids_file is not None:
@@ -159,25 +177,32 @@ def add(
                 ids, array = list(table.ids), table.vectors
                 own = None if table.labels is None else [{"label": label} for label in table.labels]
             rows = _metadata(metadata, ids, own)
-            with _progress("adding", len(ids), "vectors", as_json) as progress:
+            with progress_bar("adding", len(ids), "vectors", as_json) as progress:
                 result: Added = _add_vectors(
                     gallery, vectors, array, ids, rows, _space(gallery, space), existing or "error", progress
                 )
         else:
-            ids, sources, labels = _images(images, folder, dataset, split)
+            ids, sources, labels = images_from(images, folder, dataset, split)
             rows = _metadata(metadata, ids, labels)
             encoder = _encoder_of(gallery, device)
-            with _progress("adding", len(ids), "images", as_json) as progress:
-                result = add_images(
-                    gallery, encoder, sources, ids=ids, metadata=rows, existing=existing or "update", on_error=on_error,
-                    batch_size=batch_size, progress=progress,
-                )  # fmt: skip
+            given: dict[str, Any] = {"ids": ids, "metadata": rows, "existing": existing or "update"}
+            given |= {"on_error": on_error, "batch_size": batch_size}
+            finder = None if detector is None else _finder(detector, device, chosen)
+            with progress_bar("adding", len(ids), "images", as_json) as progress:
+                if finder is None:
+                    result = add_images(gallery, encoder, sources, **given, progress=progress)
+                else:
+                    result = add_objects(gallery, encoder, finder, sources, **given, progress=progress)
         total = len(gallery)
     if as_json:
         click.echo(json.dumps({**vars(result), "items": total}))
         return
+    looked = removed = ""
+    if isinstance(result, AddedObjects):
+        looked = f"looked at {result.pictures} images, {result.empty} of them without objects; "
+        removed = f", removed {result.removed}" if result.removed else ""
     click.echo(
-        f"added {result.added}, replaced {result.replaced}, unchanged {result.unchanged}; "
+        f"{looked}added {result.added}, replaced {result.replaced}, unchanged {result.unchanged}{removed}; "
         f"{total} items in {gallery.path}"
     )
     for name, reason in result.skipped.items():
@@ -213,6 +238,7 @@ def delete(path: str, names: tuple[str, ...], ids_file: str | None, as_json: boo
 @command.command(
     epilog=examples(
         "bowerbird gallery search photos --image cat.jpg -k 5",
+        "bowerbird gallery search things --image 'street.jpg#xywh=160,120,64,64' --where label=car",
         "bowerbird gallery search photos --id 2019/cat.jpg --where year=2019 --where year=2020",
         "bowerbird gallery search vectors --vector query.npy --json",
     )
@@ -222,8 +248,8 @@ def delete(path: str, names: tuple[str, ...], ids_file: str | None, as_json: boo
     "--image",
     "images",
     multiple=True,
-    type=click.Path(exists=True, dir_okay=False),
-    help="Query image; may be repeated.",
+    type=click.Path(dir_okay=False),
+    help="Query image, or a part of it: IMAGE#xywh=x,y,w,h; may be repeated.",
 )
 @click.option("--id", "ids", multiple=True, help="Use a stored item as the query; may be repeated.")
 @click.option(
@@ -258,14 +284,11 @@ def search(
             assert vector is not None
             found = gallery.search(_npy(vector), k, where=wanted)
             queries = [f"{vector}[{row}]" for row in range(len(found))]
-        uris = {
-            name: item.uri
-            for names in found.ids
-            for name, item in zip(names, gallery.get_many(names), strict=True)
-            if item
+        items = {
+            name: item for names in found.ids for name, item in zip(names, gallery.get_many(names), strict=True) if item
         }
     results: list[dict[str, Any]] = [
-        {"query": query, "hits": [{"id": name, "distance": round(float(distance), 6), "uri": uris.get(name)}
+        {"query": query, "hits": [_hit(name, distance, items.get(name))
                                   for name, distance in zip(names, distances, strict=False)]}
         for query, names, distances in zip(queries, found.ids, found.distances, strict=True)
     ]  # fmt: skip
@@ -275,7 +298,8 @@ def search(
     for result in results:
         click.echo(str(result["query"]))
         for rank, hit in enumerate(result["hits"], 1):
-            click.echo(f"  {rank:>3}  {hit['distance']:.4f}  {hit['id']}")
+            label = f"  {hit['label']}" if "label" in hit else ""
+            click.echo(f"  {rank:>3}  {hit['distance']:.4f}  {hit['id']}{label}")
         if not result["hits"]:
             click.echo("  nothing found" + (": no item matches --where" if where else ": the gallery is empty"))
 
@@ -342,7 +366,7 @@ def copy(path: str, url: str, lock_timeout: float, as_json: bool) -> None:
 
     with open_gallery(path, readonly=True) as gallery:
         total = 2 * len(gallery)  # written once, then read once more in both
-        with _progress("copying and verifying", total, "items", as_json) as advance:
+        with progress_bar("copying and verifying", total, "items", as_json) as advance:
             weight = {"copying": 1.0, "verifying": 0.5}
             tell = None if advance is None else lambda what, count: advance(weight[what] * count)
             copied = copy_gallery(gallery, url, progress=tell, lock_timeout=lock_timeout)
@@ -460,6 +484,20 @@ command.add_command(matrix)
 # ------------------------------------------------------------------------------------------------------- helpers
 
 
+def _hit(name: str, distance: float, item: Any) -> dict[str, Any]:
+    """One result. Of an object (``gallery add --detect``) also its picture, where it is in it, and what it is."""
+    hit = {"id": name, "distance": round(float(distance), 6), "uri": None if item is None else item.uri}
+    if item is not None and "box" in item.metadata:
+        hit |= {key: item.metadata[key] for key in ("image", "label", "box") if key in item.metadata}
+    return hit
+
+
+def _finder(ref: str, device: str, chosen: Mapping[str, Any]) -> Any:
+    from bowerbird.detect import ObjectFinder
+
+    return ObjectFinder(ref, device=device, **chosen)
+
+
 def _described(ref: str, device: str) -> tuple[Any, Sequence[Any]]:
     """Space of an encoder, and the relations that its training recorded."""
     from bowerbird.upgrade.vectors_encoder import is_vectors_ref, load_vectors_encoder
@@ -490,27 +528,6 @@ def _encoder_of(gallery: Gallery, device: str) -> Any:
     from bowerbird.encoders import load_encoder  # after the refusal: it brings torch
 
     return load_encoder(space.encoder, device=device)
-
-
-def _images(
-    images: tuple[str, ...], folder: str | None, dataset: str | None, split: str | None
-) -> tuple[list[str], Sequence[Any], list[dict[str, Any]] | None]:
-    """Ids, what the encoder opens, and the metadata that the source itself has."""
-    if images:
-        return [Path(image).as_posix() for image in images], list(images), None
-    if folder is not None:
-        from bowerbird.data.images import images_in
-
-        ids, paths = images_in(folder)
-        # In subfolders the first one is the label, as in `core:image-folder`.
-        labels = [{"label": name.split("/", 1)[0]} if "/" in name else {} for name in ids]
-        return ids, paths, labels
-    from bowerbird.data.uris import item_uris, open_dataset
-
-    assert dataset is not None
-    built, address = open_dataset(dataset, split)
-    known = built.metadata()
-    return list(built.item_ids), item_uris(address, built.item_ids), None if known is None else list(map(dict, known))
 
 
 def _add_vectors(
@@ -684,23 +701,3 @@ def parse_where(pairs: tuple[str, ...]) -> dict[str, Any] | None:
             raise InputError(f"--where {pair!r}: expected KEY=VALUE, for example --where year=2024")
         wanted.setdefault(key, []).append(_scalar(value))
     return wanted or None
-
-
-@contextmanager
-def _progress(what: str, total: int, unit: str, quiet: bool) -> Iterator[Callable[[float], None] | None]:
-    """A bar with rate and time left on standard error, where that is a terminal."""
-    if quiet or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
-    from rich.text import Text
-
-    class Rate(ProgressColumn):
-        def render(self, task: Task) -> Text:
-            return Text(f"{task.speed:.0f} {unit}/s" if task.speed else "")
-
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda count: bar.advance(task, count)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bowerbird.data.regions import region_uri, split_region
+from bowerbird.data.regions import Region, region_uri, split_region
 from bowerbird.data.uris import is_dataset_uri, open_dataset_item
 from bowerbird.errors import DataError, InputError, SpaceError
 
@@ -143,7 +143,7 @@ def _add_chunk(
     batch_size: int,
     result: Added,
 ) -> None:
-    hashes = [_content_hash(image) for image in images] if images.given else [None] * len(ids)
+    hashes = [content_hash(image) for image in images] if images.given else [None] * len(ids)
     known = gallery.get_many(ids)
     wanted = []
     for position, item in enumerate(known):
@@ -183,7 +183,7 @@ def _add_chunk(
     gallery.add(
         [ids[position] for position in good],
         np.concatenate(vectors),
-        uris=[_uri(images[position]) for position in good] if images.given else None,
+        uris=[uri_of(images[position]) for position in good] if images.given else None,
         metadata=None if metadata is None else [metadata[position] for position in good],
         content_hashes=[hashes[position] for position in good],
         space=encoder.fingerprint,
@@ -212,7 +212,7 @@ def _serves(gallery: Gallery, encoder: Any) -> bool:
     return any(part.count and part.space.fingerprint == encoder.fingerprint for part in gallery.snapshot().parts)
 
 
-def _content_hash(image: Any) -> str | None:
+def content_hash(image: Any) -> str | None:
     """sha256 of the bytes; ``None`` where there are none (a decoded image) or they cannot be read."""
     if isinstance(image, bytes):
         return hashlib.sha256(image).hexdigest()
@@ -220,20 +220,35 @@ def _content_hash(image: Any) -> str | None:
         return None
     try:
         whole, region = split_region(image)
-        if is_dataset_uri(whole):
-            digest = hashlib.sha256(open_dataset_item(whole).tobytes())
+    except DataError:  # the encoder reports it, with the name
+        return None
+    return region_hashes(whole, [region])[0]
+
+
+def region_hashes(image: str | Path, regions: Sequence[Region | None]) -> list[str | None]:
+    """``content_hash`` of regions of one picture, which is read once; ``None`` among them is the whole.
+
+    Two regions are two contents, also where their pixels are equal.
+    """
+    try:
+        if is_dataset_uri(image):
+            digest = hashlib.sha256(open_dataset_item(str(image)).tobytes())
         else:
-            with Path(whole).open("rb") as file:
+            with Path(image).open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256")
     except (OSError, DataError):  # the encoder reports it, with the name
-        return None
-    if region is not None:  # two regions of one picture are two contents, also where their pixels are equal
-        digest.update(str(region).encode())
-    return digest.hexdigest()
+        return [None] * len(regions)
+    hashes: list[str | None] = []
+    for region in regions:
+        own = digest.copy()
+        if region is not None:
+            own.update(str(region).encode())
+        hashes.append(own.hexdigest())
+    return hashes
 
 
-def _uri(image: Any) -> str | None:
-    """Where the image is, from whatever folder it is read."""
+def uri_of(image: Any) -> str | None:
+    """Where the image is, from whatever folder it is read; ``None`` for what has no place (bytes, a decoded one)."""
     if not isinstance(image, str | Path):
         return None
     whole, region = split_region(image)

@@ -1,0 +1,57 @@
+"""What several commands share: which images are meant, and a bar that shows how far they are."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+def images_from(
+    images: Sequence[str], folder: str | None, dataset: str | None, split: str | None
+) -> tuple[list[str], Sequence[Any], list[dict[str, Any]] | None]:
+    """Ids, what the encoder opens, and the metadata that the source itself has: one of the three sources is given."""
+    if images:
+        return [Path(image).as_posix() for image in images], list(images), None
+    if folder is not None:
+        from bowerbird.data.images import images_in
+
+        ids, paths = images_in(folder)
+        # In subfolders the first one is the label, as in `core:image-folder`.
+        labels = [{"label": name.split("/", 1)[0]} if "/" in name else {} for name in ids]
+        return ids, paths, labels
+    from bowerbird.data.uris import item_uris, open_dataset
+
+    assert dataset is not None
+    built, address = open_dataset(dataset, split)
+    known = built.metadata()
+    return list(built.item_ids), item_uris(address, built.item_ids), None if known is None else list(map(dict, known))
+
+
+def class_names(ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    """A callback: names given one by one or with commas between them."""
+    return tuple(name.strip() for value in values for name in value.split(",") if name.strip())
+
+
+@contextmanager
+def progress_bar(what: str, total: int, unit: str, quiet: bool) -> Iterator[Callable[[float], None] | None]:
+    """A bar with rate and time left on standard error, where that is a terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(f"{task.speed:.0f} {unit}/s" if task.speed else "")
+
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda count: bar.advance(task, count)
