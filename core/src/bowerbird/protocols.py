@@ -176,6 +176,7 @@ class BuildContext(ABC):
     classes: Sequence[str]  # names of the classes of the training split; empty where there are no labels
     total_steps: int
     seed: int
+    dataset: Dataset | None = None  # the training split, to count in; None where a context has no data
 
     @abstractmethod
     def load_run(self, path: str | Path) -> TrainedRun:

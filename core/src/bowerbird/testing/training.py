@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from bowerbird.batch import BATCH_KEYS, Batch
+from bowerbird.data.dataset import Dataset
 from bowerbird.errors import RecipeError
 from bowerbird.protocols import BuildContext, Encoder, Features, ItemTransform, LossOutput, Objective, TrainedRun
 from bowerbird.records import EncoderRecord, ObjectiveRecord
@@ -40,7 +41,7 @@ class TinyEncoder(Encoder):
 
 
 class SimpleBuildContext(BuildContext):
-    """A context without files: classes, steps, a seed, and what ``load_run`` and ``eval_batches`` shall return."""
+    """A context without files: classes, steps, a seed, a data set, and what ``load_run`` and ``eval_batches`` return."""
 
     def __init__(
         self,
@@ -50,8 +51,9 @@ class SimpleBuildContext(BuildContext):
         seed: int = 0,
         runs: Mapping[str, TrainedRun] | None = None,
         batches: Sequence[Batch] = (),
+        dataset: Dataset | None = None,
     ) -> None:
-        self.classes = classes
+        self.classes, self.dataset = classes, dataset
         self.total_steps = total_steps
         self.seed = seed
         self._runs = runs or {}

@@ -42,7 +42,7 @@ class TrainContext(BuildContext):
     """What an objective may ask for while it is built for a run."""
 
     def __init__(self, dataset: Dataset, *, total_steps: int, seed: int, device: torch.device) -> None:
-        self.dataset = dataset
+        self.dataset: Dataset = dataset
         self.classes = tuple(dataset.classes)
         self.total_steps, self.seed, self.device = total_steps, seed, device
         self.trunk: tuple[Encoder, CachedTrunk] | None = None  # of the encoder that is trained, where it is cached

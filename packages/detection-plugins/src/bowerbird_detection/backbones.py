@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.layers import freeze_batch_norm_2d
+from timm.layers.norm_act import freeze_batch_norm_2d
 from torch import Tensor, nn
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, FeaturePyramidNetwork
 
@@ -65,8 +65,9 @@ class Pyramid(nn.Module):
         device, was_training = trainable[0].device, self.training
         self.eval()  # statistics stay as they are, and no random number is drawn
         side = 2 * self.strides[-1]
-        total = torch.stack([maps.sum() for maps in self(torch.zeros(1, 3, side, side, device=device)).values()]).sum()
-        found = torch.autograd.grad(total, trainable, allow_unused=True)
+        with torch.enable_grad():
+            maps = self(torch.zeros(1, 3, side, side, device=device)).values()
+            found = torch.autograd.grad([level.sum() for level in maps], trainable, allow_unused=True)
         self.train(was_training)
         for parameter, gradient in zip(trainable, found, strict=True):
             parameter.requires_grad_(gradient is not None)
@@ -245,7 +246,7 @@ def pyramid_of(
     """
     if levels < 1:
         raise InputError(f"levels = {levels}: expected at least 1")
-    if isinstance(backbone, str) and not _is_reference(backbone):
+    if isinstance(backbone, str) and not is_reference(backbone):
         pyramid = _of_timm(backbone, levels, weights=weights, pretrained=pretrained)
     else:
         if weights is not None or pretrained:
@@ -257,7 +258,7 @@ def pyramid_of(
     return pyramid
 
 
-def _is_reference(backbone: str) -> bool:
+def is_reference(backbone: str) -> bool:
     """Whether it is a path or a record's name rather than the name of a timm model."""
     return ":" in backbone or "/" in backbone or backbone.startswith(".") or Path(backbone).is_dir()
 

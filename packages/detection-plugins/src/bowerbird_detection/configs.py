@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from bowerbird_detection.data_configs import AugmentationConfig
+
 DetectorKind = Literal["faster-rcnn", "mask-rcnn", "keypoint-rcnn", "retinanet"]
 ClassLoss = Literal["softmax", "sigmoid", "acsl"]
 
@@ -92,7 +94,32 @@ class TorchvisionConfig(HeadsConfig):
         return self
 
 
-class DetectionConfig(BaseModel):
-    """Settings of ``detection:detector``."""
+class DetectionConfig(AugmentationConfig):
+    """Settings of ``detection:detector``: how pictures are changed in training."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+class ACSLConfig(AugmentationConfig):
+    """Settings of ``detection:acsl``."""
+
+    run: str = Field(description="Folder of the run of the first stage: the same detector, trained with softmax.")
+    class_loss: ClassLoss = Field(
+        default="acsl",
+        description="acsl, or its controls with the same start and length: sigmoid (all classes suppressed), softmax.",
+    )
+    score_threshold: float = Field(
+        default=0.7, gt=0, lt=1, description="A box suppresses another class from this probability on."
+    )
+    background_fractions: Annotated[tuple[float, float, float], Field(strict=False)] = Field(
+        default=(0.01, 0.1, 1.0),
+        description="Share of the background boxes that suppress rare, common and frequent classes.",
+    )
+    rare_up_to: int = Field(default=10, ge=0, description="Most training pictures with a rare class (LVIS: 10).")
+    common_up_to: int = Field(default=100, ge=0, description="Most training pictures with a common class (LVIS: 100).")
+
+    @model_validator(mode="after")
+    def _groups_and_shares(self) -> Self:
+        if self.rare_up_to > self.common_up_to:
+            raise ValueError(f"rare_up_to = {self.rare_up_to} is above common_up_to = {self.common_up_to}")
+        if not all(0 <= share <= 1 for share in self.background_fractions):
+            raise ValueError(f"background_fractions = {list(self.background_fractions)}: expected shares from 0 to 1")
+        return self

@@ -25,8 +25,9 @@ from bowerbird.batch import Batch
 from bowerbird.data.images import Preprocessing
 from bowerbird.errors import InputError, RecipeError
 from bowerbird.protocols import Detector, Features, Objects
-from bowerbird_detection.backbones import FeaturePyramid, pyramid_of
-from bowerbird_detection.configs import HeadsConfig, TorchvisionConfig
+from bowerbird_detection.acsl import ACSLBoxHead, initialize_classifier
+from bowerbird_detection.backbones import FeaturePyramid, is_reference, pyramid_of
+from bowerbird_detection.configs import ClassLoss, HeadsConfig, TorchvisionConfig
 
 BOX_CELLS, MASK_CELLS = 7, 14  # per side of a region that the heads read
 OCTAVES = tuple(2 ** (i / 3) for i in range(3))  # RetinaNet: three sides of anchors per map
@@ -51,7 +52,10 @@ class TorchvisionDetector(Detector):
         if config.embed_size is not None:
             preprocessing = replace(preprocessing, size=config.embed_size)
         self.preprocessing: Preprocessing = preprocessing
-        self.model = _model(backbone, config, preprocessing)
+        self.classes: tuple[str, ...] = ()
+        self.model: Any = _model(backbone, config, preprocessing)
+        if config.class_loss != "softmax":
+            self.use_class_loss(config.class_loss)
         if config.classes:
             self.open(config.classes)
 
@@ -90,10 +94,31 @@ class TorchvisionDetector(Detector):
                 channels, old.num_anchors, len(self.classes)
             ).to(device)
             return
-        heads: Any = self.model.roi_heads
+        heads = self.model.roi_heads
         heads.box_predictor = FastRCNNPredictor(width.head_width, count).to(device)
+        if self.class_loss != "softmax":
+            initialize_classifier(heads.box_predictor.cls_score)
         if heads.has_mask():
             heads.mask_predictor = MaskRCNNPredictor(width.mask_width, width.mask_width, count).to(device)
+
+    @property
+    def class_loss(self) -> ClassLoss:
+        """Of the box head; RetinaNet's own counts as ``softmax``, the loss that comes with the model."""
+        heads = getattr(self.model, "roi_heads", None)
+        return heads.class_loss if isinstance(heads, ACSLBoxHead) else "softmax"
+
+    def use_class_loss(self, class_loss: ClassLoss, **settings: Any) -> None:
+        """From now on another loss and its scores, over the same weights.
+
+        Args:
+            settings: Of ``ACSLBoxHead``: ``class_frequency`` and others.
+
+        Raises:
+            RecipeError: The detector has no box head.
+        """
+        if isinstance(self.model, RetinaNet):
+            raise RecipeError(f"class_loss = {class_loss!r} is for the box head of R-CNN; retinanet has its focal loss")
+        self.model.roi_heads = ACSLBoxHead.of(self.model.roi_heads, class_loss=class_loss, **settings)
 
     def losses(self, images: Sequence[Tensor], objects: Sequence[Objects]) -> Mapping[str, Tensor]:
         """Boxes around crowds and boxes without area are left out.
@@ -133,16 +158,17 @@ class TorchvisionDetector(Detector):
         image = batch["image"]
         if image.ndim != 4 or image.shape[1] != 3:
             raise InputError(f"expected pictures (batch, 3, height, width), found {tuple(image.shape)}")
-        backbone: Any = self.model.backbone
-        features: Features = backbone.features(image)
+        features: Features = self.model.backbone.features(image)
         return features
 
     def stored_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """``config`` with the classes, and with a backbone that is built without files."""
         kept = {key: value for key, value in config.items() if key not in ("weights", "pretrained")}
-        body = getattr(self.model.backbone, "body", None)
-        if "backbone" in kept and body is not None:
-            kept["backbone"] = dict(body.source)
+        backbone = kept.get("backbone")
+        if isinstance(backbone, Mapping) or (backbone is not None and is_reference(backbone)):
+            kept["backbone"] = dict(self.model.backbone.body.source)
+        if self.class_loss != "softmax":
+            kept["class_loss"] = self.class_loss
         return {**kept, "classes": list(self.classes)}
 
     def _checked(self, images: Sequence[Tensor]) -> list[Tensor]:

@@ -13,6 +13,9 @@ from bowerbird.batch import Batch
 from bowerbird.errors import InputError, RecipeError
 from bowerbird.protocols import BuildContext, Detector, Encoder, ItemTransform, LossOutput, Objective, Objects
 from bowerbird_detection.configs import DetectionConfig
+from bowerbird_detection.detection_set import COMMON_UP_TO, RARE_UP_TO, detection_set, frequency_groups
+from bowerbird_detection.detectors import TorchvisionDetector
+from bowerbird_detection.transforms import DetectionTransform
 
 NEEDS = ("image", "image_size", "boxes", "box_labels")
 
@@ -35,7 +38,9 @@ class DetectionObjective(Objective):
         """Raises ``RecipeError`` for another encoder than a detector, and for data without classes."""
         detector = detector_of(encoder, "detection:detector")
         detector.open(classes_of(context))
-        return cls(detector, PlainViews())
+        if isinstance(detector, TorchvisionDetector) and detector.class_loss == "acsl":
+            detector.use_class_loss("acsl", class_frequency=frequency_columns(context))
+        return cls(detector, DetectionTransform(config))
 
     def item_transform(self) -> ItemTransform:
         return self.views
@@ -66,6 +71,25 @@ def classes_of(context: BuildContext) -> Sequence[str]:
     if not context.classes:
         raise RecipeError("dataset: it names no classes, so there is nothing to detect")
     return context.classes
+
+
+def frequency_columns(context: BuildContext, **limits: int) -> Tensor:
+    """``(C + 1,)``: the group of every class, 0 rare, 1 common, 2 frequent, behind the background's -1.
+
+    Args:
+        limits: ``rare_up_to`` and ``common_up_to`` of ``bowerbird_detection.detection_set.frequency_groups``.
+
+    Raises:
+        RecipeError: The context has no data set whose pictures have objects.
+    """
+    if context.dataset is None:
+        raise RecipeError("acsl counts the pictures of every class, and there is no training data to count in")
+    whole, positions = detection_set(context.dataset, "acsl")
+    counts = np.zeros(len(whole.classes), np.int64)
+    for position in positions:
+        counts[list(set(whole.object_labels(position)))] += 1
+    rare, common = limits.get("rare_up_to", RARE_UP_TO), limits.get("common_up_to", COMMON_UP_TO)
+    return torch.from_numpy(np.concatenate([[-1], frequency_groups(counts, rare, common)]))
 
 
 def pictures_of(batch: Batch) -> tuple[list[Tensor], list[Objects]]:
@@ -106,22 +130,3 @@ def pictures_of(batch: Batch) -> tuple[list[Tensor], list[Objects]]:
             )
         )
     return images, objects
-
-
-class PlainViews:
-    """A picture and its objects as they are, as entries of a batch."""
-
-    def __call__(self, item: dict[str, Any], generator: np.random.Generator) -> dict[str, Any]:
-        lacking = [key for key in ("image", "boxes", "box_labels") if key not in item]
-        if lacking:
-            raise InputError(f"items have no {', '.join(lacking)}; choose a data set whose pictures have objects")
-        image = item["image"]
-        pixels = np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / 255
-        made: dict[str, Any] = {"image": torch.from_numpy(np.ascontiguousarray(pixels))}
-        made["image_size"] = torch.tensor([image.height, image.width])
-        made["boxes"] = torch.as_tensor(item["boxes"], dtype=torch.float32).reshape(-1, 4)
-        made["box_labels"] = [int(label) for label in item["box_labels"]]
-        for key, kind in (("masks", torch.bool), ("keypoints", torch.float32), ("crowd", torch.bool)):
-            if key in item:
-                made[key] = torch.as_tensor(item[key], dtype=kind)
-        return made

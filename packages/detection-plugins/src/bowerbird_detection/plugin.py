@@ -44,6 +44,15 @@ def bowerbird_encoders() -> Iterable[EncoderRecord]:
 @hookimpl
 def bowerbird_objectives() -> Iterable[ObjectiveRecord]:
     yield ObjectiveRecord(
+        name="detection:acsl",
+        target="bowerbird_detection.acsl_objective:ACSLObjective",
+        config="bowerbird_detection.configs:ACSLConfig",
+        summary="Second stage for long tails: a detector's classifier learns again, suppressing confused classes only.",
+        paper="Adaptive Class Suppression Loss for Long-Tail Object Detection, CVPR 2021, arXiv:2104.00885",
+        needs=("image", "boxes", "box_labels"),
+        encoder_needs=(),
+    )
+    yield ObjectiveRecord(
         name="detection:detector",
         target="bowerbird_detection.objective:DetectionObjective",
         config="bowerbird_detection.configs:DetectionConfig",
