@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from bowerbird.data.images import Preprocessing, decode_batches, open_image
+from bowerbird.data.images import Preprocessing, decode_batches, image_size, open_image
 from bowerbird.errors import DataError, InputError
 
 RNG = np.random.default_rng(0)
@@ -381,3 +381,26 @@ def test_no_more_than_the_prefetched_batches_are_decoded_ahead_and_threads_end_w
 def test_wrong_arguments_are_refused_at_once(values: dict[str, object]) -> None:
     with pytest.raises(InputError):
         decode_batches([], SMALL, **values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_the_size_in_the_header_is_that_of_the_opened_image(tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = tmp_path / "a.jpg"
+    Image.new("RGB", (7, 5)).save(file, exif=exif)
+    width, height = open_image(file).size
+    assert image_size(file) == (height, width)
+    file.write_bytes(file.read_bytes()[:-200])  # damage behind the header is not looked for
+    assert image_size(file) == (height, width)
+
+
+def test_the_size_of_what_is_no_image_or_too_large_is_refused(tmp_path: Path) -> None:
+    Image.new("RGB", (7, 5)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_text("no image")
+    with pytest.raises(DataError, match="max_pixels=34"):
+        image_size(tmp_path / "a.png", max_pixels=34)
+    with pytest.raises(DataError, match="not an image in a known format"):
+        image_size(tmp_path / "b.png")
+    with pytest.raises(DataError, match="does not exist"):
+        image_size(tmp_path / "c.png")

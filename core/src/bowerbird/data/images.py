@@ -45,6 +45,7 @@ _TURN = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = (5, 6, 7, 8)  # orientations that swap width and height
 
 
 # ------------------------------------------------------------------------------------------------- preprocessing
@@ -239,6 +240,22 @@ def open_image(
     if isinstance(source, Image.Image):
         _check_pixels(source, name, max_pixels)
         return _decode(source, name, background)
+    with _opened(source, name, max_pixels, max_bytes) as opened:
+        return _decode(opened, name, background)
+
+
+def image_size(file: str | Path, *, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES) -> tuple[int, int]:
+    """Height and width that ``open_image`` would give for a file, from its header: no pixel is decoded.
+
+    Raises ``DataError`` as ``open_image`` does, but for damage behind the header.
+    """
+    with _opened(file, str(file), max_pixels, max_bytes) as opened:
+        width, height = opened.size
+        return (width, height) if _orientation(opened) in _SIDEWAYS else (height, width)
+
+
+def _opened(source: Any, name: str, max_pixels: int, max_bytes: int) -> Image.Image:
+    """The image of a path or of bytes with its header read, within the limits."""
     if isinstance(source, bytes | bytearray | memoryview):
         file: Path | io.BytesIO = io.BytesIO(source)
         found = memoryview(source).nbytes
@@ -264,9 +281,12 @@ def open_image(
         ) from error
     except Exception as error:  # Pillow's parsers raise a zoo of types on damaged headers
         raise DataError(f"Cannot read image {name} ({found:,} bytes): {_reason(error)}.") from error
-    with opened:
+    try:
         _check_pixels(opened, name, max_pixels)
-        return _decode(opened, name, background)
+    except DataError:
+        opened.close()
+        raise
+    return opened
 
 
 def to_rgb(image: Image.Image, *, background: tuple[int, int, int] = WHITE) -> Image.Image:

@@ -1,0 +1,230 @@
+"""What is wrong with annotation files: found while a data set is opened, so that no epoch ends for one bad entry.
+
+A data set of hundreds of thousands of pictures has bad entries. Each is reported by file and id; one warning says what
+was left out and why, or the first one is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from faster_coco_eval import mask as rle_masks
+from numpy.typing import NDArray
+
+from bowerbird.data.images import image_size
+from bowerbird.errors import DataError
+from bowerbird.files import write_atomically
+
+Bad = Literal["drop", "raise"]
+Segmentation = dict[str, Any] | list[NDArray[np.float32]]  # COCO's run lengths, or polygons x y x y ...
+
+TOLERANCE = 1.0  # pixels by which a box may leave its picture: annotators' rounding
+_SHOWN = 3  # ids named for each kind of problem in the warning
+
+
+class AnnotationWarning(UserWarning):
+    """Some entries of an annotation file are not used, or not as they are."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One bad entry.
+
+    Attributes:
+        file: The annotation file.
+        entry: Which entry of it, such as ``annotation 17`` or ``picture 4 (a.jpg)``.
+        kind: What is wrong, the same text for all problems of a kind.
+        detail: What was found.
+        done: ``dropped`` or ``repaired``.
+    """
+
+    file: str
+    entry: str
+    kind: str
+    detail: str
+    done: str
+
+
+@dataclass
+class Problems:
+    """Collects what is wrong with a file; with ``bad = "raise"`` the first one is a ``DataError``."""
+
+    file: Path
+    bad: Bad
+    found: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, entry: str, kind: str, detail: str = "", *, done: str = "dropped") -> None:
+        """Raises ``DataError`` with ``bad = "raise"``."""
+        problem = Problem(str(self.file), entry, kind, detail, done)
+        if self.bad == "raise":
+            raise DataError(
+                f"{problem.file!r}, {entry}: {kind}{f': {detail}' if detail else ''}. Correct the file, or set bad = "
+                f"'drop' to go on without such entries"
+            )
+        self.found.append(problem)
+
+    def note(self, text: str) -> None:
+        """Something that is as it may be, but that a reader of the report wants to know."""
+        self.notes.append(text)
+
+    def conclude(self, kept: str, report: Path | None) -> tuple[Problem, ...]:
+        """Warn once of everything found, and write ``report`` (one JSON object a line), if it is asked for.
+
+        Args:
+            kept: What is left, for the warning.
+        """
+        if report is not None:
+            lines = [json.dumps(asdict(one), ensure_ascii=False) for one in self.found]
+            lines += [json.dumps({"file": str(self.file), "note": text}, ensure_ascii=False) for text in self.notes]
+            write_atomically(report, "".join(f"{line}\n" for line in lines))
+        if self.found:
+            kinds = Counter((one.done, one.kind) for one in self.found)
+            parts = [f"{count} {done}, {kind} ({self._named(done, kind)})" for (done, kind), count in kinds.items()]
+            warnings.warn(
+                f"{str(self.file)!r}: {len(self.found)} bad entries: {'; '.join(parts)}. {kept}",
+                AnnotationWarning,
+                stacklevel=4,
+            )
+        return tuple(self.found)
+
+    def _named(self, done: str, kind: str) -> str:
+        entries = [one.entry for one in self.found if (one.done, one.kind) == (done, kind)]
+        return ", ".join(entries[:_SHOWN]) + (", ..." if len(entries) > _SHOWN else "")
+
+
+def checked_box(
+    corners: Sequence[Any], size: tuple[int, int], entry: str, problems: Problems
+) -> tuple[float, float, float, float] | None:
+    """A box (x1, y1, x2, y2) that lies in a picture of ``size`` (height, width); ``None`` where there is none.
+
+    A part outside the picture is cut off, and reported where it is more than a pixel.
+    """
+    if len(corners) != 4 or not all(_is_number(value) for value in corners):
+        problems.add(entry, "box is not four numbers", f"{list(corners)}")
+        return None
+    left, top, right, bottom = (float(value) for value in corners)
+    if right <= left or bottom <= top:
+        problems.add(entry, "box without area", f"from ({left:g}, {top:g}) to ({right:g}, {bottom:g})")
+        return None
+    height, width = size
+    box = max(left, 0.0), max(top, 0.0), min(right, float(width)), min(bottom, float(height))
+    detail = f"({left:g}, {top:g}) to ({right:g}, {bottom:g}) in a picture of {width} x {height} pixels"
+    if box[2] <= box[0] or box[3] <= box[1]:
+        problems.add(entry, "box outside its picture", detail)
+        return None
+    if max(-left, -top, right - width, bottom - height) > TOLERANCE:
+        problems.add(entry, "box partly outside its picture", detail, done="repaired")
+    return box
+
+
+def checked_segmentation(
+    segmentation: Any, size: tuple[int, int], entry: str, problems: Problems
+) -> Segmentation | None:
+    """A mask of a picture of ``size`` as COCO's run lengths (compressed) or polygons; ``None`` where it is neither."""
+    if isinstance(segmentation, dict):
+        return _checked_run_lengths(segmentation, size, entry, problems)
+    if not isinstance(segmentation, list) or not segmentation:
+        problems.add(entry, "mask is neither polygons nor run lengths", f"{type(segmentation).__name__}")
+        return None
+    polygons = [_checked_polygon(polygon, size) for polygon in segmentation]
+    reasons = [found for found in polygons if isinstance(found, str)]
+    kept = [found for found in polygons if not isinstance(found, str)]
+    if reasons:
+        problems.add(entry, "polygon cannot be used", reasons[0], done="repaired" if kept else "dropped")
+    return kept or None
+
+
+def _checked_run_lengths(
+    rle: dict[str, Any], size: tuple[int, int], entry: str, problems: Problems
+) -> dict[str, Any] | None:
+    if list(rle.get("size", ())) != list(size):
+        problems.add(entry, "run lengths do not match the picture", f"size {rle.get('size')}, picture {list(size)}")
+        return None
+    counts = rle.get("counts")
+    try:
+        if isinstance(counts, list):
+            total = sum(counts)
+            if min(counts, default=0) < 0 or total != size[0] * size[1]:
+                raise ValueError(f"they sum to {total}, the picture has {size[0] * size[1]} pixels")
+            rle = rle_masks.frPyObjects({"size": list(size), "counts": counts}, *size)
+            counts = rle["counts"]
+        if not isinstance(counts, str | bytes):
+            raise ValueError(f"counts are of type {type(counts).__name__}")
+        rle = {"size": list(size), "counts": counts}
+        if not rle_masks.decode(rle).any():
+            problems.add(entry, "empty mask")
+            return None
+    except (ValueError, TypeError, RuntimeError) as error:
+        problems.add(entry, "run lengths do not match the picture", str(error))
+        return None
+    return rle
+
+
+def _checked_polygon(polygon: Any, size: tuple[int, int]) -> NDArray[np.float32] | str:
+    """The polygon, or why it is none. Rasterising one with infinite or huge numbers would end the process."""
+    if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
+        return f"expected three points or more, x y x y ...; found {str(polygon)[:40]}"
+    if not all(_is_number(value) for value in polygon):
+        return "it holds something else than finite numbers"
+    points = np.asarray(polygon, np.float64).reshape(-1, 2)
+    sides = np.array([size[1], size[0]])
+    if (points < -sides).any() or (points > 2 * sides).any():
+        return f"its points are far outside the picture, such as {points[np.abs(points).argmax() // 2].tolist()}"
+    x, y = points.T
+    if abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))) == 0:
+        return "it has no area"
+    return points.reshape(-1).astype(np.float32)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+# ------------------------------------------------------------------------------------------------------------ masks
+
+
+def run_lengths(segmentation: Segmentation, size: tuple[int, int]) -> dict[str, Any]:
+    """COCO's compressed run lengths of a checked segmentation; polygons of one object are joined."""
+    if isinstance(segmentation, dict):
+        return segmentation
+    parts = rle_masks.frPyObjects([polygon.tolist() for polygon in segmentation], *size)
+    joined: dict[str, Any] = rle_masks.merge(parts)
+    return joined
+
+
+def decoded(segmentation: Segmentation, size: tuple[int, int]) -> NDArray[np.bool_]:
+    """bool ``(h, w)``."""
+    mask: NDArray[np.uint8] = rle_masks.decode(run_lengths(segmentation, size))
+    return mask.astype(bool)
+
+
+def box_around(segmentation: Segmentation, size: tuple[int, int]) -> list[float]:
+    """x1, y1, x2, y2 of the smallest box around a mask."""
+    x, y, width, height = rle_masks.toBbox(run_lengths(segmentation, size)).tolist()
+    return [x, y, x + width, y + height]
+
+
+# --------------------------------------------------------------------------------------------------------- pictures
+
+
+def picture_sizes(files: Sequence[Path]) -> list[tuple[int, int] | str]:
+    """Upright height and width of every file from its header, or why it cannot be used."""
+    with ThreadPoolExecutor(8, thread_name_prefix="bowerbird-headers") as pool:
+        return list(pool.map(_picture_size, files, chunksize=64))
+
+
+def _picture_size(file: Path) -> tuple[int, int] | str:
+    try:
+        return image_size(file)
+    except DataError as error:
+        return str(error)
