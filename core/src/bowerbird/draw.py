@@ -45,8 +45,9 @@ def draw_objects(image: Image.Image, objects: Objects, classes: Sequence[str]) -
     boxes = [[side * factor for side in box] for box in objects.boxes.tolist()]
     for i in order:
         x1, y1, x2, y2 = boxes[i]
-        # Pillow draws the last pixel too, and refuses corners that are out of order.
-        pen.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=colours[i], width=line)
+        x2, y2 = max(x1, x2 - 1), max(y1, y2 - 1)  # Pillow draws the last pixel too
+        pen.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline=(0, 0, 0), width=line + 2)  # seen on any ground
+        pen.rectangle((x1, y1, x2, y2), outline=colours[i], width=line)
         if objects.keypoints is not None:
             for x, y, visible in objects.keypoints[i].tolist():
                 if visible > 0:

@@ -9,8 +9,11 @@ from safetensors.torch import save_file
 
 from bowerbird.encoders import load_encoder, save_encoder
 from bowerbird.errors import DataError, InputError
+from bowerbird.protocols import Objects
 from bowerbird.testing import EncoderContract
+from bowerbird_detection.configs import TorchvisionConfig
 from bowerbird_detection.depatch import DeformablePatchEmbed
+from bowerbird_detection.detectors import TorchvisionDetector
 from bowerbird_detection.dpt import DPT, DPTConfig, medium, small, tiny
 
 SMALL = {
@@ -182,3 +185,32 @@ def test_settings_that_do_not_fit_each_other_are_refused(changes, message):
 def test_pictures_that_do_not_divide_are_refused():
     with pytest.raises(InputError, match="multiples of 16"):
         network().feature_maps(torch.zeros(1, 3, 40, 32))
+
+
+# ------------------------------------------------------------------------------------------- in a detector
+
+
+def test_it_is_a_backbone_of_torchvisions_detectors_for_pictures_of_any_shape(tmp_path):
+    four = {
+        "image_size": 64, "dims": [8, 8, 12, 16], "depths": [1, 1, 1, 1], "heads": [1, 2, 2, 2],
+        "mlp_ratios": [2.0] * 4, "sr_ratios": [4, 2, 1, 1],
+    }  # fmt: skip
+    encoder = deformed(DPT.build(DPTConfig(**four)))
+    stored = encoder.stored_config(DPTConfig(**four).model_dump(mode="json"))
+    save_encoder(encoder, tmp_path / "dpt", use="detection:dpt", config=stored)
+    config = TorchvisionConfig(
+        backbone=str(tmp_path / "dpt"), shorter_side=64, longer_side=128, fpn_width=8, head_width=16,
+        proposals_train=20, proposals_test=20, rois=8,
+    )  # fmt: skip
+    detector = TorchvisionDetector.build(config)
+    detector.open(["cat", "dog"])
+    kept = detector.model.backbone.body.encoder
+    assert torch.equal(kept.stages[1].embed.output_proj.weight, encoder.stages[1].embed.output_proj.weight)
+    images = [torch.rand(3, 64, 90), torch.rand(3, 100, 50)]
+    objects = [Objects(torch.tensor([[4.0, 5.0, 40.0, 50.0]]), torch.tensor([1])) for _ in images]
+    sum(detector.train().losses(images, objects).values()).backward()
+    idle = {name for name, p in kept.named_parameters() if p.requires_grad and p.grad is None}
+    assert not idle
+    assert kept.stages[3].embed.offset_predictor.weight.grad.any()
+    found = detector.eval().detect(images)
+    assert [one.boxes.shape[1] for one in found] == [4, 4]
