@@ -99,7 +99,7 @@ def test_the_mask_is_monotone_and_knows_neither_shifts_nor_units_nor_order(
 
 
 @pytest.mark.parametrize("solver", ["sinkhorn", "root"])
-@pytest.mark.parametrize("spread", [1e-3, 1.0, 1e4, 1e9])
+@pytest.mark.parametrize("spread", [1e-30, 1e-3, 1.0, 1e4, 1e9, 4e37])
 def test_values_of_any_size_are_solved_without_overflow(solver: Any, spread: float) -> None:
     values = (torch.randn(500) * spread).requires_grad_()
     mask = soft_topk(values, 50.0, beta=20.0, solver=solver)
@@ -199,7 +199,29 @@ def test_a_budget_above_everything_has_a_threshold_below_everything() -> None:
     assert float(hard_threshold(values, 3.0)) == 1
 
 
+@pytest.mark.parametrize("costs", [None, torch.arange(10.0) * 0 + 1])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_share_that_is_a_whole_number_of_entries_is_that_number_however_it_is_rounded(
+    costs: Tensor | None, rows: int
+) -> None:
+    share = 1 + (0.3 - 1)
+    assert share * 10 > 3
+    assert hard_threshold(torch.arange(10.0).repeat(rows, 1), share * 10, costs).tolist() == [7.0] * rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_threshold_is_a_number_of_the_type_of_the_values(dtype: torch.dtype) -> None:
+    values = torch.tensor([3.0, 1.0, 2.0], dtype=dtype)
+    assert torch.equal(hard_threshold(values, 2.0), torch.tensor(2.0, dtype=dtype))
+
+
 # ------------------------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize("values", [torch.zeros(0), torch.tensor([1.0, math.nan]), torch.arange(3)])
+def test_what_has_no_order_has_no_threshold(values: Tensor) -> None:
+    with pytest.raises(InputError, match="soft top-k: values"):
+        hard_threshold(values, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -211,6 +233,7 @@ def test_a_budget_above_everything_has_a_threshold_below_everything() -> None:
         ({"budget": torch.ones(3)}, r"shape \(3,\) does not fit"),
         ({"beta": 0.0}, "beta = 0.0"),
         ({"beta": math.inf}, "beta = inf"),
+        ({"values": torch.rand(5) + 1e38, "beta": 1e300}, "overflow"),
         ({"costs": torch.tensor([1.0, 0.0, 1, 1, 1])}, "costs must be finite and positive; the smallest is 0"),
         ({"costs": torch.ones(4)}, r"costs of shape \(4,\)"),
         ({"values": torch.tensor([1.0, math.nan, 0, 0, 0])}, "NaN or infinite"),

@@ -167,9 +167,20 @@ def test_the_number_of_kept_weights_is_the_budget(density: float, mode: Any, see
     config = SparsityConfig(mode=mode, target_density=density, adjust=False, warmup_fraction=0.5)
     sparsifier = Sparsifier(model, config, 8)
     train(model, sparsifier, 8)
-    budget = (1 + (density - 1)) * count  # as the schedule rounds it
-    kept = math.ceil(budget)
+    kept = math.ceil(density * count * (1 - 1e-11))
     assert nonzeros(sparsifier.finalize()) == (kept if mode == "spartan" else kept - 1)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("density", "blocks"), [(0.05, 1), (0.15, 3), (0.3, 6), (0.55, 11)])
+def test_a_share_that_is_a_whole_number_of_blocks_is_that_number_however_it_is_rounded(
+    density: float, blocks: int, mode: Any
+) -> None:
+    model = nn.Sequential(nn.Linear(20, 16, bias=False))
+    sparsifier = Sparsifier(model, SparsityConfig(mode=mode, target_density=density, block_size=(4, 4)), 2)
+    state = [sparsifier.step() for _ in range(2)][-1]
+    assert state.density == density
+    assert sparsifier.report()[0].kept == 16 * (blocks if mode == "spartan" else blocks - 1)
 
 
 def test_by_default_the_density_is_that_of_the_whole_model_biases_included() -> None:

@@ -13,7 +13,7 @@ def ramp(step: int, first: int, last: int, *, start: float, end: float, form: st
     share = 1.0 if step >= last else max(0.0, (step - first) / (last - first))
     if form == "cosine":
         share = (1 - math.cos(math.pi * share)) / 2
-    return start + share * (end - start)
+    return end if share == 1 else start + share * (end - start)  # the end itself, not rounded
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ TILE = {"cpu": 2**17}  # entries that go through all operations of a pass togeth
 WHOLE = 2**26  # on devices where starting an operation costs more than reading memory again
 ASTRAY = 0.25  # missed share of a budget at which an iteration has not converged, whatever its stopping rule says
 NEWTON_STEPS = 200  # bisection alone needs about 60 in float64
+EXACTLY = 1 - 1e-11  # a budget is a share of a sum, and rounded: 0.3 of 10 entries is a bit more than 3 of them
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,12 @@ def solve(
     if not (smallest.isfinite().all() and largest.isfinite().all()):
         raise InputError("soft top-k: values hold NaN or infinite numbers; only finite ones can be ranked")
     budgets = _checked_budgets(budgets, cost, rows)
+    dtype, largest_value = rows.dtype, float(torch.maximum(smallest.abs(), largest.abs()).max())
+    reach = 8 * largest_value * max(rows.shape[1], beta / float(cost.min()))  # of scores and sums
+    if not math.isfinite(reach):
+        raise InputError(f"soft top-k: values up to {largest_value:g} with beta = {beta:g} overflow; take smaller ones")
+    if reach > torch.finfo(dtype).max:
+        rows, cost = rows.double(), cost.double()
     problem = _Problem(rows, cost, budgets, beta)
     centre = problem.mean() if threshold is None else _per_row(threshold, values)
     if solver == "root":
@@ -147,7 +154,7 @@ def solve(
             centre, mu, iterations = nearer, torch.where(astray, again, mu), iterations + more
             problem.spend(centre, mu)
     batch = values.shape[:-1]
-    return Solution(problem.mask.view(values.shape), mu.view(batch), centre.view(batch), iterations)
+    return Solution(problem.mask.view(values.shape).to(dtype), mu.view(batch), centre.view(batch), iterations)
 
 
 def hard_threshold(values: Tensor, budget: float | Tensor, costs: Tensor | None = None) -> Tensor:
@@ -162,8 +169,16 @@ def hard_threshold(values: Tensor, budget: float | Tensor, costs: Tensor | None 
         ``(...)``: the unit value of the first entry, in decreasing order, at which the costs so far reach B. Entries
         above it cost less than B; with it they cost at least B. Where all entries together cost less than B: a number
         below the smallest unit value.
+
+    Raises:
+        InputError: No entries, no floating point numbers, NaN, shapes that do not fit.
     """
+    _check_entries(values)
     rows = _as_rows(values.detach())
+    if rows.dtype.itemsize < 4:
+        rows = rows.float()
+    if rows.amax().isnan():
+        raise InputError("soft top-k: values hold NaN, which cannot be ranked")
     cost = _costs_as_rows(costs, values, rows)
     budgets = _per_row(budget, values)
     count = rows.shape[1]
@@ -171,18 +186,21 @@ def hard_threshold(values: Tensor, budget: float | Tensor, costs: Tensor | None 
         unit_cost = float(cost)
         if len(rows) == 1:
             return (
-                _nth_largest(rows[0], math.ceil(float(budgets) / unit_cost) - 1).div(unit_cost).view(values.shape[:-1])
+                _nth_largest(rows[0], math.ceil(float(budgets) / unit_cost * EXACTLY) - 1)
+                .div(unit_cost)
+                .view(values.shape[:-1])
+                .to(values.dtype)
             )
         units = rows / unit_cost
         ordered = units.sort(dim=1, descending=True).values
-        position = (budgets / unit_cost).ceil().long() - 1
+        position = (budgets / unit_cost * EXACTLY).ceil().long() - 1
     else:
         units = rows / cost
         ordered, order = units.sort(dim=1, descending=True)
         spent = cost.expand_as(rows).gather(1, order).double().cumsum(dim=1)
-        position = torch.searchsorted(spent, budgets[:, None]).squeeze(1)
+        position = torch.searchsorted(spent, budgets[:, None] * EXACTLY).squeeze(1)
     found = ordered.gather(1, position.clamp(0, count - 1)[:, None]).squeeze(1)
-    return torch.where(position < count, found, ordered[:, -1] - 1).view(values.shape[:-1])
+    return torch.where(position < count, found, ordered[:, -1] - 1).view(values.shape[:-1]).to(values.dtype)
 
 
 def marginal_price(pieces: Sequence[tuple[Tensor, Tensor, Tensor]], budgets: Tensor) -> Tensor:
@@ -442,11 +460,15 @@ def _total_cost(cost: Tensor, rows: Tensor) -> Tensor:
     return cost.sum(dim=1, dtype=torch.float64)
 
 
-def _check(values: Tensor, beta: float, solver: str, max_iters: int, tol: float) -> None:
+def _check_entries(values: Tensor) -> None:
     if not values.is_floating_point():
         raise InputError(f"soft top-k: values are {values.dtype}; floating point numbers are needed")
     if values.ndim == 0 or values.numel() == 0:
         raise InputError(f"soft top-k: values of shape {tuple(values.shape)} hold no entries; give (..., n), n >= 1")
+
+
+def _check(values: Tensor, beta: float, solver: str, max_iters: int, tol: float) -> None:
+    _check_entries(values)
     if not (math.isfinite(beta) and beta > 0):
         raise InputError(f"soft top-k: beta = {beta}; it must be a finite number above 0")
     if solver not in SOLVERS:

@@ -157,7 +157,8 @@ class Sparsifier:
 
     def density(self, step: int) -> float:
         """Share of the cost of the masked layers that is kept after ``step`` steps."""
-        return max(0.0, 1 - (1 - self.schedule.density(step)) * self._dense_factor)
+        density = self.schedule.density(step)
+        return density if self._dense_factor == 1 else max(0.0, 1 - (1 - density) * self._dense_factor)
 
     def beta(self, step: int) -> float:
         """Sharpness of the soft masks after ``step`` steps."""
