@@ -142,19 +142,21 @@ class MIMDetDetector(TorchvisionDetector):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Stem, encoder and the rest at three paces (``lr_multiplier``); no weight decay for vectors."""
-        groups = mimdet_param_groups(self.model, 1.0, self.settings.lr_multiplier, 1.0)
-        return [
-            {
-                "params": group["params"],
-                "lr_scale": group["lr"],
-                **({} if group["weight_decay"] else {"weight_decay": 0.0}),
-            }
-            for group in groups
-        ]
+        return scaled_groups(self.model, self.settings.lr_multiplier)
 
     def stored_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """``config`` with the classes, without the source of the first weights."""
         return {key: value for key, value in super().stored_config(config).items() if key != "init"}
+
+
+def scaled_groups(model: nn.Module, multiplier: float) -> list[dict[str, Any]]:
+    """``mimdet_param_groups`` in the form of ``Objective.parameter_groups``: relative to the recipe's values."""
+    groups = mimdet_param_groups(model, 1.0, multiplier, 1.0)
+    no_decay = {"weight_decay": 0.0}
+    return [
+        {"params": group["params"], "lr_scale": group["lr"], **({} if group["weight_decay"] else no_decay)}
+        for group in groups
+    ]
 
 
 def _norm(kind: str) -> Norm:

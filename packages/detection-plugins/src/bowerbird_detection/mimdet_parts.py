@@ -132,8 +132,9 @@ class PatchStem(nn.Module):
             )
         self.in_chans, self.embed_dim, self.stride = in_chans, embed_dim, 2**depth
         self.proj = nn.Conv2d(in_chans, embed_dim, self.stride, stride=self.stride)
-        self.up3 = self._doubled(embed_dim, embed_dim // 2)
-        self.up2 = self._doubled(embed_dim // 2, embed_dim // 4)
+        half, quarter = embed_dim // 2, embed_dim // 4
+        self.up3 = self._doubled(embed_dim, half)
+        self.up2 = nn.Sequential(self._doubled(embed_dim, half), self._doubled(half, quarter))
 
     @staticmethod
     def _doubled(inputs: int, outputs: int) -> nn.Module:
@@ -145,5 +146,4 @@ class PatchStem(nn.Module):
 
     def forward(self, images: Tensor) -> StemMaps:
         c4 = self.proj(images)
-        c3 = self.up3(c4)
-        return StemMaps(self.up2(c3), c3, c4)
+        return StemMaps(self.up2(c4), self.up3(c4), c4)
