@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -190,14 +190,15 @@ class ObjectDecoder(nn.Module):
             x = x + prompts[:, None]
         reference = self.reference_points(self.position.weight).sigmoid().expand(len(batch_index), -1, -1)
         steps = [task.num_steps for task in tasks]
-        maps = None if self.refines else self.detect_head[0].maps(image)
+        heads: Any = self.detect_head
+        maps = None if self.refines else heads[0].maps(image)
         found = []
         for index, layer in enumerate(self.object_decoder_layers):
             last = index + 1 == len(self.object_decoder_layers)
             x = layer(x, image.scaled(reference, batch_index), image, rows)
             if not (every_layer or self.refines or last):
                 continue
-            head = self.detect_head[index if self.refines else 0]
+            head = heads[index if self.refines else 0]
             logits, sequence = head(
                 x, reference, image, class_vectors, presence_logits, batch_index=batch_index, steps=steps, maps=maps
             )
@@ -338,7 +339,8 @@ class Obj2Seq(nn.Module):
             chosen = select_prompts(presence.logits[-1], self.retained, wanted, allowed=allowed)
             vectors, logits = presence.vectors[chosen], presence.logits[-1][chosen]
         else:
-            chosen = allowed.nonzero(as_tuple=True)
+            pictures, categories = allowed.nonzero(as_tuple=True)
+            chosen = (pictures, categories)
             vectors = self.prompt_indicator.prompts(classes)[chosen[1]]
         batch_index, class_index = chosen[0], classes[chosen[1]]
         tasks = [self.tasks[category] for category in class_index.tolist()]

@@ -260,8 +260,7 @@ def _joined(
             f"pred_logits {tuple(logits.shape)}, pred_boxes {tuple(boxes.shape)} and {len(targets)} targets; expected "
             "(N, Q), (N, Q, 4) and N"
         )
-    like = {"dtype": boxes.dtype, "device": boxes.device}
-    true = torch.cat([target["boxes"].reshape(-1, 4) for target in targets] or [boxes.new_zeros(0, 4)]).to(**like)
+    true = torch.cat([target["boxes"].reshape(-1, 4) for target in targets] or [boxes.new_zeros(0, 4)]).to(boxes)
     counts = [len(target["boxes"]) for target in targets]
     if not ((true >= 0) & (true <= 1)).all():
         wrong = true[((true < 0) | (true > 1) | true.isnan()).any(1)][0].tolist()
@@ -289,14 +288,14 @@ def _joined(
                     f"numbers are {4 + 2 * number} steps) are expected as {(counts[row], number, 3)}, found "
                     f"{None if found is None else tuple(found)}"
                 )
-        joined = torch.cat([target["keypoints"] for target in targets]).to(**like)
+        joined = torch.cat([target["keypoints"] for target in targets]).to(boxes)
         visible = visible_points(joined)
         points = joined[..., :2]
         if sigmas is None:
             sigmas = COCO_SIGMAS if number == len(COCO_SIGMAS) else (OTHER_SIGMA,) * number
         if len(sigmas) != number:
             raise InputError(f"{len(sigmas)} sigmas for {number} keypoints: expected one for each")
-        spread = torch.tensor(sigmas, **like)
+        spread = boxes.new_tensor(sigmas)
     rows = torch.arange(count, device=boxes.device).repeat_interleave(torch.tensor(counts, device=boxes.device))
     return _Objects(counts, rows, true, labels, points, visible, spread)
 

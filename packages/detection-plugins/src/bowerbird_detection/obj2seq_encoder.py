@@ -9,6 +9,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -89,8 +90,9 @@ class DeformableEncoder(nn.Module):
             for width, side, stride in kernels
         )
         for projection in self.input_proj:
-            nn.init.xavier_uniform_(projection[0].weight)
-            nn.init.zeros_(projection[0].bias)
+            convolution: Any = projection[0]  # type: ignore[index]
+            nn.init.xavier_uniform_(convolution.weight)
+            nn.init.zeros_(convolution.bias)
         self.num_levels = len(kernels)
         self.level_embed = nn.Parameter(torch.randn(self.num_levels, embed_dim)) if num_layers else None
         self.layers = nn.ModuleList(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -138,8 +138,9 @@ class SequenceHead(_ObjectHead):
     def reset_outputs(self) -> None:
         """Let first boxes be their reference points with a small size or, where it refines, their references."""
         for step, output in enumerate(self.output_embeds):
-            nn.init.zeros_(output.layers[0].weight)
-            nn.init.constant_(output.layers[0].bias, FIRST_SIZE if step in (2, 3) and not self.refines else 0.0)
+            linear: Any = output.layers[0]  # type: ignore[index]
+            nn.init.zeros_(linear.weight)
+            nn.init.constant_(linear.bias, FIRST_SIZE if step in (2, 3) and not self.refines else 0.0)
 
     def maps(self, image: ImageFeatures) -> list[Tensor]:
         """The features as every step of every layer reads them: nothing is projected."""
@@ -282,9 +283,10 @@ class CachedSelfAttention(nn.Module):
         query, key, value = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).unbind(2)
         cache.keys.append(key)
         cache.values.append(value)
-        keys, values = torch.stack(cache.keys), torch.stack(cache.values)  # (t, N, Q, h, d/h)
-        weights = ((keys * query).sum(-1) / math.sqrt(query.shape[-1])).softmax(dim=0)
-        out: Tensor = self.proj((weights[..., None] * values).sum(0).flatten(2))
+        scores = torch.stack([(query * key).sum(-1) for key in cache.keys], dim=-1)  # (N, Q, h, t)
+        weights = (scores / math.sqrt(query.shape[-1])).softmax(dim=-1).unbind(-1)
+        read = sum(weight[..., None] * value for weight, value in zip(weights, cache.values, strict=True))
+        out: Tensor = self.proj(read.flatten(2))  # type: ignore[union-attr]
         return out
 
 
