@@ -13,6 +13,7 @@ detector
 torchvision
 dpt
 mimdet
+obj2seq
 """
 for name in NAMES.split():
     assert f"detection:{name}" in out.stdout, f"detection:{name} is not in\n{out.stdout}"

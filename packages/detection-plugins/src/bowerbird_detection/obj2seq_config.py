@@ -121,3 +121,29 @@ class Obj2SeqConfig(BaseModel):
             twice = sorted({name for name in self.classes if self.classes.count(name) > 1})
             raise ValueError(f"classes: {', '.join(twice)} {'is' if len(twice) == 1 else 'are'} there twice")
         return self
+
+
+def pose() -> dict[str, Any]:
+    """The paper's setting for people and their 17 keypoints: every class is looked for, 6 decoder layers."""
+    return {"prompting": "every", "num_keypoints": 17, "decoder_layers": 6}
+
+
+def small() -> dict[str, Any]:
+    """For pictures of about 64 pixels, trained from nothing: three stages of convolutions, one decoder pair."""
+    return {
+        "stages": [24, 48, 64],
+        "levels": 2,
+        "extra_levels": 0,
+        "embed_dim": 64,
+        "num_heads": 4,
+        "num_points": 2,
+        "ffn_dim": 128,
+        "encoder_layers": 0,
+        "prompt_blocks": 1,
+        "decoder_layers": 2,
+        "num_queries": 10,
+        "shorter_side": 64,
+        "longer_side": 64,
+        "backbone_lr": 1.0,
+        "points_lr": 1.0,
+    }

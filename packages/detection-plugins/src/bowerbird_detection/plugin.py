@@ -32,6 +32,16 @@ def bowerbird_encoders() -> Iterable[EncoderRecord]:
         outputs=("pooled", "tokens"),
     )
     yield EncoderRecord(
+        name="detection:obj2seq",
+        target="bowerbird_detection.obj2seq_detector:Obj2SeqDetector",
+        config="bowerbird_detection.obj2seq_config:Obj2SeqConfig",
+        summary="Looks for the classes it is asked for and writes each object as a sequence: boxes, keypoints, presence.",
+        presets={name: f"bowerbird_detection.obj2seq_config:{name}" for name in ("pose", "small")},
+        paper="Obj2Seq: Formatting Objects as Sequences with Class Prompt for Visual Tasks, NeurIPS 2022, "
+        "arXiv:2209.13948",
+        outputs=("pooled", "tokens"),
+    )
+    yield EncoderRecord(
         name="detection:torchvision",
         target="bowerbird_detection.detectors:TorchvisionDetector",
         config="bowerbird_detection.configs:TorchvisionConfig",
