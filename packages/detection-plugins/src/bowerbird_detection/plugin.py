@@ -35,7 +35,7 @@ def bowerbird_encoders() -> Iterable[EncoderRecord]:
         name="detection:obj2seq",
         target="bowerbird_detection.obj2seq_detector:Obj2SeqDetector",
         config="bowerbird_detection.obj2seq_config:Obj2SeqConfig",
-        summary="Looks for the classes it is asked for and writes each object as a sequence: boxes, keypoints, presence.",
+        summary="Looks for the classes that it is asked for and writes each object as a sequence: box and keypoints.",
         presets={name: f"bowerbird_detection.obj2seq_config:{name}" for name in ("pose", "small")},
         paper="Obj2Seq: Formatting Objects as Sequences with Class Prompt for Visual Tasks, NeurIPS 2022, "
         "arXiv:2209.13948",
@@ -85,6 +85,26 @@ def bowerbird_datasets() -> Iterable[DatasetRecord]:
             "mixed": "bowerbird_detection.data_configs:mixed",
         },
         provides=("image", "boxes", "box_labels", "masks", "keypoints", "crowd", "item_id"),
+    )
+    yield DatasetRecord(
+        name="detection:coco",
+        target="bowerbird_detection.coco:CocoSet",
+        config="bowerbird_detection.data_configs:CocoConfig",
+        summary="Your own copy of COCO or LVIS, or any set annotated in COCO's form: boxes, masks, keypoints, crowds.",
+        presets={
+            "lvis": "bowerbird_detection.data_configs:lvis",
+            "person-keypoints": "bowerbird_detection.data_configs:person_keypoints",
+        },
+        paper="Microsoft COCO: Common Objects in Context, ECCV 2014, arXiv:1405.0312",
+        provides=("image", "boxes", "box_labels", "crowd", "item_id"),
+    )
+    yield DatasetRecord(
+        name="detection:voc",
+        target="bowerbird_detection.voc:VocSet",
+        config="bowerbird_detection.data_configs:VocConfig",
+        summary="Your own copy of Pascal VOC, or any set in its layout: boxes, masks, difficult objects.",
+        paper="The Pascal Visual Object Classes Challenge: A Retrospective, IJCV 2015, doi:10.1007/s11263-014-0733-5",
+        provides=("image", "boxes", "box_labels", "crowd", "item_id"),
     )
 
 
