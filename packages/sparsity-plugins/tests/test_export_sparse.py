@@ -47,7 +47,7 @@ def tiny_vit() -> nn.Module:
     columns=st.integers(1, 6),
     block=st.tuples(st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2, 4, 8])),
     share=st.floats(0, 1),
-    tokens=st.lists(st.integers(1, 7), min_size=0, max_size=3),
+    tokens=st.lists(st.integers(0, 7), min_size=0, max_size=3),
     bias=st.booleans(),
     chunk=st.integers(1, 9),
     seed=st.integers(0, 1000),
@@ -246,6 +246,17 @@ def test_bad_requests_are_refused_with_what_is_accepted() -> None:
         apply_forms(copy.deepcopy(model), {"layers.0": Form("csr")})
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_on_a_processor_has_the_forms_that_torch_multiplies_there(dtype: torch.dtype) -> None:
+    model = zero_blocks(nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)), (8, 8), 0.9).to(dtype)
+    x = torch.randn(3, 32).to(dtype)
+    for exported in (export_sparse(model, "auto", x), export_sparse(model, "auto"), export_sparse(model, "blocks")):
+        assert largest_difference(model, exported, x) < 0.02
+    for format in ("csr", "bsr"):
+        with pytest.raises(InputError, match=rf"'0' has weights in \w*float16; .* '{format}' takes float32"):
+            export_sparse(model, format)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this is what a machine without a GPU says")
 def test_two_of_four_without_a_gpu_names_the_constraints() -> None:
     model = nn.Sequential(nn.Linear(64, 64))
@@ -336,6 +347,33 @@ def test_what_mixes_units_is_never_shrunk() -> None:
     shared = nn.Linear(4, 4)
     kill_rows(shared, slice(0, 2))
     assert shrink(nn.Sequential(shared, nn.ReLU(), shared))[0].out_features == 4
+
+
+class ReadTwice(nn.Module):
+    """Hidden units that a second head reads: what an ``nn.Sequential`` does not show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = self.body[1](self.body[0](x))
+        return self.body[2](hidden), self.head(hidden)
+
+
+def test_a_model_that_uses_its_layers_in_other_ways_is_not_shrunk() -> None:
+    model = ReadTwice()
+    kill_rows(model.body[0], slice(0, 3))
+    with pytest.raises(InputError, match=r"does not take the sample.*used in ways that its structure does not show"):
+        shrink(model, torch.randn(5, 4))
+
+
+def test_a_model_that_still_has_masks_is_not_shrunk() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    Sparsifier(model, SparsityConfig(target_density=0.5, adjust=False), 2)
+    with pytest.raises(InputError, match="'0' still computes its weight from a mask"):
+        shrink(model)
 
 
 def test_removed_units_need_no_sparse_kernel_any_more() -> None:

@@ -139,7 +139,7 @@ class BlockLinear(nn.Module):
             y = self._traced(flat.t()).t()
             return (y if self.bias is None else y + self.bias).reshape(*x.shape[:-1], self.out_features)
         y = flat.new_empty(len(flat), self.out_features)
-        blocks = y.view(len(flat), -1, self.block[0])  # (N, R, p)
+        blocks = y.view(len(flat), len(self.position), self.block[0])  # (N, R, p)
         bias = None if self.bias is None else self.bias.view(-1, self.block[0])
         spaces = self.workspaces(flat)
         for start, end in chunks(flat):

@@ -44,6 +44,7 @@ TWO_FOUR = (
     "whose rows and columns are multiples of (32, 64) ((32, 32) in float32), and at most 2 non-zero numbers in every 4 "
     "consecutive inputs"
 )
+ON_PROCESSORS = (torch.float32, torch.float64)  # what torch's sparse kernels take there
 TWO_FOUR_MULTIPLES = {torch.float16: (32, 64), torch.bfloat16: (32, 64), torch.float32: (32, 32)}
 
 
@@ -60,8 +61,8 @@ def export_sparse(model: nn.Module, format: str = "auto", sample: Any = None) ->
             the share of zeros.
 
     Raises:
-        InputError: An unknown format; masks or parametrisations that are still there; no linear layer; with ``2:4`` a
-            device, type, shape or pattern that it does not take.
+        InputError: An unknown format; masks or parametrisations that are still there; no linear layer; with ``2:4``,
+            ``csr`` and ``bsr`` a device, type, shape or pattern that they do not take.
     """
     return apply_forms(copy.deepcopy(model).eval(), choose_forms(model, format, sample))
 
@@ -90,6 +91,8 @@ def choose_forms(
         raise InputError(f"a sparse export changes linear layers, and {type(model).__name__} offers none: {found}")
     if format == "2:4":
         _check_two_four(layers)
+    if format in ("csr", "bsr"):
+        _check_kernels(layers, format)
     shapes = {} if sample is None else input_shapes(model, sample)
     forms: dict[str, Form] = {}
     for name, layer in layers.items():
@@ -121,9 +124,11 @@ def candidates_for(layer: nn.Linear, format: str = "auto") -> list[Form]:
     kept = weight != 0
     rows, columns = kept.any(dim=1), kept.any(dim=0)
     block = block_shape_of(weight)
-    found = {"csr": Form("csr")}
+    found = {"csr": Form("csr")} if _has_kernels(weight) else {}
     if block is not None:
-        found |= {"blocks": Form("blocks", block), "bsr": Form("bsr", (min(block), min(block)))}
+        found["blocks"] = Form("blocks", block)
+        if _has_kernels(weight):
+            found["bsr"] = Form("bsr", (min(block), min(block)))
     if not (rows.all() and columns.all()):
         found["rows"] = Form("rows")
     if format != "auto":
@@ -202,6 +207,21 @@ def is_two_four_pattern(weight: Tensor) -> bool:
     if weight.shape[1] % 4:
         return False
     return int((weight.detach() != 0).view(weight.shape[0], -1, 4).sum(dim=2).max()) <= 2
+
+
+def _has_kernels(weight: Tensor) -> bool:
+    """Whether torch multiplies by a CSR or BSR weight of this type here."""
+    return weight.is_cuda or weight.dtype in ON_PROCESSORS
+
+
+def _check_kernels(layers: Mapping[str, nn.Linear], format: str) -> None:
+    for name, layer in layers.items():
+        if zeros_of(layer.weight) and not _has_kernels(layer.weight):
+            kind = str(layer.weight.dtype).removeprefix("torch.")
+            raise InputError(
+                f"layer {name!r} has weights in {kind}; on a processor format {format!r} takes float32 and float64. "
+                "Use 'auto', 'blocks' or 'rows', or export the model in float32"
+            )
 
 
 def _check_two_four(layers: Mapping[str, nn.Linear]) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from bowerbird.errors import InputError
+from bowerbird_sparsity.export import linear_layers
 from bowerbird_sparsity.forms import mlp_parts
 from bowerbird_sparsity.layers import ELEMENTWISE, INERT
 from bowerbird_sparsity.timing import largest_difference
@@ -48,21 +49,27 @@ def shrink(model: nn.Module, sample: Any = None) -> nn.Module:
         sample: What ``model`` is called with (a tuple: its positional arguments). With it the outputs are compared.
 
     Raises:
-        InputError: The outputs on ``sample`` differ, which only a model can cause that uses the layers in other ways.
+        InputError: Masks are still there; the smaller model fails on ``sample`` or its outputs differ, which only a
+            model can cause that uses the layers in other ways.
     """
     smaller, _ = shrink_report(model)
     if sample is not None:
-        difference = largest_difference(model, smaller, sample)
+        try:
+            difference = largest_difference(model, smaller, sample)
+            found = f"removing dead units changed the outputs by {difference:.1e} of the largest one"
+        except RuntimeError as error:  # sizes that do not fit
+            difference, found = float("inf"), f"without its dead units the model does not take the sample ({error})"
         if not difference <= TOLERANCE:
             raise InputError(
-                f"removing dead units changed the outputs by {difference:.1e} of the largest one: the layers of this "
-                "model are used in ways that its structure does not show. Export it without shrinking"
+                f"{found}: the layers of this model are used in ways that its structure does not show. Export it "
+                "without shrinking"
             )
     return smaller
 
 
 def shrink_report(model: nn.Module) -> tuple[nn.Module, list[Shrunk]]:
-    """Like ``shrink``, with what was removed, pair by pair."""
+    """Like ``shrink`` without a sample, with what was removed, pair by pair."""
+    linear_layers(model)  # refuses masks
     smaller = copy.deepcopy(model).eval()
     report: list[Shrunk] = []
     used = _times_used(smaller)
