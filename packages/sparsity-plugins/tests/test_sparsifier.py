@@ -430,6 +430,39 @@ def test_flops_count_the_pixels_and_tokens_at_which_a_weight_is_used() -> None:
     assert float(costs.cost("fc1", tokens.fc1, tokens.fc1.weight, (1, 1))) == 5
 
 
+class Attends(nn.Module):
+    """Attention to 3 other tokens by every token."""
+
+    def __init__(self, **how: Any) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True, **how)
+        self.others = nn.Parameter(torch.randn(1, 3, how.get("kdim", 8)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        others = self.others.expand(len(x), -1, -1)
+        attended: Tensor = self.attention(x, key=others, value=others)[0]
+        return attended
+
+
+def test_flops_of_attention_count_queries_and_keys() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    config = SparsityConfig(target_density=0.5, cost_model=FlopsCost(torch.randn(1, 5, 8)))
+    costs = {row.name: row.cost for row in Sparsifier(layer, config, 3).report()}
+    weights = {"self_attn.in_proj_weight": 192, "self_attn.out_proj": 64, "linear1": 128, "linear2": 128}
+    assert costs == {name: 5 * count for name, count in weights.items()}
+
+    crossed = Attends()
+    config = SparsityConfig(target_density=0.5, cost_model=FlopsCost(torch.randn(1, 5, 8)), block_size=(4, 2))
+    sparsifier = Sparsifier(crossed, config, 3)
+    assert [row.cost for row in sparsifier.report()] == [64 * (5 + 3 + 3), 64 * 5]
+    assert sparsifier.layers[0].costs[:, 0].tolist() == [40.0, 40.0, 24.0, 24.0, 24.0, 24.0]
+    sparsifier.step()
+
+    apart = Attends(kdim=6, vdim=6)
+    config = SparsityConfig(target_density=0.5, cost_model=FlopsCost(torch.randn(1, 5, 8)))
+    assert [row.cost for row in Sparsifier(apart, config, 3).report()] == [64 * 5, 48 * 3, 48 * 3, 64 * 5]
+
+
 def test_a_flops_budget_is_met_and_drops_more_where_weights_are_expensive() -> None:
     model = SmallConvolution()
     config = SparsityConfig(target_density=0.4, cost_model=FlopsCost(torch.randn(1, 4, 8, 8)), warmup_fraction=0)

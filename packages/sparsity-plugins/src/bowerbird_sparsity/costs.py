@@ -46,8 +46,9 @@ class ParameterCost:
 class FlopsCost:
     """Multiplications of one item: a weight costs as many as there are places at which its layer is applied.
 
-    Those are the pixels of a convolution's output, the tokens of a linear layer's input, and 1 where a linear layer
-    gets one vector per item. Until a model was seen it is 1 everywhere.
+    Those are the pixels of a convolution's output, the tokens of a linear layer's input (of attention: the queries of
+    the projections of queries and outputs, the keys of those of keys and values), and 1 where a linear layer gets one
+    vector per item. Until a model was seen it is 1 everywhere.
 
     Args:
         sample_input: What the model is called with to see the sizes: a tensor, or a batch; one item is enough.
@@ -56,14 +57,22 @@ class FlopsCost:
     def __init__(self, sample_input: Any = None) -> None:
         self.sample_input = sample_input
         self.places: Counter[str] = Counter()
+        self.packed: dict[str, tuple[int, int, int]] = {}  # one weight for queries, keys, values: places of its thirds
 
     def prepare(self, model: nn.Module, names: Sequence[str]) -> None:
         """Call ``model`` once, in eval mode, and count. Raises ``InputError`` where there is no sample."""
         if self.sample_input is None:
             raise InputError("FlopsCost needs a sample_input to see the sizes of the layers' outputs; give one batch")
         self.places.clear()
-        layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
-        hooks = [module.register_forward_hook(self._counter(name)) for name, module in layers.items()]
+        self.packed.clear()
+        layers: dict[str, nn.Module] = {}
+        hooks = []
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                layers[name] = module
+                hooks.append(module.register_forward_hook(self._counter(name)))
+            elif isinstance(module, nn.MultiheadAttention):
+                hooks.append(module.register_forward_hook(self._attention_counter(name), with_kwargs=True))
         modes = {module: module.training for module in model.modules()}
         try:
             model.eval()
@@ -88,8 +97,28 @@ class FlopsCost:
 
         return count
 
+    def _attention_counter(self, name: str) -> Any:
+        def count(module: nn.MultiheadAttention, inputs: Any, named: Mapping[str, Any], output: Any) -> None:
+            given = dict(zip(("query", "key", "value"), inputs, strict=False)) | dict(named)
+            axis = 1 if module.batch_first and given["query"].ndim == 3 else 0
+            queries, keys, values = (int(given[part].shape[axis]) for part in ("query", "key", "value"))
+            start = f"{name}." if name else ""
+            self.places[f"{start}out_proj"] += queries
+            for part, places in (("q", queries), ("k", keys), ("v", values)):
+                self.places[f"{start}{part}_proj_weight"] += places
+            before = self.packed.get(f"{start}in_proj_weight", (0, 0, 0))
+            self.packed[f"{start}in_proj_weight"] = (before[0] + queries, before[1] + keys, before[2] + values)
+
+        return count
+
     def cost(self, name: str, module: nn.Module, weight: Tensor, block_size: Sequence[int]) -> Tensor:
-        return torch.tensor(float(math.prod(block_size) * (self.places[name] or 1)))
+        thirds = self.packed.get(name, ())
+        if len(set(thirds)) > 1:  # attention to other tokens than its own
+            rows = torch.tensor(thirds, dtype=torch.float32).repeat_interleave(len(weight) // 3)
+            costs = rows.view(-1, block_size[0]).sum(dim=1, keepdim=True) * block_size[1]
+            return costs.expand(-1, weight.shape[1] // block_size[1])
+        places = thirds[0] if thirds else self.places[name]
+        return torch.tensor(float(math.prod(block_size) * (places or 1)))
 
 
 class LatencyCost:
