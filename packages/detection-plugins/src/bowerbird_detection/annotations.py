@@ -25,6 +25,7 @@ from bowerbird.errors import DataError
 from bowerbird.files import write_atomically
 
 Bad = Literal["drop", "raise"]
+Check = Literal["sizes", "files", "none"]
 Segmentation = dict[str, Any] | list[NDArray[np.float32]]  # COCO's run lengths, or polygons x y x y ...
 
 TOLERANCE = 1.0  # pixels by which a box may leave its picture: annotators' rounding
@@ -77,7 +78,7 @@ class Problems:
         """Something that is as it may be, but that a reader of the report wants to know."""
         self.notes.append(text)
 
-    def conclude(self, kept: str, report: Path | None) -> tuple[Problem, ...]:
+    def conclude(self, kept: str, report: Path | None) -> None:
         """Warn once of everything found, and write ``report`` (one JSON object a line), if it is asked for.
 
         Args:
@@ -95,7 +96,6 @@ class Problems:
                 AnnotationWarning,
                 stacklevel=4,
             )
-        return tuple(self.found)
 
     def _named(self, done: str, kind: str) -> str:
         entries = [one.entry for one in self.found if (one.done, one.kind) == (done, kind)]
@@ -103,14 +103,14 @@ class Problems:
 
 
 def checked_box(
-    corners: Sequence[Any], size: tuple[int, int], entry: str, problems: Problems
+    corners: Any, size: tuple[int, int], entry: str, problems: Problems
 ) -> tuple[float, float, float, float] | None:
     """A box (x1, y1, x2, y2) that lies in a picture of ``size`` (height, width); ``None`` where there is none.
 
     A part outside the picture is cut off, and reported where it is more than a pixel.
     """
-    if len(corners) != 4 or not all(_is_number(value) for value in corners):
-        problems.add(entry, "box is not four numbers", f"{list(corners)}")
+    if not isinstance(corners, list) or len(corners) != 4 or not all(map(is_number, corners)):
+        problems.add(entry, "box is not four numbers", f"{corners}")
         return None
     left, top, right, bottom = (float(value) for value in corners)
     if right <= left or bottom <= top:
@@ -174,7 +174,7 @@ def _checked_polygon(polygon: Any, size: tuple[int, int]) -> NDArray[np.float32]
     """The polygon, or why it is none. Rasterising one with infinite or huge numbers would end the process."""
     if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
         return f"expected three points or more, x y x y ...; found {str(polygon)[:40]}"
-    if not all(_is_number(value) for value in polygon):
+    if not all(is_number(value) for value in polygon):
         return "it holds something else than finite numbers"
     points = np.asarray(polygon, np.float64).reshape(-1, 2)
     sides = np.array([size[1], size[0]])
@@ -186,7 +186,8 @@ def _checked_polygon(polygon: Any, size: tuple[int, int]) -> NDArray[np.float32]
     return points.reshape(-1).astype(np.float32)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -217,14 +218,30 @@ def box_around(segmentation: Segmentation, size: tuple[int, int]) -> list[float]
 # --------------------------------------------------------------------------------------------------------- pictures
 
 
-def picture_sizes(files: Sequence[Path]) -> list[tuple[int, int] | str]:
-    """Upright height and width of every file from its header, or why it cannot be used."""
+def found_sizes(
+    files: Sequence[Path], said: Sequence[tuple[int, int] | None], check: Check
+) -> list[tuple[int, int] | str]:
+    """Upright (height, width) of every file, or why it cannot be used.
+
+    Args:
+        said: What the annotations say of each.
+        check: ``sizes`` reads the header of every file, ``files`` only of those of which nothing is said, and sees that
+            the others are there; ``none`` trusts the annotations.
+    """
+
+    def one(file: Path, size: tuple[int, int] | None) -> tuple[int, int] | str:
+        if check == "sizes" or size is None:
+            try:
+                return image_size(file)
+            except DataError as error:
+                return str(error)
+        return size if check == "none" or file.is_file() else f"{str(file)!r} does not exist"
+
     with ThreadPoolExecutor(8, thread_name_prefix="bowerbird-headers") as pool:
-        return list(pool.map(_picture_size, files, chunksize=64))
+        return list(pool.map(one, files, said))
 
 
-def _picture_size(file: Path) -> tuple[int, int] | str:
-    try:
-        return image_size(file)
-    except DataError as error:
-        return str(error)
+def other_size(found: tuple[int, int], said: tuple[int, int]) -> str:
+    """What is wrong where a picture (height, width) is not as large as its annotations say."""
+    turned = "; its EXIF orientation turns it" if found == said[::-1] else ""
+    return f"it has {found[1]} x {found[0]} pixels, its annotations are for {said[1]} x {said[0]}{turned}"

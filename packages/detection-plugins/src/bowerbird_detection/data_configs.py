@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -204,3 +205,59 @@ class CocoAPConfig(MultiLabelConfig):
         if not 0 < self.area_sides[0] <= self.area_sides[1]:
             raise ValueError(f"area_sides = {list(self.area_sides)}: expected 0 < small <= large")
         return self
+
+
+class AnnotatedConfig(BaseModel):
+    """What readers of annotation files do with what is wrong in them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    root: Path = Field(description="Folder that holds annotations and pictures.")
+    classes: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
+        default=None, description="Only these classes, in this order; by default all."
+    )
+    masks: bool = Field(default=True, description="Read the masks, where there are some.")
+    bad: Literal["drop", "raise"] = Field(
+        default="drop", description="A bad entry is left out and reported, or ends the reading."
+    )
+    empty: Literal["keep", "drop"] = Field(default="keep", description="Pictures without objects.")
+    check: Literal["sizes", "files", "none"] = Field(
+        default="sizes",
+        description="Before the first picture is used: read the header of every picture and compare its size; only see "
+        "that it is there; or trust the file.",
+    )
+    report: Path | None = Field(default=None, description="File to write everything bad to, one JSON object a line.")
+
+
+class CocoConfig(AnnotatedConfig):
+    """Settings of ``detection:coco``."""
+
+    annotations: str = Field(
+        default="annotations/instances_{split}.json", description="The annotation file below root, by split."
+    )
+    images: str = Field(default="{split}", description="The folder of pictures below root, by split.")
+    keypoints: bool = Field(default=True, description="Read the keypoints, where there are some.")
+
+
+def lvis() -> dict[str, Any]:
+    """LVIS v1 beside COCO's folders of pictures; splits ``train`` and ``val``."""
+    return {"annotations": "lvis_v1_{split}.json", "images": ""}
+
+
+def person_keypoints() -> dict[str, Any]:
+    """COCO's persons with their 17 keypoints; splits ``train2017`` and ``val2017``."""
+    return {"annotations": "annotations/person_keypoints_{split}.json"}
+
+
+class VocConfig(AnnotatedConfig):
+    """Settings of ``detection:voc``. ``root`` holds the folders Annotations, JPEGImages and ImageSets."""
+
+    masks: bool = Field(default=False, description="Read the masks of SegmentationObject.")
+    image_set: str = Field(
+        default="ImageSets/Main/{split}.txt",
+        description="The file of a split below root: one name of a picture a line.",
+    )
+    difficult: Literal["crowd", "keep", "drop"] = Field(
+        default="crowd",
+        description="Objects that are marked difficult: neither right nor wrong, as any other, or left out.",
+    )

@@ -177,9 +177,8 @@ def mirrored_keypoints(names: Sequence[str]) -> tuple[int, ...]:
     return tuple(positions.get(partner(name), i) for i, name in enumerate(names))
 
 
-def encoded_mask(mask: NDArray[np.bool_]) -> dict[str, Any]:
-    """COCO's compressed run lengths of a mask ``(h, w)``, as plain data for JSON."""
-    encoded = rle_masks.encode(np.asfortranarray(mask, dtype=np.uint8))
+def plain_rle(encoded: Mapping[str, Any]) -> dict[str, Any]:
+    """COCO's compressed run lengths of a mask as plain data for JSON."""
     counts = encoded["counts"]
     return {
         "size": [int(side) for side in encoded["size"]],
@@ -198,7 +197,8 @@ def coco_annotations(objects: Objects, image_id: int) -> list[dict[str, Any]]:
             "iscrowd": 0 if objects.crowd is None else int(objects.crowd[i]),
         }  # fmt: skip
         if objects.masks is not None:
-            entry["segmentation"] = encoded_mask(objects.masks[i].numpy())
+            mask = np.asfortranarray(objects.masks[i].numpy(), dtype=np.uint8)
+            entry["segmentation"] = plain_rle(rle_masks.encode(mask))
             entry["area"] = float(objects.masks[i].sum())
         if objects.keypoints is not None:
             points = objects.keypoints[i].double()
