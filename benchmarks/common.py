@@ -73,3 +73,18 @@ def shortest(
                 if turn:
                     best[name] = min(best[name], time.process_time() - start)
     return best
+
+
+def peak_bytes(step: Callable[[], Any]) -> int:
+    """The most that torch's allocator holds during ``step``, above what it held before it, by its own record."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        step()
+    assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most

@@ -21,9 +21,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
-from common import write_result
+from common import peak_bytes, write_result
 
 HERE = Path(__file__).parent
 TIME_LIMIT, MEMORY_LIMIT = 1.05, 1.10
@@ -35,19 +34,6 @@ Step = Callable[[], Tensor]
 def known() -> list[str]:
     files = sorted(path.stem for path in (HERE / "mim_plain").glob("*.py") if not path.stem.startswith("_"))
     return [stem.replace("_", "-") for stem in files if stem != "vit"]
-
-
-def peak_bytes(step: Step) -> int:
-    """The most that is held during ``step``, above what was held before it."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        step()
-    assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
-    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most
 
 
 def best_times(steps: tuple[Step, Step], seconds: float) -> list[float]:

@@ -20,9 +20,10 @@ HERE = Path(__file__).parent
 LONG = ("serve_share_exact", "serve_share_ivf", "serve_share_hnsw")  # 1M items
 SHORT = ("cli_startup", "gallery_search", "gallery_ann", "gallery_add", "gallery_open", "serve_passes", "scale_shards")
 STEPS = ("compat_losses", "mim_steps", "mim_data_wait", "dsu_step", "mimdet_sampling", "soft_topk", "spartan_step")
-ONE_CORE = (*SHORT, *LONG, *STEPS)
+DETECTION = ("acsl_loss", "detector_inference")
+ONE_CORE = (*SHORT, *LONG, *STEPS, *DETECTION)
 TWO_CORES = ("transforms", "sparse_vit")
-ALL = (*SHORT, "embed", "upgrade_run", "upgrade_workers", *STEPS, *TWO_CORES)
+ALL = (*SHORT, "embed", "upgrade_run", "upgrade_workers", *STEPS, *DETECTION, *TWO_CORES)
 
 
 def measure(name: str) -> None:

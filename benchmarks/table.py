@@ -218,6 +218,30 @@ def sampled(r: Mapping[str, Any]) -> list[Row]:
     return rows
 
 
+def suppression(r: Mapping[str, Any]) -> list[Row]:
+    rows: list[Row] = []
+    limit, memory_limit = r["limit_ratio"], r["limit_memory_ratio"]
+    for case, v in r["cases"].items():
+        what = f"ACSL of {r['boxes']:,} boxes and {r['classes']:,} classes, loss and gradient, against plain sigmoid "
+        what += f"cross-entropy: {case}"
+        time = f"{v['ratio']:.2f}x ({v['ms']:.1f} ms against {v['plain_ms']:.1f} ms of processor time)"
+        held = f"{v['memory_ratio']:.2f}x ({v['mb']:.1f} MiB against {v['plain_mb']:.1f} MiB)"
+        rows.append((what, time, f"at most {limit}x", v["ratio"] <= limit))
+        rows.append(("its peak memory", held, f"at most {memory_limit:g}x", v["memory_ratio"] <= memory_limit))
+    return rows
+
+
+def detector_throughput(r: Mapping[str, Any]) -> list[Row]:
+    limit = r["limit_ratio"]
+    return [
+        (f"`detection:torchvision`, {kind} on ResNet-18, {r['side']} pixels, batch {r['batch']}, against its "
+         "torchvision model called directly",
+         f"{v['ratio']:.3f}x the time ({v['pictures_per_s']:.2f} against {v['direct_pictures_per_s']:.2f} pictures/s)",
+         f"at most {limit}x", v["ratio"] <= limit)
+        for kind, v in r["cases"].items()
+    ]  # fmt: skip
+
+
 ROWS: dict[str, Callable[[Mapping[str, Any]], list[Row]]] = {
     "cli_startup": startup,
     "embed": share("`embed` from JPEG files, against the bare forward pass on ready tensors", "ratio", "limit_ratio"),
@@ -243,6 +267,8 @@ ROWS: dict[str, Callable[[Mapping[str, Any]], list[Row]]] = {
     "mimdet_sampling": sampled,
     "spartan_step": sparse_steps,
     "sparse_vit": sparse_models,
+    "acsl_loss": suppression,
+    "detector_inference": detector_throughput,
 }
 
 
