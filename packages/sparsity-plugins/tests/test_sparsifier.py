@@ -497,6 +497,9 @@ def test_latency_is_shared_by_the_weights_of_a_layer_and_scaled_to_one() -> None
     assert rows["fc1"].cost + rows["fc2"].cost == pytest.approx(12 * 16 + 16 * 8, rel=1e-5)
     kept = rows["fc1"].kept_cost + rows["fc2"].kept_cost
     assert kept == pytest.approx(0.3 * 320, abs=2)
+    times = LatencyCost({"attention.in_proj_weight": 3.0, "attention.out_proj": 1.0})
+    attention = Sparsifier(Attends(), SparsityConfig(target_density=0.5, cost_model=times), 5)
+    assert [row.cost for row in attention.report()] == pytest.approx([192.0, 64.0])
 
 
 # ------------------------------------------------------------------------------------------------ state

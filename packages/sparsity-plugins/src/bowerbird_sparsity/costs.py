@@ -140,9 +140,10 @@ class LatencyCost:
 
     def prepare(self, model: nn.Module, names: Sequence[str]) -> None:
         modules = dict(model.named_modules())
-        weights = {name: modules[name].weight for name in names if hasattr(modules.get(name), "weight")}
+        # The name of a layer, or of a projection of attention.
+        weights = {name: modules[name].weight if name in modules else model.get_parameter(name) for name in names}
         count = sum(weight.numel() for weight in weights.values())
-        self.scale = sum(self._seconds(name) for name in weights) / count if count else 1.0
+        self.scale = sum(self._seconds(name) for name in weights) / count
 
     def cost(self, name: str, module: nn.Module, weight: Tensor, block_size: Sequence[int]) -> Tensor:
         return torch.tensor(self._seconds(name) * math.prod(block_size) / weight.numel() / self.scale)
