@@ -56,7 +56,7 @@ class OneObject(Dataset):
 
 
 def run(plan: Mapping[str, Any], seed: int) -> Values:
-    """Per arm ``accuracy``, ``off-centre``, ``smaller``, ``larger``, ``parameters``; of DePatch ``on object``, ``moved``.
+    """``<arm>.<value>``: accuracies, number of parameters, and what ``reading`` gives; the plan says what they are.
 
     The seed sets the canvases (training and test), the first weights and the order of batches.
     """
