@@ -134,6 +134,14 @@ def test_it_is_a_detector_that_learns_boxes_and_masks() -> None:
     assert all(set(f.labels.tolist()) <= {0, 1} for f in found)
 
 
+def test_objects_can_be_found_without_the_stems_own_maps() -> None:
+    made = detector(levels=2, detector="faster-rcnn").train()
+    images, objects = pictures()
+    assert list(made.model.backbone(torch.zeros(1, 3, 64, 64))) == ["c4", "c5", "pool"]
+    torch.stack(list(made.losses(images, objects).values())).sum().backward()
+    assert [n for n, p in made.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
 def test_a_few_steps_bring_the_losses_down() -> None:
     made = detector(detector="faster-rcnn").train()
     images, objects = pictures()
@@ -224,6 +232,7 @@ def test_parameters_learn_at_three_paces() -> None:
         ({"image_size": 100}, "stride, 16"),
         ({"image_size": [64, 90]}, "stride, 16"),
         ({"train_ratio": 0.0}, "train_ratio"),
+        ({"stem": "patch", "levels": 2}, "levels = 2"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message: str) -> None:

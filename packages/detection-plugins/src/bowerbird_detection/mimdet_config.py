@@ -52,6 +52,12 @@ class MIMDetConfig(HeadsConfig):
     decoder_dim: int = Field(default=512, ge=4, description="Width of the decoder.")
     decoder_depth: int = Field(default=4, ge=0, description="Blocks of the decoder.")
     decoder_heads: int = Field(default=16, ge=1, description="Attention heads of the decoder.")
+    levels: int = Field(
+        default=4,
+        ge=2,
+        le=4,
+        description="Maps that objects are found in, counted from the coarsest; with 2 the stem's own are left out.",
+    )
     norm: Literal["group", "batch"] = Field(
         default="group",
         description="Of pyramid and heads. batch (the paper's; joined over GPUs) needs batches of a dozen pictures.",
@@ -74,6 +80,8 @@ class MIMDetConfig(HeadsConfig):
     def _parts_fit(self) -> Self:
         if self.detector == "retinanet":
             raise ValueError("detector = 'retinanet': MIMDet has mask-rcnn, faster-rcnn and keypoint-rcnn")
+        if self.stem == "patch" and self.levels < 4:
+            raise ValueError(f"levels = {self.levels}: stem = 'patch' makes the finer maps for nothing else; set 4")
         parts = 2 ** (self.stem_depth - 1)
         if self.embed_dim % parts or self.embed_dim % self.num_heads:
             raise ValueError(

@@ -39,19 +39,20 @@ Norm = Callable[[int], nn.Module]
 
 
 class MIMDetPyramid(nn.Module):
-    """MIMDet's maps in levels of equal width, in the form that torchvision's detectors take.
+    """The last ``levels`` of MIMDet's maps brought to equal width, in the form that torchvision's detectors take.
 
     torchvision hands a backbone the padded batch only. The sizes of the pictures in it, which sampling needs, come from
     the transform that pads them: ``remember_sizes`` is its forward hook.
     """
 
-    def __init__(self, body: MIMDetBackbone, width: int, norm: Norm) -> None:
+    def __init__(self, body: MIMDetBackbone, levels: int, width: int, norm: Norm) -> None:
         super().__init__()
         self.body = body
-        self.fpn = FeaturePyramidNetwork(list(body.channels), width, extra_blocks=LastLevelMaxPool(), norm_layer=norm)
+        channels, strides = body.channels[-levels:], body.strides[-levels:]
+        self.fpn = FeaturePyramidNetwork(list(channels), width, extra_blocks=LastLevelMaxPool(), norm_layer=norm)
         self.out_channels, self.embed_dim = width, body.encoder.embed_dim
-        self.names = ["c2", "c3", "c4", "c5"]
-        self.strides = (*body.strides, 2 * body.strides[-1])
+        self.names = ["c2", "c3", "c4", "c5"][-levels:]
+        self.strides = (*strides, 2 * strides[-1])
         self._sizes: Sequence[tuple[int, int]] | None = None
 
     def remember_sizes(self, transform: nn.Module, arguments: Any, result: tuple[ImageList, Any]) -> None:
@@ -60,7 +61,8 @@ class MIMDetPyramid(nn.Module):
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
         """``(B, 3, H, W)`` to maps ``(B, width, H / s, W / s)`` of the strides s; "pool" is the coarsest."""
         sizes, self._sizes = self._sizes, None
-        return self.fpn(self.body(images, sizes))
+        maps = self.body(images, sizes)
+        return self.fpn(OrderedDict((name, maps[name]) for name in self.names))
 
     def features(self, images: Tensor) -> Features:
         """Tokens of the encoder, which sees all of them here, and their mean."""
@@ -81,7 +83,7 @@ class MIMDetDetector(TorchvisionDetector):
 
     def __init__(self, backbone: MIMDetBackbone, config: MIMDetConfig, preprocessing: Preprocessing) -> None:
         norm = _norm(config.norm)
-        super().__init__(MIMDetPyramid(backbone, config.fpn_width, norm), config, preprocessing)
+        super().__init__(MIMDetPyramid(backbone, config.levels, config.fpn_width, norm), config, preprocessing)
         self.settings = config
         model: Any = self.model
         model.transform.register_forward_hook(model.backbone.remember_sizes)
