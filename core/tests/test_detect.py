@@ -18,6 +18,7 @@ from pydantic import BaseModel
 
 from bowerbird.cli import main
 from bowerbird.coco import run_lengths
+from bowerbird.data.dataset import Dataset
 from bowerbird.data.images import Preprocessing, open_image
 from bowerbird.data.regions import split_region
 from bowerbird.detect import ObjectFinder
@@ -27,7 +28,7 @@ from bowerbird.errors import DataError, InputError, UnknownNameError
 from bowerbird.gallery import Gallery
 from bowerbird.hookspecs import hookimpl
 from bowerbird.protocols import Detector, Encoder, Features, Objects
-from bowerbird.records import EncoderRecord
+from bowerbird.records import DatasetRecord, EncoderRecord
 from bowerbird.registry import get_registry
 
 BOWERBIRD_API = "1.0"
@@ -116,6 +117,35 @@ def bowerbird_encoders() -> Iterator[EncoderRecord]:
             summary=f"{name}.",
             outputs=("pooled",),
         )
+
+
+class Annotated(Dataset):
+    """Two pictures whose annotation file has ids of its own, and knows two of the detector's classes."""
+
+    classes, category_ids, image_ids = ("blue", "cat", "red"), (7, 17, 90), (139, 285)
+
+    @classmethod
+    def build(cls, config: Any, split: str | None) -> Annotated:
+        return cls()
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        image = Image.new("RGB", (20, 20), GROUND)
+        for label in range(3):
+            image.paste(tuple(230 if i == label else 0 for i in range(3)), (6 * label, 2, 6 * label + 4, 9))
+        return {"image": image, "item_id": self.item_ids[index]}
+
+    @property
+    def item_ids(self) -> list[str]:
+        return ["one", "two"]
+
+
+@hookimpl
+def bowerbird_datasets() -> Iterator[DatasetRecord]:
+    target = f"{__name__}:Annotated"
+    yield DatasetRecord(name="finding:annotated", target=target, summary="Annotated.", provides=("image",))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -315,6 +345,17 @@ def test_detect_draws_every_picture_and_writes_coco_results(models: Path, pictur
     drawn = {path.relative_to(out / "pictures").as_posix() for path in (out / "pictures").rglob("*.png")}
     assert drawn == {"a.png.png", "old/b.png.png", "old/none.png.png"}
     assert open_image(out / "pictures" / "a.png.png").size == (640, 480)
+
+
+def test_results_have_the_ids_of_the_annotation_file(models: Path, tmp_path: Path) -> None:
+    run("detect", models / "blobs", "--dataset", "finding:annotated", "--out", tmp_path / "out")
+    about = json.loads((tmp_path / "out" / "images.json").read_text())
+    assert {entry["name"]: entry["id"] for entry in about["categories"]} == {"red": 90, "green": 91, "blue": 7}
+    assert [(entry["id"], entry["file_name"]) for entry in about["images"]] == [(139, "one"), (285, "two")]
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [entry["image_id"] for entry in results] == [139] * 3 + [285] * 3
+    by_place = {entry["bbox"][0] // 6: entry["category_id"] for entry in results}
+    assert by_place == {0: 90, 1: 91, 2: 7}
 
 
 def test_pictures_of_odd_places_are_drawn_within_the_folder(

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from bowerbird.protocols import Objects
 
 
-def coco_results(objects: Objects, image_id: int, category_ids: Sequence[int]) -> list[dict[str, Any]]:
+def coco_results(objects: Objects, image_id: int | str, category_ids: Sequence[int]) -> list[dict[str, Any]]:
     """The objects of one picture as entries of a results file, plain data, in their order.
 
     Args:

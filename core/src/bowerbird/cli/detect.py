@@ -60,8 +60,8 @@ def command(
       results.json   COCO's results format: image_id, category_id, bbox x y width height, score, segmentation
       images.json    what the ids mean: COCO's images and categories
 
-    Ids are those of the data set's own annotations where it has them. To search by objects, put them into a gallery:
-    bowerbird gallery add GALLERY --detect MODEL.
+    Ids are those of the annotation file where the data set has one, else counted from 1. To search by objects, put
+    them into a gallery: bowerbird gallery add GALLERY --detect MODEL.
     """
     from bowerbird.errors import InputError
 
@@ -78,9 +78,10 @@ def command(
     from bowerbird.draw import draw_objects
     from bowerbird.files import write_json
 
-    ids, sources, annotated = _sources(images, folder, dataset, split)
+    ids, sources, built = _sources(images, folder, dataset, split)
+    image_ids = getattr(built, "image_ids", range(1, len(ids) + 1))
     finder = ObjectFinder(model, threshold=threshold, classes=classes, max_per_image=max_per_image, device=device)
-    categories, category_ids = _categories(finder.classes, annotated)
+    categories, category_ids = _categories(finder.classes, built)
     skipped: dict[str, str] = {}
 
     def keep(position: int, error: Exception) -> None:
@@ -97,11 +98,9 @@ def command(
         policy: Any = keep if on_error == "skip" else "raise"
         for found in finder.find(sources, batch_size=batch_size, on_error=policy):
             position, (width, height) = found.position, found.image.size
-            entry: dict[str, Any] = {"id": position + 1, "file_name": ids[position], "width": width, "height": height}
-            if annotated is not None:
-                entry |= annotated.image_entry(position)
+            entry = {"id": image_ids[position], "file_name": ids[position], "width": width, "height": height}
             entries.append(entry)
-            results += coco_results(found.objects, entry["id"], category_ids)
+            results += coco_results(found.objects, image_ids[position], category_ids)
             counts.update(finder.classes[label] for label in found.objects.labels.tolist())
             if not no_pictures:
                 _save(draw_objects(found.image, found.objects, finder.classes), target / PICTURES / places[position])
@@ -124,7 +123,7 @@ def command(
 def _sources(
     images: Sequence[str], folder: str | None, dataset: str | None, split: str | None
 ) -> tuple[Sequence[str], Sequence[Any], Any]:
-    """Ids, what is opened, and the data set where it has ids of its own for pictures and classes."""
+    """Ids, what is opened, and the data set where there is one."""
     if dataset is None:
         ids, sources, _ = images_from(images, folder, None, None)
         return ids, sources, None
@@ -132,23 +131,24 @@ def _sources(
     from bowerbird.data.uris import open_dataset
 
     built, _ = open_dataset(dataset, split)
-    annotated = built if hasattr(built, "image_entry") and hasattr(built, "categories") else None
-    return list(built.item_ids), images_of(built), annotated
+    return list(built.item_ids), images_of(built), built
 
 
-def _categories(classes: Sequence[str], annotated: Any) -> tuple[list[dict[str, Any]], list[int]]:
-    """COCO's categories, and the id of every class of the detector: that of the data set's class of the same name."""
-    own = [] if annotated is None else [dict(entry) for entry in annotated.categories()]
-    known = {entry["name"]: entry["id"] for entry in own}
-    free = max(known.values(), default=0)
+def _categories(classes: Sequence[str], dataset: Any) -> tuple[list[dict[str, Any]], list[int]]:
+    """COCO's categories, and the id of every class of the detector.
+
+    Where the data set was read from annotations (it has ``category_ids``), a class has the id of theirs of that name;
+    classes of other names get ids that are free. Else ids are counted from 1.
+    """
+    own = getattr(dataset, "category_ids", ())
+    known = dict(zip(dataset.classes, own, strict=True)) if own else {}
+    free = max(own, default=0)
     ids = []
     for name in classes:
         if name not in known:
             free += 1
-            known[name] = free
-            own.append({"id": free, "name": name})
-        ids.append(known[name])
-    return own, ids
+        ids.append(known.get(name, free))
+    return [{"id": number, "name": name} for name, number in zip(classes, ids, strict=True)], ids
 
 
 def _places(ids: Sequence[str]) -> list[str]:

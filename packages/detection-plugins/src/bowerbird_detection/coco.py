@@ -28,14 +28,15 @@ _FREQUENCIES = ("r", "c", "f")  # LVIS: rare, common, frequent
 class CocoSet(DetectionSet):
     """Pictures in the order of the file. The id of an item is its file name below the folder of pictures.
 
-    Class indices follow the order of the category ids, which may have holes. ``problems`` is everything of the file
-    that was dropped or repaired.
+    Class indices follow the order of the category ids, which may have holes. ``image_ids`` and ``category_ids`` are
+    those of the file. ``problems`` is everything of the file that was dropped or repaired.
     """
 
     def __init__(self, file: CocoFile) -> None:
         self.folder, self.pictures = file.folder, list(file.pictures)
         self.classes = tuple(one["name"] for one in file.categories)
         self.category_ids = [one["id"] for one in file.categories]
+        self.image_ids = [picture.id for picture in self.pictures]
         self.frequencies = [one.get("frequency") for one in file.categories]
         self.keypoint_names, self.has_masks = tuple(file.keypoint_names), file.has_masks
         self.problems = tuple(file.problems.found)

@@ -45,8 +45,9 @@ class Annotation:
 
 @dataclass(slots=True)
 class Picture:
-    """One picture: file name, (height, width), the category ids that LVIS has verified, and its objects."""
+    """One picture: its id in the file, file name, (height, width), the category ids that LVIS has verified, objects."""
 
+    id: int | str
     name: str
     size: tuple[int, int]
     verified: Mapping[str, list[int]] = field(default_factory=dict)
@@ -204,7 +205,7 @@ def _pictures(
             problems.add(f"picture {key} ({name})", "picture of another size", other_size(size, wanted))
         else:
             verified = {one: list(entry[one]) for one in VERIFIED if isinstance(entry.get(one), list)}
-            pictures[key] = Picture(name, size, verified)
+            pictures[key] = Picture(key, name, size, verified)
     return pictures, (twice | candidates.keys()) - pictures.keys()
 
 
