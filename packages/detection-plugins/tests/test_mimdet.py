@@ -303,6 +303,18 @@ def test_a_table_resized_to_its_own_grid_is_itself(rows: int, columns: int, quar
 # ------------------------------------------------------------------------------------------------------ further rules
 
 
+def test_the_networks_have_the_published_sizes() -> None:
+    with torch.device("meta"):
+        encoder, decoder = MIMDetEncoder(), MIMDetDecoder(768)
+
+    def millions(module: nn.Module) -> float:
+        return sum(p.numel() for p in module.parameters() if p.requires_grad) / 1e6
+
+    assert round(millions(encoder.patch_embed), 2) == 4.08
+    assert round(millions(encoder), 1) == 89.1
+    assert round(millions(decoder), 1) == 13.4
+
+
 def test_half_of_the_tokens_is_seen_in_training_and_all_in_evaluation() -> None:
     made = backbone(train_ratio=0.3)
     seen: list[int] = []

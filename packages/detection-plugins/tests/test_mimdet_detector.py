@@ -288,6 +288,18 @@ def test_the_mask_token_and_the_patches_are_taken_where_they_are_used() -> None:
     assert not made.backbone.encoder.pos_embed.requires_grad
 
 
+def test_a_trained_backbone_is_taken_whole() -> None:
+    trained, made = detector().backbone, detector(train_ratio=1.0).backbone
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    report = load_mae_checkpoint(made, trained.state_dict())
+    assert report.fresh == report.ignored == ()
+    assert all(torch.equal(value, trained.state_dict()[key]) for key, value in made.state_dict().items())
+    other = detector(fill="mask_token").backbone
+    assert set(load_mae_checkpoint(other, trained.state_dict()).fresh) == {"decoder.mask_token"}
+
+
 def test_a_timm_vit_fills_the_encoder_and_leaves_the_decoder(tmp_path: Path) -> None:
     torch.manual_seed(3)
     sizes: dict[str, Any] = {

@@ -50,7 +50,8 @@ RENAMED = tuple(
     )
 )
 ENCODER = re.compile(r"(blocks|norm|patch_embed)\.|pos_embed$")
-DECODER = re.compile(r"(decoder_embed|decoder_blocks|decoder_norm)\.|(decoder_pos_embed|mask_token)$")
+DECODER = re.compile(r"(decoder_embed|decoder_blocks|decoder_norm|conv_feat_proj)\.|(decoder_pos_embed|mask_token)$")
+FILLS = ("mask_token", "conv_feat_proj.weight", "conv_feat_proj.bias")  # a decoder has one of the two kinds
 POSITIONS = ("encoder.pos_embed", "decoder.decoder_pos_embed")
 
 
@@ -107,7 +108,7 @@ def load_mae_checkpoint(
         for key, value in theirs.items()
         if not ((match := re.match(r"decoder\.decoder_blocks\.(\d+)\.", key)) and int(match[1]) >= depth)
         and not (key.startswith("encoder.patch_embed.") and key not in own)  # of another kind of stem
-        and not (key == "decoder.mask_token" and key not in own)
+        and not (key.removeprefix("decoder.") in FILLS and key not in own)
     }
     _refuse_others(taken, own, source)
     for name, wanted in zip(POSITIONS, (backbone.encoder.grid, backbone.decoder.grid), strict=True):
