@@ -86,10 +86,12 @@ def test_an_exported_vit_takes_pictures_of_other_sizes(tmp_path: Path) -> None:
 
 
 def test_the_source_builds_the_same_modules_without_the_folder(tmp_path: Path) -> None:
-    encoder = TimmEncoder.build(TimmConfig(model="resnet10t", embed_dim=8))
-    save_encoder(encoder, tmp_path / "e", use="core:timm", config={"model": "resnet10t", "embed_dim": 8})
+    config = {"model": "test_vit", "embed_dim": 8, "image_size": 64, "resize": "squash"}
+    encoder = TimmEncoder.build(TimmConfig(**config))
+    save_encoder(encoder, tmp_path / "e", use="core:timm", config=config)
     first = pyramid_of(str(tmp_path / "e"))
     second = pyramid_of(first.source)
+    assert first.preprocessing == second.preprocessing == encoder.preprocessing
     assert str(tmp_path) not in str(first.source)
     assert {n: v.shape for n, v in first.state_dict().items()} == {n: v.shape for n, v in second.state_dict().items()}
 

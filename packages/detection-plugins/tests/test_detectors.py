@@ -206,6 +206,15 @@ def test_a_detector_without_classes_or_in_the_wrong_mode_says_so() -> None:
         opened.eval().losses(DATA.pictures(), [DATA.objects(i) for i in range(4)])
 
 
+def test_a_backbone_whose_strides_torchvision_would_round_is_refused() -> None:
+    dpt = {
+        "use": "detection:dpt", "image_size": 48, "patch_size": 3, "dims": [8] * 4, "depths": [1] * 4,
+        "heads": [1] * 4, "mlp_ratios": [2.0] * 4, "sr_ratios": [2, 2, 1, 1],
+    }  # fmt: skip
+    with pytest.raises(InputError, match=r"strides \[3, 6, 12, 24\].*powers of 2 only"):
+        detector(backbone=dpt)
+
+
 def test_a_detector_keeps_its_classes() -> None:
     model = detector()
     model.open(list(DATA.classes))

@@ -17,13 +17,7 @@ from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, FeaturePyrami
 
 from bowerbird.data.images import Preprocessing
 from bowerbird.encoders.bundle import load_encoder
-from bowerbird.encoders.timm_encoder import (
-    TimmEncoder,
-    create_timm_model,
-    load_weights,
-    preprocessing_of,
-    takes_image_size,
-)
+from bowerbird.encoders.timm_encoder import TimmEncoder, create_timm_model, load_weights, preprocessing_of
 from bowerbird.errors import InputError, RecipeError
 from bowerbird.protocols import Encoder, Features
 from bowerbird.recipe import build_config
@@ -267,11 +261,11 @@ def _encoder(backbone: str | Mapping[str, Any]) -> tuple[Encoder, dict[str, Any]
     """The encoder, trainable, and the table that builds its modules again."""
     if isinstance(backbone, str):
         loaded = load_encoder(backbone, device="cpu", dense=True)
-        config = loaded.module.stored_config(loaded.spec.config)
-        for parameter in loaded.module.parameters():  # loaded encoders are frozen
-            parameter.requires_grad_(True)
-        loaded.module.train()
-        return loaded.module, {"use": loaded.spec.use, **config}
+        table = {"use": loaded.spec.use, **loaded.module.stored_config(loaded.spec.config)}
+        made, _ = _encoder(table)  # a loaded one is frozen, and no longer says what of it is never trained
+        made.load_state_dict(loaded.module.state_dict())
+        made.preprocessing = loaded.module.preprocessing
+        return made, table
     settings = {key: value for key, value in backbone.items() if key != "use"}
     registry = get_registry()
     record = registry.get("encoder", str(backbone.get("use")))
@@ -282,8 +276,12 @@ def _encoder(backbone: str | Mapping[str, Any]) -> tuple[Encoder, dict[str, Any]
 def _of_encoder(encoder: Encoder, source: dict[str, Any], levels: int) -> Pyramid:
     if isinstance(encoder, TimmEncoder):
         trained: Any = encoder.trunk.model
-        size = encoder.preprocessing.size if encoder.preprocessing is not None else None
-        return _of_timm(source["model"], levels, state=trained.state_dict(), image_size=size)
+        preprocessing = _prepared(encoder)
+        pyramid = _of_timm(source["model"], levels, state=trained.state_dict(), image_size=preprocessing.size)
+        projection = ("embed_dim", "head", "freeze_trunk")
+        pyramid.source = {key: value for key, value in source.items() if key not in projection}
+        pyramid.preprocessing = preprocessing
+        return pyramid
     if hasattr(encoder, "feature_maps"):
         return MapsPyramid(encoder, _enough(levels, len(getattr(encoder, "strides", ())), source["use"]), source)
     preprocessing = _prepared(encoder)
@@ -315,9 +313,7 @@ def _of_timm(
         model.load_state_dict(state)
     info = model.feature_info if isinstance(model.feature_info, list) else list(model.feature_info.info)
     strides, channels = [int(level["reduction"]) for level in info], [int(level["num_chs"]) for level in info]
-    source: dict[str, Any] = {"use": "core:timm", "model": name}
-    if image_size is not None and takes_image_size(name):
-        source["image_size"] = image_size
+    source = {"use": "core:timm", "model": name}
     if not hasattr(model, "forward_intermediates"):
         raise InputError(f"backbone {name!r}: timm does not give its intermediate maps; choose another model")
     if len(set(strides)) == 1:

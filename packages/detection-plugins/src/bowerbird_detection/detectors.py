@@ -61,7 +61,7 @@ class TorchvisionDetector(Detector):
 
     @classmethod
     def build(cls, config: TorchvisionConfig) -> Self:
-        """Raises ``UnknownNameError`` or ``InputError`` for a backbone that does not exist or keeps no places."""
+        """Raises ``UnknownNameError`` or ``InputError`` for a backbone that does not exist or does not fit."""
         retina = config.detector == "retinanet"
         body = pyramid_of(
             config.backbone,
@@ -70,6 +70,11 @@ class TorchvisionDetector(Detector):
             pretrained=config.pretrained,
             freeze_norm=config.freeze_norm,
         )
+        if not retina and any(stride & (stride - 1) for stride in body.strides):
+            raise InputError(
+                f"backbone {config.backbone!r} has maps of strides {list(body.strides)}; torchvision reads regions "
+                "from strides that are powers of 2 only. Take patches of 8, 16 or 32 pixels, or detector = 'retinanet'"
+            )
         extra = LastLevelP6P7(config.fpn_width, config.fpn_width) if retina else LastLevelMaxPool()
         backbone = FeaturePyramid(body, config.fpn_width, extra=extra, num_extra=2 if retina else 1)
         return cls(backbone, config, body.preprocessing)
