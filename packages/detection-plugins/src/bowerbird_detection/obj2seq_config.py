@@ -98,7 +98,7 @@ class Obj2SeqConfig(BaseModel):
             raise ValueError(
                 f"embed_dim = {self.embed_dim}: expected a multiple of 4 and of num_heads = {self.num_heads}"
             )
-        if self.stages and (self.weights or self.pretrained or "backbone" in self.model_fields_set):
+        if self.stages and (self.weights or self.pretrained or self.backbone != "resnet50"):
             raise ValueError("stages take the place of a backbone: leave out backbone, weights and pretrained")
         if self.stages and (self.levels > len(self.stages) or min(self.stages) < 1):
             raise ValueError(f"stages = {list(self.stages)}: expected levels = {self.levels} or more, of widths >= 1")
