@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from pydantic import BaseModel
 
 from bowerbird.data.dataset import Dataset
 from bowerbird.data.images import open_image
@@ -133,13 +134,30 @@ BOWERBIRD_API = "1.0"
 
 @hookimpl
 def bowerbird_datasets() -> list[DatasetRecord]:
-    return [DatasetRecord(name="rows:rows", target=f"{__name__}:Rows", summary="Rows.", provides=("image",))]
+    here = {"target": f"{__name__}:Rows", "config": f"{__name__}:RowsConfig"}
+    return [DatasetRecord(name="rows:rows", **here, summary="Rows.", provides=("image",))]
+
+
+class Ground(BaseModel):
+    grey: int = 0
+    name: str = ""
+
+
+class RowsConfig(BaseModel):
+    marks: tuple[int, ...] = ()
+    ground: Ground = Ground()
+    text: str = ""
 
 
 class Rows(Dataset):
+    """``blue`` is the sum of the marks and the grey of the ground."""
+
+    def __init__(self, config: RowsConfig) -> None:
+        self.blue = sum(config.marks) + config.ground.grey + len(config.text + config.ground.name)
+
     @classmethod
-    def build(cls, config: object, split: str | None) -> Rows:
-        return cls()
+    def build(cls, config: RowsConfig, split: str | None) -> Rows:
+        return cls(config)
 
     def __len__(self) -> int:
         return 2
@@ -147,6 +165,7 @@ class Rows(Dataset):
     def __getitem__(self, index: int) -> dict[str, object]:
         pixels = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
         pixels[:, :, 0], pixels[:, :, 1] = np.arange(WIDTH), np.arange(HEIGHT)[:, None]
+        pixels[:, :, 2] = self.blue
         return {"image": Image.fromarray(pixels), "item_id": self.item_ids[index]}
 
     @property
@@ -157,7 +176,8 @@ class Rows(Dataset):
 @pytest.fixture
 def addresses() -> Iterator[list[str]]:
     get_registry().register_module("rows", sys.modules[__name__])
-    yield item_uris(open_dataset("rows:rows")[1], Rows().item_ids)
+    dataset, address = open_dataset("rows:rows")
+    yield item_uris(address, dataset.item_ids)
     get_registry().unregister("rows")
 
 
@@ -168,6 +188,18 @@ def test_an_item_of_a_data_set_has_regions_too(addresses: list[str]) -> None:
     assert corners(open_image(f"{odd}#xywh=percent:50,50,50,50")) == (20, 15, 39, 29)
     with pytest.raises(DataError, match="outside the picture"):
         open_image(f"{plain}#xywh=40,0,1,1")
+
+
+@pytest.mark.usefixtures("addresses")
+@pytest.mark.parametrize(
+    "settings", ['marks=[3,4]&ground={grey = 20, name = "a & b"}&text=x', "marks=[]", 'text="12"', "text=\"[3]\""]
+)
+def test_an_address_keeps_every_setting_of_its_data_set(settings: str) -> None:
+    dataset, address = open_dataset(f"rows:rows?{settings.replace('a & b', 'a %26 b')}")
+    again, same = open_dataset(address.removeprefix("dataset:"))
+    assert same == address
+    blue = np.asarray(open_image(f"{address}#plain#xywh=1,1,1,1"))[0, 0, 2]
+    assert blue == again.blue == dataset.blue
 
 
 # ------------------------------------------------------------------------------------------------ in galleries

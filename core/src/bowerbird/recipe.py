@@ -507,7 +507,7 @@ def _write_table(lines: list[str], table: Mapping[str, Any], path: tuple[str, ..
         if isinstance(value, Mapping) or (isinstance(value, list) and value and isinstance(value[0], Mapping)):
             later.append((key, value))
         elif value is not None:
-            lines.append(f"{_key(key)} = {_toml_value(value)}")
+            lines.append(f"{_key(key)} = {toml_value(value)}")
     for key, value in later:
         header = ".".join(map(_key, (*path, key)))
         for item in value if isinstance(value, list) else [value]:
@@ -515,11 +515,12 @@ def _write_table(lines: list[str], table: Mapping[str, Any], path: tuple[str, ..
             _write_table(lines, item, (*path, key))
 
 
-def _toml_value(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """Plain data as a value of TOML, on one line; the inverse of ``parse_value``."""
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+        return "[" + ", ".join(toml_value(item) for item in value) + "]"
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_key(k)} = {_toml_value(v)}" for k, v in value.items() if v is not None) + "}"
+        return "{" + ", ".join(f"{_key(k)} = {toml_value(v)}" for k, v in value.items() if v is not None) + "}"
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         return "nan" if value != value else ("inf" if value > 0 else "-inf")
     return _text(value) if isinstance(value, str) else json.dumps(value)

@@ -64,7 +64,8 @@ def open_dataset(ref: str, split: str | None = None, **more: Any) -> tuple[Datas
     config = build_config(record, settings, where=f"data set {ref!r}")
     dataset: Dataset = registry.load(record).build(config, split)
     if config is not None:  # a path from the current folder means another one elsewhere
-        settings = {key: _absolute(getattr(config, key)) for key in settings}
+        plain = config.model_dump(mode="json")
+        settings = {key: _absolute(getattr(config, key), plain[key]) for key in settings}
     if split is not None:
         settings["split"] = split
     query = "&".join(f"{quote(key)}={quote(_text(value), safe='/:')}" for key, value in settings.items())
@@ -102,9 +103,14 @@ def _opened(address: str) -> tuple[Dataset, Mapping[str, int]]:
     return dataset, {item_id: position for position, item_id in enumerate(dataset.item_ids)}
 
 
-def _absolute(value: Any) -> Any:
-    return value.expanduser().resolve() if isinstance(value, Path) else value
+def _absolute(value: Any, plain: Any) -> Any:
+    return value.expanduser().resolve() if isinstance(value, Path) else plain
 
 
 def _text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    """What ``parse_value`` reads as ``value``. Paths and ordinary texts stay bare."""
+    from bowerbird.recipe import parse_value, toml_value
+
+    if isinstance(value, Path):
+        return str(value)
+    return value if isinstance(value, str) and parse_value(value) == value else toml_value(value)
