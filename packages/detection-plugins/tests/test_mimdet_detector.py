@@ -22,6 +22,7 @@ from bowerbird.hookspecs import hookimpl
 from bowerbird.protocols import Detector, Objects
 from bowerbird.records import ObjectiveRecord
 from bowerbird.registry import get_registry
+from bowerbird.testing import EncoderContract, override_contract_test
 from bowerbird.train.checkpoint import Progress, save_checkpoint
 from bowerbird_detection.mimdet import load_mae_checkpoint, resize_positions
 from bowerbird_detection.mimdet_config import MIMDetConfig
@@ -115,6 +116,18 @@ def transformers_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 # ------------------------------------------------------------------------------------------------------- the detector
+
+
+class TestContract(EncoderContract):
+    name = "detection:mimdet"
+    config = {**TINY, "classes": CLASSES}
+
+    @override_contract_test(reason="decoder, pyramid and heads learn from losses, not from the embedding of a picture")
+    def test_gradients_reach_every_trainable_parameter_and_no_frozen_one(self) -> None:
+        model = self.build().train()
+        model({"image": torch.randn(2, 3, 64, 64)}).pooled.square().sum().backward()
+        body = model.model.backbone.body
+        assert all((p.grad is not None) == p.requires_grad for p in body.encoder.parameters())
 
 
 def test_it_is_a_detector_that_learns_boxes_and_masks() -> None:
