@@ -268,6 +268,9 @@ ROWS: dict[str, Callable[[Mapping[str, Any]], list[Row]]] = {
     "spartan_step": sparse_steps,
     "sparse_vit": sparse_models,
     "acsl_loss": suppression,
+    "deformable_attention": ratios(
+        "deformable attention in plain torch, processor time against transformers' Deformable DETR"
+    ),
     "detector_inference": detector_throughput,
 }
 
