@@ -33,7 +33,7 @@ def with_offsets(embed: DeformablePatchEmbed, *, spread: float = 0.5) -> Deforma
 def test_boxes_points_and_their_gradients_are_those_of_the_published_code(golden):
     g = golden("dpt/box_coder")
     raw, bias = g["raw_prediction"].requires_grad_(), torch.full((2,), g["wh_bias_init"]).requires_grad_()
-    boxes = decode_patch_boxes(raw, bias, (g["grid"], g["grid"]))
+    boxes = decode_patch_boxes(raw, bias, g["grid"])
     points = box_sampling_grid(boxes, g["points_per_side"])
     grad_raw, grad_bias = torch.autograd.grad((points * g["upstream"]).sum(), (raw, bias))
     assert_close(boxes, g["boxes_xyxy"], rtol=0, atol=1e-6)

@@ -23,7 +23,7 @@ from bowerbird.errors import InputError
 SIZE_BIAS = math.log(math.sqrt(5 / 3))
 
 
-def decode_patch_boxes(pred: Tensor, size_bias: Tensor, grid: tuple[int, int]) -> Tensor:
+def decode_patch_boxes(pred: Tensor, size_bias: Tensor, grid: int | tuple[int, int]) -> Tensor:
     """Predictions of the offset branch as boxes.
 
     The centre moves by at most one patch, a half size is at most one patch, and what leaves the map is cut off at its
@@ -32,7 +32,7 @@ def decode_patch_boxes(pred: Tensor, size_bias: Tensor, grid: tuple[int, int]) -
     Args:
         pred: ``(B, N, 4)``: shifts x and y, sizes x and y, before their tanh.
         size_bias: ``(2,)``, added to the sizes x and y.
-        grid: (gh, gw) with gh * gw = N.
+        grid: (gh, gw) with gh * gw = N; a number where they are equal.
 
     Returns:
         ``(B, N, 4)`` x1 y1 x2 y2 in 0..1.
@@ -40,7 +40,7 @@ def decode_patch_boxes(pred: Tensor, size_bias: Tensor, grid: tuple[int, int]) -
     Raises:
         InputError: The shapes do not fit.
     """
-    rows, columns = grid
+    rows, columns = (grid, grid) if isinstance(grid, int) else grid
     if pred.ndim != 3 or pred.shape[1:] != (rows * columns, 4) or size_bias.shape != (2,):
         raise InputError(
             f"predictions {tuple(pred.shape)} and size_bias {tuple(size_bias.shape)} do not fit a grid of "
