@@ -43,7 +43,7 @@ class Oracle(Detector):
         ]
 
 
-def chosen(objects: Objects, rows: Sequence[int] | Tensor) -> Objects:
+def chosen(objects: Objects, rows: np.ndarray | Tensor) -> Objects:
     """The objects at ``rows``."""
     rows = torch.as_tensor(rows)
     return Objects(**{

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from bowerbird.data import subset
-from bowerbird.errors import InputError, UnknownNameError
+from bowerbird.data.images import open_image
+from bowerbird.data.uris import item_uris, open_dataset
+from bowerbird.errors import DataError, InputError, UnknownNameError
 from bowerbird.testing import DatasetContract
 from bowerbird_detection.canvases import Canvases, extreme_points, geometric_counts
 from bowerbird_detection.data_configs import CanvasesConfig
@@ -186,3 +189,18 @@ def test_settings_that_do_not_fit_are_refused() -> None:
         CanvasesConfig(items=(3, 1))
     with pytest.raises(UnknownNameError, match="has no split 'trian'"):
         canvases("trian")
+
+
+def test_addresses_keep_settings_that_are_lists_and_tables() -> None:
+    settings: dict[str, Any] = {
+        "count": 3, "canvas_size": [40, 48], "item_size": 12, "items": 2,
+        "sources": ["core:digits", {"source": "core:digits", "class_key": "label", "splits": {"train": "test"}}],
+    }  # fmt: skip
+    with pytest.raises(DataError, match="the same name and classes of the same names"):
+        open_dataset("detection:canvases", "train", **settings)
+    settings["sources"] = settings["sources"][1:]
+    data, address = open_dataset("detection:canvases", "train", **settings)
+    again = open_image(item_uris(address, data.item_ids)[1])
+    assert again.tobytes() == data[1]["image"].tobytes()
+    named, _ = open_dataset("detection:canvases?sources=core:digits&count=2", "train")
+    assert named.classes == tuple("0123456789")

@@ -174,16 +174,19 @@ def _checked_polygon(polygon: Any, size: tuple[int, int]) -> NDArray[np.float32]
     """The polygon, or why it is none. Rasterising one with infinite or huge numbers would end the process."""
     if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
         return f"expected three points or more, x y x y ...; found {str(polygon)[:40]}"
-    if not all(is_number(value) for value in polygon):
+    try:
+        numbers = np.asarray(polygon)
+    except ValueError:  # lists of different lengths in it
+        return "it holds something else than numbers"
+    if numbers.ndim != 1 or numbers.dtype.kind not in "iuf" or not np.isfinite(numbers).all():
         return "it holds something else than finite numbers"
-    points = np.asarray(polygon, np.float64).reshape(-1, 2)
-    sides = np.array([size[1], size[0]])
-    if (points < -sides).any() or (points > 2 * sides).any():
-        return f"its points are far outside the picture, such as {points[np.abs(points).argmax() // 2].tolist()}"
-    x, y = points.T
-    if abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))) == 0:
+    x, y = numbers[0::2], numbers[1::2]
+    height, width = size
+    if x.min() < -width or y.min() < -height or x.max() > 2 * width or y.max() > 2 * height:
+        return f"its points are far outside the picture: x {x.min():g} to {x.max():g}, y {y.min():g} to {y.max():g}"
+    if x[:-1] @ y[1:] + x[-1] * y[0] == y[:-1] @ x[1:] + y[-1] * x[0]:
         return "it has no area"
-    return points.reshape(-1).astype(np.float32)
+    return numbers.astype(np.float32)
 
 
 def is_number(value: Any) -> bool:

@@ -15,6 +15,14 @@ def _as_pair(value: Any) -> Any:
 Pair = Annotated[tuple[int, int], Field(strict=False), BeforeValidator(_as_pair)]
 
 
+def _as_source(value: Any) -> Any:
+    return {"source": value} if isinstance(value, str) else value
+
+
+def _as_list(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
 class ItemSource(BaseModel):
     """A data set whose items are shown, and what their classes are."""
 
@@ -35,8 +43,13 @@ class CanvasesConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    sources: Annotated[tuple[ItemSource, ...], Field(min_length=1, strict=False)] = Field(
-        default=(ItemSource(),), description="Data sets of the items; their classes are put one after the other."
+    sources: Annotated[
+        tuple[Annotated[ItemSource, BeforeValidator(_as_source)], ...],
+        Field(min_length=1, strict=False),
+        BeforeValidator(_as_list),
+    ] = Field(
+        default=(ItemSource(),),
+        description="Data sets of the items, by name or with settings; their classes are put one after the other.",
     )
     count: int = Field(default=200, ge=1, description="Canvases of every split.")
     counts: dict[str, int] = Field(default={}, description="Split -> canvases, where there shall be another number.")
