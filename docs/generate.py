@@ -25,6 +25,7 @@ KINDS = {
 # Records that share a page with their paper.
 PAGES = {
     "adapter": "adapters",
+    "detector": "torchvision-detectors",
     "dvae": "tokenizer",
     "fcn": "cdcl",
     "lift": "bict",
@@ -38,6 +39,7 @@ PAGES = {
     "segmentation": "cdcl",
     "tokenizer-quality": "tokenizer",
     "top-k": "spartan",
+    "torchvision": "torchvision-detectors",
     "vqvae": "tokenizer",
 }
 # The README has what people look for first; the rest is on the page of methods.
