@@ -29,8 +29,8 @@ VIT = {
 }  # fmt: skip
 FCN = {"use": "domain:fcn", "widths": [8, 8, 8], "dilations": [1, 1, 1]}
 DETECTOR = {
-    "use": "detection:torchvision", "detector": "faster-rcnn", "backbone": "test_resnet", "fpn_width": 16, "head_width": 16,
-    "proposals_train": 20, "proposals_test": 10, "rois": 8, "shorter_side": 32, "longer_side": 32,
+    "use": "detection:torchvision", "detector": "faster-rcnn", "backbone": "test_resnet", "fpn_width": 16,
+    "head_width": 16, "proposals_train": 20, "proposals_test": 10, "rois": 8, "shorter_side": 32, "longer_side": 32,
 }  # fmt: skip
 PICTURES = {"use": "detection:canvases", "split": "train", "count": 24, "canvas_size": 32, "item_size": [10, 14]}
 DIGITS = {"use": "few:digits"}
