@@ -9,11 +9,16 @@ out = subprocess.run(
 )
 NAMES = """
 acsl
+canvases
+coco
+coco-ap
 detector
-torchvision
 dpt
 mimdet
+multi-label
 obj2seq
+torchvision
+voc
 """
 for name in NAMES.split():
     assert f"detection:{name}" in out.stdout, f"detection:{name} is not in\n{out.stdout}"
