@@ -395,6 +395,16 @@ def test_groups_keep_exactly_n_of_m_inputs_also_of_equal_weights(mode: Any, patt
         assert (groups == int(4 * density)).all()
 
 
+def test_the_density_of_a_third_may_be_rounded_as_the_message_writes_it() -> None:
+    with pytest.raises(ValidationError, match=r"set target_density = 0\.666667"):
+        SparsityConfig(pattern="2:3")
+    model = TwoLayers()
+    sparsifier = Sparsifier(model, SparsityConfig(pattern="2:3", target_density=0.666667, layers=("fc1",)), 2)
+    for _ in range(2):
+        sparsifier.step()
+    assert ((model.fc1.weight != 0).view(16, -1, 3).sum(dim=2) == 2).all()
+
+
 def test_attention_is_masked_through_its_own_parameters() -> None:
     model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
     sparsifier = Sparsifier(model, SparsityConfig(target_density=0.3, adjust=False, warmup_fraction=0), 5)

@@ -61,7 +61,7 @@ class _Budget(BaseModel):
         n, colon, m = self.pattern.partition(":")
         if not (colon and n.isascii() and n.isdigit() and m.isascii() and m.isdigit() and 0 < int(n) < int(m)):
             raise ValueError(f"pattern = {self.pattern!r}: 'blocks', or 'n:m' with n < m such as '2:4', is accepted")
-        if abs(self.target_density - int(n) / int(m)) > 1e-9:
+        if abs(self.target_density - int(n) / int(m)) > 1e-6:  # 0.666667 will do for 2:3
             raise ValueError(
                 f"pattern = {self.pattern!r} keeps {int(n) / int(m):g} of the weights of every layer, and "
                 f"target_density is {self.target_density:g}; set target_density = {int(n) / int(m):g}"

@@ -183,7 +183,7 @@ class Sparsifier:
             amount = share * math.fsum(layer.total_cost for layer in budget.layers)
         else:
             n, m = budget.groups.n, budget.groups.m
-            amount = float(n) if math.isclose(share * m, n) else share * m
+            amount = float(n) if math.isclose(share * m, n, rel_tol=1e-5) else share * m
         return torch.full((budget.rows,), amount, dtype=torch.float64, device=device)
 
     # ------------------------------------------------------------------------------------------------------ steps
