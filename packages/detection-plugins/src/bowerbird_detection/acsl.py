@@ -56,7 +56,7 @@ def adaptive_class_suppression_loss(
     if reduction not in ("mean", "sum", "none"):
         raise InputError(f"reduction = {reduction!r}: expected 'mean', 'sum' or 'none'")
     weights = suppression_weights(
-        logits,
+        _at_least_float32(logits),
         labels,
         score_threshold=score_threshold,
         class_frequency=class_frequency,
@@ -80,11 +80,14 @@ def sigmoid_classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _weighted_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None, reduction: Reduction) -> Tensor:
-    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-    entries: Tensor = _WeightedEntries.apply(logits, labels.long()[:, None], weights)
+    entries: Tensor = _WeightedEntries.apply(_at_least_float32(logits), labels.long()[:, None], weights)
     if reduction == "none":
         return entries
     return entries.sum() if reduction == "sum" else entries.sum() / max(1, len(logits))
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
 class _WeightedEntries(torch.autograd.Function):
