@@ -20,6 +20,9 @@ from bowerbird.gallery.images import COMMIT_ITEMS, EXISTING, Added, check_encode
 if TYPE_CHECKING:
     from bowerbird.gallery.gallery import Gallery
 
+COMMIT_PICTURES = 128  # an interrupted run repeats at most this many, or COMMIT_ITEMS objects
+CROPPED_PIXELS = 64_000_000  # of objects that wait to be encoded together
+
 
 @dataclass
 class AddedObjects(Added):
@@ -33,13 +36,14 @@ class AddedObjects(Added):
 
 @dataclass
 class _Batch:
-    """Objects that are found and wait for their vectors, and what they take the place of."""
+    """Objects that are found and not written yet, and what they take the place of. ``crops`` have no vector yet."""
 
     ids: list[str] = field(default_factory=list)
     uris: list[str | None] = field(default_factory=list)
     hashes: list[str | None] = field(default_factory=list)
     metadata: list[dict[str, Any]] = field(default_factory=list)
     crops: list[Any] = field(default_factory=list)
+    vectors: list[np.ndarray] = field(default_factory=list)
     stale: list[str] = field(default_factory=list)
 
 
@@ -114,6 +118,8 @@ def add_objects(
                 "leave such images out: --on-error skip (on_error='skip')."
             ) from error
         result.skipped[ids[wanted[position]]] = str(error)
+        if progress is not None:
+            progress(1)
 
     batch, waiting = _Batch(), 0
     for found in finder.find([images[position] for position in wanted], on_error=bad):
@@ -123,29 +129,29 @@ def add_objects(
         _collect(batch, found, finder, images[position], ids[position], own)
         fresh = set(batch.ids[count:])
         batch.stale += [item.id for item in known[ids[position]] if item.id not in fresh]
+        if len(batch.crops) >= batch_size or sum(crop.width * crop.height for crop in batch.crops) > CROPPED_PIXELS:
+            _encode(batch, encoder, batch_size)
         result.pictures += 1
         result.empty += not fresh
         waiting += 1
-        if len(batch.ids) >= COMMIT_ITEMS:
+        if len(batch.ids) >= COMMIT_ITEMS or waiting >= COMMIT_PICTURES:
             _commit(gallery, encoder, batch, existing, batch_size, result)
-            if progress is not None:
-                progress(waiting)
             batch, waiting = _Batch(), 0
+        if progress is not None:
+            progress(1)
     _commit(gallery, encoder, batch, existing, batch_size, result)
-    if progress is not None and waiting + len(result.skipped):
-        progress(waiting + len(result.skipped))
     return result
 
 
 def _objects_of(gallery: Gallery, ids: Sequence[str]) -> dict[str, list[Any]]:
-    """The items that are objects of the pictures ``ids``. Reads the whole list of items, once."""
+    """The items that ``add_objects`` made of the pictures ``ids``. Reads the whole list of items, once."""
     found: dict[str, list[Any]] = {name: [] for name in ids}
     if len(found) < len(ids):
         twice = next(name for name in found if list(ids).count(name) > 1)
         raise InputError(f"id {twice!r} is given more than once")
     for item in gallery.items():
         image = item.metadata.get("image")
-        if image in found and item.id.startswith(f"{image}{MARK}"):
+        if isinstance(image, str) and image in found and "detector" in item.metadata and MARK in item.id:
             found[image].append(item)
     return found
 
@@ -188,15 +194,21 @@ def _collect(batch: _Batch, found: Any, finder: Any, image: Any, name: str, own:
         )
 
 
+def _encode(batch: _Batch, encoder: Any, batch_size: int) -> None:
+    """The vectors of the crops, which are let go: those of large photographs would fill the memory."""
+    batch.vectors += [rows for _, rows in encoder.encode_batches(batch.crops, batch_size=batch_size)]
+    batch.crops = []
+
+
 def _commit(
     gallery: Gallery, encoder: Any, batch: _Batch, existing: str, batch_size: int, result: AddedObjects
 ) -> None:
     if batch.ids:
-        vectors = np.concatenate([rows for _, rows in encoder.encode_batches(batch.crops, batch_size=batch_size)])
+        _encode(batch, encoder, batch_size)
         replaced = sum(item is not None for item in gallery.get_many(batch.ids))
         gallery.add(
-            batch.ids, vectors, uris=batch.uris, metadata=batch.metadata, content_hashes=batch.hashes,
-            space=encoder.fingerprint, replace=existing == "update",
+            batch.ids, np.concatenate(batch.vectors), uris=batch.uris, metadata=batch.metadata,
+            content_hashes=batch.hashes, space=encoder.fingerprint, replace=existing == "update",
         )  # fmt: skip
         result.replaced += replaced
         result.added += len(batch.ids) - replaced
