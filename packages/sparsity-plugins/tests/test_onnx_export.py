@@ -40,6 +40,16 @@ def test_the_file_holds_the_graph_that_is_faster_and_gives_the_vectors_of_the_en
     assert json.dumps(made.to_dict()) and "checked with onnxruntime" in made.lines()[0]
 
 
+def test_zeros_that_lie_in_no_blocks_are_not_compared_with_blocks(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    made = onnx_export.export_onnx_encoder(
+        sparse_encoder(tmp_path / "dense", block=(1, 1), share=0.5), tmp_path / "onnx", batch_size=2
+    )
+    assert made.sparse_ms is None and made.kept_dense
+    assert "no zeros lie in blocks" in made.lines()[1]
+
+
 def test_without_the_extra_the_error_names_the_command_that_installs_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
