@@ -27,6 +27,8 @@ from bowerbird.train.loop import train
 from bowerbird_detection.acsl_objective import ACSLObjective
 from bowerbird_detection.configs import ACSLConfig, DetectionConfig, TorchvisionConfig
 from bowerbird_detection.detectors import TorchvisionDetector
+from bowerbird_detection.mimdet_config import MIMDetConfig
+from bowerbird_detection.mimdet_detector import MIMDetDetector
 from bowerbird_detection.objective import DetectionObjective, frequency_columns, pictures_of
 from bowerbird_detection.transforms import DetectionTransform
 
@@ -200,6 +202,22 @@ def test_the_groups_are_those_of_the_training_pictures() -> None:
 def test_a_detector_with_acsl_from_the_start_gets_the_groups_too() -> None:
     objective = DetectionObjective.build(DetectionConfig(), detector(class_loss="acsl"), context())
     assert objective.encoder.model.roi_heads.class_frequency.tolist() == frequency_columns(context()).tolist()  # type: ignore[attr-defined]
+
+
+def test_the_second_stage_takes_other_detectors_with_the_heads_of_r_cnn() -> None:
+    settings = {
+        "image_size": 64, "embed_dim": 24, "depth": 1, "num_heads": 3, "decoder_dim": 16, "decoder_depth": 1,
+        "decoder_heads": 4, "shorter_side": 64, "longer_side": 96, "proposals_train": 30, "rois": 16,
+        **dict.fromkeys(("fpn_width", "head_width", "mask_width"), 8),
+    }  # fmt: skip
+    trained, made = (MIMDetDetector.build(MIMDetConfig(**settings)) for _ in range(2))  # type: ignore[arg-type]
+    trained.open(DATA.classes)
+    run = TrainedRun(path=Path(FIRST), encoder=trained, objective_state={}, classes=DATA.classes, recipe={})
+    objective = ACSLObjective.build(ACSLConfig(run=FIRST), made, context(runs={FIRST: run})).train()
+    objective(batch_of(DATA, 4)).total.backward()
+    learned = [name for name, parameter in objective.named_parameters() if parameter.grad is not None]
+    assert learned == [f"encoder.model.roi_heads.box_predictor.cls_score.{kind}" for kind in ("weight", "bias")]
+    assert made.stored_config({})["class_loss"] == "acsl"
 
 
 def test_a_second_stage_that_does_not_fit_the_first_is_refused() -> None:
