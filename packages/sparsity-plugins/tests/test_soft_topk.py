@@ -102,10 +102,30 @@ def test_the_mask_is_monotone_and_knows_neither_shifts_nor_units_nor_order(
 @pytest.mark.parametrize("spread", [1e-30, 1e-3, 1.0, 1e4, 1e9, 4e37])
 def test_values_of_any_size_are_solved_without_overflow(solver: Any, spread: float) -> None:
     values = (torch.randn(500) * spread).requires_grad_()
-    mask = soft_topk(values, 50.0, beta=20.0, solver=solver)
+    near = hard_threshold(values, 50.0) if solver == "sinkhorn" else None
+    mask = soft_topk(values, 50.0, beta=20.0, solver=solver, threshold=near)
     mask.square().sum().backward()
     assert values.grad is not None and mask.isfinite().all() and values.grad.isfinite().all()
     assert float(mask.detach().sum()) == pytest.approx(50, rel=0.1 if solver == "sinkhorn" else 1e-3)
+
+
+def test_without_a_threshold_sinkhorn_stops_where_the_official_rule_stops_it() -> None:
+    """Also where that is far from the budget: sharp masks, whose objective hardly changes between two iterations."""
+    torch.manual_seed(3)
+    values, budget, beta, tol = torch.randn(500, dtype=torch.float64), 50.0, 20.0, 0.01
+    z = beta * (values - values.mean())
+    mu = math.log(budget) - torch.logsumexp(z, 0)
+    nu = -torch.nn.functional.softplus(z + mu)
+    gained = (torch.exp(z + mu + nu) * values).sum()
+    for _ in range(100):
+        mu = math.log(budget) - torch.logsumexp(z + nu, 0)
+        nu = -torch.nn.functional.softplus(z + mu)
+        mask = torch.exp(z + mu + nu)
+        before, gained = gained, (mask * values).sum()
+        if (gained - before).abs() <= tol * before.abs():
+            break
+    torch.testing.assert_close(soft_topk(values, budget, beta=beta, tol=tol), mask, rtol=1e-12, atol=1e-12)
+    assert abs(float(mask.sum()) - budget) > 0.25 * budget
 
 
 def test_half_precision_is_solved_in_single_precision() -> None:

@@ -31,7 +31,6 @@ Solver = Literal["sinkhorn", "root"]
 SOLVERS = ("sinkhorn", "root")
 TILE = {"cpu": 2**17}  # entries that go through all operations of a pass together: half a megabyte stays in the cache
 WHOLE = 2**26  # on devices where starting an operation costs more than reading memory again
-ASTRAY = 0.25  # missed share of a budget at which an iteration has not converged, whatever its stopping rule says
 NEWTON_STEPS = 200  # bisection alone needs about 60 in float64
 EXACTLY = 1 - 1e-11  # a budget is a share of a sum, and rounded: 0.3 of 10 entries is a bit more than 3 of them
 
@@ -73,9 +72,10 @@ def soft_topk(
         tol: Of ``sinkhorn``; relative, >= 0. With 0 it goes on until nothing changes, and what is then missing of the
             budget is closed by ``root``.
         threshold: Unit value around which ``sinkhorn`` starts, a number or ``(...)``: with that of ``hard_threshold``
-            it starts near the solution. By default it starts at the mean, with mu that meets the budget if masks were
-            exponentials; where that ends with the budget missed by more than a quarter (sharp masks: the objective
-            hardly changes from one iteration to the next), it starts again at the hard threshold.
+            it starts near the solution. By default, as in the official code, it starts at the mean, with mu that meets
+            the budget if masks were exponentials. For sharp masks that is far off, and the stopping rule then ends the
+            iteration with much of the budget missed, because the objective hardly changes from one to the next: give
+            the hard threshold, as ``Sparsifier`` does, ``tol = 0``, or ``solver = "root"``.
 
     Returns:
         Mask like ``values``, in [0, 1]. Half precision is computed in float32.
@@ -147,12 +147,7 @@ def solve(
     if solver == "root":
         mu, iterations = _root(problem, centre)
     else:
-        mu, iterations, astray = _sinkhorn(problem, centre, max_iters, tol, start=threshold is None)
-        if threshold is None and astray.any():
-            nearer = torch.where(astray, _per_row(hard_threshold(rows, budgets, cost), rows), centre)
-            again, more, _ = _sinkhorn(problem, nearer, max_iters, tol, start=False)
-            centre, mu, iterations = nearer, torch.where(astray, again, mu), iterations + more
-            problem.spend(centre, mu)
+        mu, iterations = _sinkhorn(problem, centre, max_iters, tol, start=threshold is None)
     batch = values.shape[:-1]
     return Solution(problem.mask.view(values.shape).to(dtype), mu.view(batch), centre.view(batch), iterations)
 
@@ -316,12 +311,10 @@ class _Problem:
         return total.log() + largest
 
 
-def _sinkhorn(
-    problem: _Problem, centre: Tensor, max_iters: int, tol: float, *, start: bool
-) -> tuple[Tensor, int, Tensor]:
-    """The official iteration and stopping rule. ``start``: begin with mu that meets the budget of exponentials.
+def _sinkhorn(problem: _Problem, centre: Tensor, max_iters: int, tol: float, *, start: bool) -> tuple[Tensor, int]:
+    """mu ``(R,)`` and the number of iterations, by the official iteration and stopping rule.
 
-    Returns mu ``(R,)``, the iterations, and ``(R,)`` bool: problems whose budget was missed by more than ``ASTRAY``.
+    ``start``: begin with mu that meets the budget of exponentials.
     """
     mu = torch.zeros_like(problem.budgets)
     if start:
@@ -338,15 +331,14 @@ def _sinkhorn(
         spent, now = problem.spend(centre, mu)
         moving &= (now - gained).abs() > tol * gained.abs()
         gained = now
-    missed = (spent - problem.budgets).abs() / problem.budgets
     if tol == 0:
         # Where nothing moves in floating point, the constraint need not hold yet: each iteration is too small a step.
+        missed = (spent - problem.budgets).abs() / problem.budgets
         left = ~moving & (missed > 4 * torch.finfo(problem.values.dtype).eps)
         if left.any():
             mu = torch.where(left, _root(problem, centre)[0], mu)
-            spent, _ = problem.spend(centre, mu)
-            missed = (spent - problem.budgets).abs() / problem.budgets
-    return mu, iteration, missed > ASTRAY
+            problem.spend(centre, mu)
+    return mu, iteration
 
 
 def _root(problem: _Problem, centre: Tensor) -> tuple[Tensor, int]:
