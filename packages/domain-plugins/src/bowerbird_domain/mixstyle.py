@@ -52,6 +52,11 @@ def mix_feature_statistics(
     for name, values in (("partner", partner), ("weight", weight)):
         if values.shape != x.shape[:1]:
             raise InputError(f"{name} must have one entry per sample ({len(x)}); found shape {tuple(values.shape)}")
+    if not torch.compiler.is_compiling() and len(x):
+        for name, values, most in (("partner", partner, len(x) - 1), ("weight", weight, 1)):
+            low, high = (float(bound) for bound in values.aminmax())
+            if not 0 <= low <= high <= most:
+                raise InputError(f"{name} has {low:g} to {high:g}; expected 0 to {most}")
     if not check_features(x, channels_last=channels_last, strict=strict):
         return x
     features = as_channels_first(x, channels_last)
