@@ -92,7 +92,7 @@ def test_what_cannot_be_mixed_is_refused_by_name() -> None:
         mix_feature_statistics(x, torch.arange(5), torch.ones(3))
     with pytest.raises(InputError, match="partner has 1 to 5; expected 0 to 4"):
         mix_feature_statistics(x, torch.arange(1, 6), torch.ones(5))
-    with pytest.raises(InputError, match="weight has 1.5 to 1.5; expected 0 to 1"):
+    with pytest.raises(InputError, match=r"weight has 1\.5 to 1\.5; expected 0 to 1"):
         mix_feature_statistics(x, torch.arange(5), torch.full((5,), 1.5))
     with pytest.raises(InputError, match="at least 2 of both"):
         MixStyle(1.0, strict=True)(x[:1])
