@@ -1,4 +1,4 @@
-"""The arms of dsu.toml: a small network trained in some looks or styles and used in others."""
+"""The arms of dsu.toml and dsu-digits.toml: a small network trained in some looks or styles and used in others."""
 
 from __future__ import annotations
 
@@ -70,8 +70,10 @@ class CNN(Encoder):
 def run(plan: Mapping[str, Any], seed: int) -> Values:
     register("claims-dsu", sys.modules[__name__])
     values: Values = {}
+    worlds = [("digits", digits)] if "looks" in plan else []
+    worlds += [("emoji", emoji)] if "emoji" in plan else []
     for arm in plan["arms"]:
-        for world, measured in (("digits", digits), ("emoji", emoji)):
+        for world, measured in worlds:
             found = measured(plan, arm, seed)
             values |= {f"{arm['name']}.{world}.{key}": value for key, value in found.items()}
     return values | {
