@@ -6,22 +6,28 @@ import copy
 import json
 import pickle
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from bowerbird.data.uris import open_dataset
 from bowerbird.errors import DataError, InputError, UnknownNameError
 from bowerbird.testing import DatasetContract
+from bowerbird.train.data import TrainItems, collate
 from bowerbird_detection.annotations import AnnotationWarning
 from bowerbird_detection.canvases import Canvases
 from bowerbird_detection.coco import CocoSet
-from bowerbird_detection.data_configs import CanvasesConfig, CocoConfig, lvis
+from bowerbird_detection.data_configs import AugmentationConfig, CanvasesConfig, CocoConfig, lvis
 from bowerbird_detection.evaluators import average_precisions
+from bowerbird_detection.transforms import DetectionTransform
 
 Change = Callable[[dict[str, Any]], None]
 
@@ -378,3 +384,64 @@ def test_lvis_files_name_pictures_by_address_and_groups_by_letter(folder: Path, 
     ]
     scores = average_precisions(copy.deepcopy(truth), found, lvis=True)
     assert scores.summary(data.frequency_groups())["AP"] == pytest.approx(1.0)
+
+
+# ------------------------------------------------------------------------------------------------ whatever is there
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.integers(-99, 99) | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=7) | st.dictionaries(st.sampled_from(["size", "counts", "id"]), inner),
+    max_leaves=9,
+)
+NUMBERS = st.lists(st.floats(width=32) | st.integers(-5, 70), max_size=14)
+KEYS = ["id", "image_id", "category_id", "bbox", "area", "iscrowd", "segmentation", "keypoints"]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from(KEYS),
+    JUNK | NUMBERS | st.lists(NUMBERS, max_size=3) | st.fixed_dictionaries({"size": JUNK, "counts": JUNK | NUMBERS}),
+    st.sampled_from(["id", "file_name", "height", "width", "neg_category_ids"]),
+    JUNK,
+)
+def test_no_value_ends_the_process_or_an_epoch(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, key: str, value: Any, picture_key: str, other: Any
+) -> None:
+    content = json.loads((folder / "annotations" / "instances_train.json").read_text())
+    content["annotations"][0][key] = value
+    content["images"][5][picture_key] = other
+    file = tmp_path_factory.getbasetemp() / "junk.json"
+    file.write_text(json.dumps(content))
+    config = CocoConfig(root=folder, annotations=str(file), images="train", check="files")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AnnotationWarning)
+        data = CocoSet.build(config, None)
+    change = DetectionTransform(AugmentationConfig(iou_crop=0.5, scale_jitter=(0.5, 2.0), target_size=64))
+    for i in range(len(data)):
+        objects, (height, width) = data.objects(i), data.size(i)
+        assert (objects.boxes >= 0).all() and (objects.boxes <= torch.tensor([width, height] * 2)).all()
+        assert objects.masks.shape == (len(objects.boxes), height, width)
+        if data.item_ids[i] != "000005.png":
+            change(data[i], np.random.default_rng(i))
+    average_precisions(data.coco(), [], "mask")
+
+
+def test_an_epoch_over_a_file_with_every_kind_of_bad_entry_ends(changed: Callable[..., CocoSet]) -> None:
+    def everything(content: dict[str, Any]) -> None:
+        good = content["annotations"].copy()
+        for kind in BAD.values():
+            for change in kind:
+                one = {"annotations": [copy.deepcopy(good[0])]}
+                change(one)
+                content["annotations"] += one["annotations"]
+
+    with pytest.warns(AnnotationWarning, match=f"{sum(len(kind) for kind in BAD.values())} bad entries"):
+        data = changed(everything)
+    items = TrainItems(
+        data, None, augment="none", seed=0, transform=DetectionTransform(AugmentationConfig(iou_crop=0.5))
+    )
+    batch = collate([items[0, i] for i in range(len(data))])
+    assert batch["image"].shape[0] == len(batch["boxes"]) == len(data)
+    assert {key: len(batch[key]) for key in ("masks", "keypoints", "crowd", "box_labels")} == dict.fromkeys(
+        ("masks", "keypoints", "crowd", "box_labels"), len(data)
+    )

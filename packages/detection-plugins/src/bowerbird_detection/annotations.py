@@ -7,7 +7,6 @@ was left out and why, or the first one is an error.
 from __future__ import annotations
 
 import json
-import math
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ import numpy as np
 from faster_coco_eval import mask as rle_masks
 from numpy.typing import NDArray
 
-from bowerbird.data.images import image_size
+from bowerbird.data.images import MAX_PIXELS, image_size
 from bowerbird.errors import DataError
 from bowerbird.files import write_atomically
 
@@ -29,6 +28,7 @@ Check = Literal["sizes", "files", "none"]
 Segmentation = dict[str, Any] | list[NDArray[np.float32]]  # COCO's run lengths, or polygons x y x y ...
 
 TOLERANCE = 1.0  # pixels by which a box may leave its picture: annotators' rounding
+_HUGE = 1e9  # pixels; what is larger is no coordinate
 _SHOWN = 3  # ids named for each kind of problem in the warning
 
 
@@ -85,8 +85,8 @@ class Problems:
             kept: What is left, for the warning.
         """
         if report is not None:
-            lines = [json.dumps(asdict(one), ensure_ascii=False) for one in self.found]
-            lines += [json.dumps({"file": str(self.file), "note": text}, ensure_ascii=False) for text in self.notes]
+            lines = [json.dumps(asdict(one)) for one in self.found]
+            lines += [json.dumps({"file": str(self.file), "note": text}) for text in self.notes]
             write_atomically(report, "".join(f"{line}\n" for line in lines))
         if self.found:
             kinds = Counter((one.done, one.kind) for one in self.found)
@@ -147,7 +147,7 @@ def checked_segmentation(
 def _checked_run_lengths(
     rle: dict[str, Any], size: tuple[int, int], entry: str, problems: Problems
 ) -> dict[str, Any] | None:
-    if list(rle.get("size", ())) != list(size):
+    if rle.get("size") != list(size):
         problems.add(entry, "run lengths do not match the picture", f"size {rle.get('size')}, picture {list(size)}")
         return None
     counts = rle.get("counts")
@@ -164,7 +164,7 @@ def _checked_run_lengths(
         if not rle_masks.decode(rle).any():
             problems.add(entry, "empty mask")
             return None
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         problems.add(entry, "run lengths do not match the picture", str(error))
         return None
     return rle
@@ -190,8 +190,8 @@ def _checked_polygon(polygon: Any, size: tuple[int, int]) -> NDArray[np.float32]
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a number that a picture may have: finite, and small enough for floating point."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _HUGE
 
 
 # ------------------------------------------------------------------------------------------------------------ masks
@@ -233,12 +233,14 @@ def found_sizes(
     """
 
     def one(file: Path, size: tuple[int, int] | None) -> tuple[int, int] | str:
-        if check == "sizes" or size is None:
-            try:
+        try:
+            if check == "sizes" or size is None:
                 return image_size(file)
-            except DataError as error:
-                return str(error)
-        return size if check == "none" or file.is_file() else f"{str(file)!r} does not exist"
+            if size[0] * size[1] > MAX_PIXELS:
+                return f"it is said to have {size[1]} x {size[0]} pixels; the limit is {MAX_PIXELS:,}"
+            return size if check == "none" or file.is_file() else f"{str(file)!r} does not exist"
+        except (DataError, OSError) as error:  # OSError: a name that no file can have
+            return str(error)
 
     with ThreadPoolExecutor(8, thread_name_prefix="bowerbird-headers") as pool:
         return list(pool.map(one, files, said))

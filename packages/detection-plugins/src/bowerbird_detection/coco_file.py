@@ -204,7 +204,11 @@ def _pictures(
         elif wanted is not None and size != wanted:
             problems.add(f"picture {key} ({name})", "picture of another size", other_size(size, wanted))
         else:
-            verified = {one: list(entry[one]) for one in VERIFIED if isinstance(entry.get(one), list)}
+            verified = {
+                one: [category for category in entry[one] if isinstance(category, int)]
+                for one in VERIFIED
+                if isinstance(entry.get(one), list)
+            }
             pictures[key] = Picture(key, name, size, verified)
     return pictures, (twice | candidates.keys()) - pictures.keys()
 
@@ -302,7 +306,7 @@ def _checked_keypoints(
     """``(K, 3)``; ``None`` where it cannot be used. A labelled point outside the picture becomes unlabelled."""
     try:
         points = np.asarray(values, np.float64).reshape(count, 3)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         found = f"{len(values)}" if isinstance(values, list) else type(values).__name__
         problems.add(name, "keypoints are not x, y, visibility of each", f"expected {3 * count} numbers, found {found}")
         return None
