@@ -170,20 +170,19 @@ class DPT(Encoder):
 
     def grids(self, height: int, width: int) -> list[tuple[int, int]]:
         """(rows, columns) of the tokens of every stage. Raises ``InputError`` for sides that do not divide."""
-        total = self.patch_size * MERGED ** (len(self.dims) - 1)
+        total = self.strides[-1]
         if height < 1 or width < 1 or height % total or width % total:
             raise InputError(
                 f"pictures of {height} x {width} pixels: both sides must be multiples of {total}, the stride of the "
                 f"last of {len(self.dims)} stages"
             )
-        strides = [self.patch_size * MERGED**s for s in range(len(self.dims))]
-        for stride, ratio in zip(strides, self.sr_ratios, strict=True):
+        for stride, ratio in zip(self.strides, self.sr_ratios, strict=True):
             if min(height, width) // stride < ratio:
                 raise InputError(
                     f"pictures of {height} x {width} pixels: the map at stride {stride} has {height // stride} x "
                     f"{width // stride} tokens, fewer than sr_ratio = {ratio} per side"
                 )
-        return [(height // stride, width // stride) for stride in strides]
+        return [(height // stride, width // stride) for stride in self.strides]
 
     def feature_maps(self, images: Tensor) -> list[Tensor]:
         """As a detector's backbone: maps ``(B, D_s, H / t_s, W / t_s)`` of all stages. The class token is not used.
