@@ -14,9 +14,14 @@ from torch import Tensor
 from bowerbird.encoders import load_encoder, save_encoder
 from bowerbird.errors import DataError, InputError, RecipeError, UnknownNameError
 from bowerbird.protocols import Objects
-from bowerbird.testing import EncoderContract, assert_close, override_contract_test
+from bowerbird.testing import EncoderContract, SimpleBuildContext, assert_close, override_contract_test
+from bowerbird.train.data import collate
+from bowerbird_detection.canvases import Canvases
+from bowerbird_detection.configs import DetectionConfig
+from bowerbird_detection.data_configs import CanvasesConfig
 from bowerbird_detection.obj2seq_config import Obj2SeqConfig
 from bowerbird_detection.obj2seq_detector import Obj2SeqDetector
+from bowerbird_detection.objective import DetectionObjective
 
 TINY: dict[str, Any] = {
     "stages": [8, 8], "levels": 2, "extra_levels": 1, "embed_dim": 8, "num_heads": 2, "num_points": 2, "ffn_dim": 16,
@@ -138,7 +143,7 @@ def test_targets_are_parts_of_the_picture_and_crowds_say_only_that_their_class_i
         {"num_keypoints": 2, "keypoint_classes": ["pot"], "oks_variant": "coco"},
         {"prompting": "none", "num_keypoints": 2},
         {"prompting": "every", "refine": True, "head": "parallel"},
-        {"retained": 1, "train_sides": [16, 24]},
+        {"retained": 1, "train_sides": [16, 24], "num_keypoints": 2, "keypoint_classes": ["pot"]},
     ],
 )
 def test_losses_are_finite_and_reach_every_trained_parameter(more: dict[str, Any]) -> None:
@@ -151,6 +156,29 @@ def test_losses_are_finite_and_reach_every_trained_parameter(more: dict[str, Any
     assert [name for name, p in made.named_parameters() if p.requires_grad and p.grad is None] == []
     empty = made.losses(pictures(), [nothing, nothing])
     assert torch.stack(list(empty.values())).sum().isfinite()
+
+
+def test_half_precision_trains_as_well() -> None:
+    made = detector(num_keypoints=2, keypoint_classes=["pot"], refine=True).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = made.losses(pictures(), [some_objects(3), some_objects(1)])
+    assert all(value.dtype == torch.float32 for value in losses.values())
+    torch.stack(list(losses.values())).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in made.parameters())
+
+
+def test_the_objective_of_all_detectors_trains_it_on_canvases_with_keypoints() -> None:
+    canvases = Canvases.build(CanvasesConfig(count=3, canvas_size=(20, 24), items=(1, 1), item_size=(8, 12)), "train")
+    torch.manual_seed(0)
+    made = Obj2SeqDetector.build(Obj2SeqConfig(**{**TINY, "num_keypoints": 4, "retained": 3}))
+    objective = DetectionObjective.build(DetectionConfig(), made, SimpleBuildContext(classes=canvases.classes))
+    views = objective.item_transform()
+    assert views is not None and made.classes == canvases.classes
+    batch = collate([views(canvases[i], np.random.default_rng(i)) for i in range(3)])
+    output = objective.train()(batch)
+    assert {"cls_asl", "loss_ce", "loss_kps_l1", "loss_oks"} <= set(output.parts)
+    output.total.backward()
+    assert sum(len(group["params"]) for group in objective.parameter_groups()) == len(list(made.parameters()))
 
 
 def test_a_few_steps_find_the_objects_of_one_picture() -> None:

@@ -188,7 +188,8 @@ class ObjectDecoder(nn.Module):
         x = self.position_patterns.weight.expand(len(batch_index), -1, -1)
         if prompts is not None:
             x = x + prompts[:, None]
-        reference = self.reference_points(self.position.weight).sigmoid().expand(len(batch_index), -1, -1)
+        places = self.reference_points(self.position.weight).to(self.position.weight)  # in half precision too coarse
+        reference = places.sigmoid().expand(len(batch_index), -1, -1)
         steps = [task.num_steps for task in tasks]
         heads: Any = self.detect_head
         maps = None if self.refines else heads[0].maps(image)

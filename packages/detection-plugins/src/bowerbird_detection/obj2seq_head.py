@@ -194,7 +194,7 @@ class SequenceHead(_ObjectHead):
             x = self.norm2(x + self.self_attn(x, cache))
             places = image.scaled(position, batch_index[active])
             x = self.norm1(x + self.cross_attn.attend(x, places, maps, rows))
-            number = self.output_embeds[step](x)
+            number = self.output_embeds[step](x).to(position)  # places are never in half precision
             if step < 2:  # the box's centre: later steps look there
                 moved = logit(position[..., step]) + number.detach()
                 position = position.index_copy(
@@ -250,7 +250,7 @@ class ParallelHead(_ObjectHead):
         maps: None = None,
     ) -> tuple[Tensor, Tensor]:
         lengths = self._steps(steps, len(features))
-        sequence = self.output(self.hidden(features))[..., : max(lengths)]
+        sequence = self.output(self.hidden(features))[..., : max(lengths)].to(reference_points)
         ends = torch.tensor(lengths, device=features.device)[:, None, None]
         unused = torch.arange(max(lengths), device=features.device) >= ends
         return self.logits(features, class_vectors, presence_logits), sequence.masked_fill(unused, 0.0)
