@@ -108,6 +108,8 @@ def test_overrides_reach_into_lists_of_tables() -> None:
         ("train.momentum=0.5", RecipeError, ["momentum is a setting of optimizer = 'sgd'"]),
         ("train.step_epochs=3", RecipeError, ["settings of schedule = 'step'"]),
         ("train.schedule=step", RecipeError, ["needs step_epochs"]),
+        ("train={schedule='step',step_epochs=0}", RecipeError, ["step_epochs = 0", "above 0"]),
+        ("train={schedule='step',step_epochs=[8,5]}", RecipeError, ["step_epochs = (8.0, 5.0)", "that grow"]),
         ("train.warmup=2", RecipeError, ["leaves nothing"]),
         ("encoder.embd_dim=3", RecipeError, ["encoder.embd_dim", "of tiny:net", "Did you mean 'embed_dim'"]),
         ("encoder.embed_dim=wide", RecipeError, ['encoder.embed_dim = "wide"', "integer"]),

@@ -492,6 +492,7 @@ def test_learning_rates_warm_up_and_then_follow_the_schedule() -> None:
     np.testing.assert_allclose(warm[10:], 0.5 * (1 + np.cos(np.pi * np.arange(30) / 30)))
     np.testing.assert_allclose(factors(schedule="step", step_epochs=1.5, step_factor=0.5),
                                [1.0] * 15 + [0.5] * 15 + [0.25] * 10)  # fmt: skip
+    np.testing.assert_allclose(factors(schedule="step", step_epochs=[2, 3.5]), [1.0] * 20 + [0.1] * 15 + [0.01] * 5)
     assert set(factors(schedule="constant")) == {1.0}
     np.testing.assert_allclose(factors(schedule="poly"), (1 - np.arange(40) / 40) ** 0.9)
     np.testing.assert_allclose(factors(schedule="poly", poly_power=2.0, warmup=1.0)[10:], (1 - np.arange(30) / 30) ** 2)

@@ -86,7 +86,9 @@ class TrainSettings(_Table):
         default="cosine", description="Of the learning rate."
     )
     warmup: float = Field(default=0.0, ge=0, description="Epochs of linear growth from 0 to lr.")
-    step_epochs: float | None = Field(default=None, gt=0, description="With schedule = 'step': epochs between drops.")
+    step_epochs: float | Annotated[tuple[float, ...], Field(strict=False)] | None = Field(
+        default=None, description="With schedule = 'step': epochs between drops, or a list of epochs at which it drops."
+    )
     step_factor: float | None = Field(
         default=None, gt=0, lt=1, description="With 'step': factor of a drop, by default 0.1."
     )
@@ -121,7 +123,10 @@ class TrainSettings(_Table):
         if self.schedule != "step" and (self.step_epochs is not None or self.step_factor is not None):
             raise ValueError(f"step_epochs and step_factor are settings of schedule = 'step', not of {self.schedule!r}")
         if self.schedule == "step" and self.step_epochs is None:
-            raise ValueError("schedule = 'step' needs step_epochs, the epochs between two drops")
+            raise ValueError("schedule = 'step' needs step_epochs, the epochs between two drops or those of the drops")
+        drops = self.step_epochs if isinstance(self.step_epochs, tuple) else (self.step_epochs or 1,)
+        if self.step_epochs == 0 or not drops or drops[0] <= 0 or list(drops) != sorted(set(drops)):
+            raise ValueError(f"step_epochs = {self.step_epochs}: expected a number above 0, or several that grow")
         if self.poly_power is not None and self.schedule != "poly":
             raise ValueError(f"poly_power is a setting of schedule = 'poly', not of {self.schedule!r}")
         if self.alternate and self.items_per_class is not None:

@@ -41,7 +41,7 @@ class TinyEncoder(Encoder):
 
 
 class SimpleBuildContext(BuildContext):
-    """A context without files: classes, steps, a seed, a data set, and what ``load_run`` and ``eval_batches`` return."""
+    """A context without files: classes, steps, a seed, a data set, what ``load_run`` and ``eval_batches`` return."""
 
     def __init__(
         self,

@@ -11,9 +11,9 @@ def lr_factor(step: int, *, steps_per_epoch: int, settings: TrainSettings) -> fl
     """What the peak learning rate is multiplied with at optimiser step ``step`` (counted from 0).
 
     Warm-up grows linearly and reaches 1 with its last step. After it, ``cosine`` falls from 1 towards ``min_lr / lr``
-    (reached after the last step), ``step`` is multiplied with ``step_factor`` every ``step_epochs`` epochs counted from
-    the start of the run, ``poly`` is the share of steps left (1 at its first step) to the power ``poly_power``, and
-    ``constant`` stays at 1.
+    (reached after the last step), ``step`` is multiplied with ``step_factor`` every ``step_epochs`` epochs, or at each
+    of several, counted from the start of the run, ``poly`` is the share of steps left (1 at its first step) to the
+    power ``poly_power``, and ``constant`` stays at 1.
     """
     warmup = round(settings.warmup * steps_per_epoch)
     if step < warmup:
@@ -28,6 +28,8 @@ def lr_factor(step: int, *, steps_per_epoch: int, settings: TrainSettings) -> fl
     if settings.schedule == "step":
         assert settings.step_epochs is not None
         factor = 0.1 if settings.step_factor is None else settings.step_factor
+        if isinstance(settings.step_epochs, tuple):
+            return factor ** sum(step >= round(epoch * steps_per_epoch) for epoch in settings.step_epochs)
         return factor ** math.floor(step / (settings.step_epochs * steps_per_epoch))
     return 1.0
 
