@@ -486,7 +486,7 @@ def test_the_two_forms_of_the_keypoint_similarity_differ_by_the_width_of_a_point
     guess = torch.tensor([[[[0.52, 0.51]]]], dtype=torch.float64)
     squared, area, sigma = 0.02**2 + 0.01**2, 0.4 * 0.2, 0.03
     for variant, width in (("official", sigma), ("coco", (2 * sigma) ** 2)):
-        criterion = PromptedSetCriterion(oks_variant=variant, sigmas=[sigma])  # type: ignore[arg-type]
+        criterion = PromptedSetCriterion(oks_variant=variant, sigmas=[sigma])
         found = criterion(torch.zeros(1, 1).double(), true[None], [{"boxes": true, "keypoints": points}], guess)
         expected = 5 * (1 - torch.exp(torch.tensor(-squared / (2 * area * width)).double()))
         assert_close(found["loss_oks"], expected, rtol=1e-6)
@@ -567,7 +567,7 @@ def test_features_under_the_padding_change_nothing(more: dict[str, Any]) -> None
 def _decoded(made: Obj2Seq, features: ImageFeatures) -> list[Tensor]:
     """Everything after the image encoder."""
     made = copy.deepcopy(made)
-    made.encoder.forward = lambda images, mask: features  # type: ignore[method-assign,assignment]
+    made.encoder.forward = lambda images, mask: features
     output = made(torch.zeros(1, 3, 1, 1))
     presence = [] if output.presence is None else list(output.presence.logits)
     return [output.last.logits, output.last.boxes, *presence]
@@ -583,7 +583,7 @@ def test_a_padded_picture_is_seen_like_the_picture_itself() -> None:
             return OrderedDict({"0": pixels})
 
     torch.manual_seed(6)
-    made = DeformableEncoder(Pixels(), 8, num_layers=2, num_heads=2, num_points=2, ffn_dim=16, extra_levels=0)  # type: ignore[arg-type]
+    made = DeformableEncoder(Pixels(), 8, num_layers=2, num_heads=2, num_points=2, ffn_dim=16, extra_levels=0)
     made.input_proj[0][1] = nn.Identity()  # its statistics are those of the whole map
     shaken(made, 0.1)
     picture = torch.randn(1, 3, 5, 6, dtype=torch.float64)
@@ -734,6 +734,6 @@ def test_pictures_that_do_not_fit_are_refused() -> None:
     with pytest.raises(InputError, match="all padding"):
         made(pictures_of(), torch.ones(2, 12, 16, dtype=torch.bool))
     with pytest.raises(InputError, match="3 targets"):
-        made.losses(made(pictures_of()), [None] * 3, PromptedSetCriterion())  # type: ignore[list-item]
+        made.losses(made(pictures_of()), [None] * 3, PromptedSetCriterion())
     with pytest.raises(InputError, match="takes no prompts"):
         network(prompting="none", combine="none")(pictures_of(), prompts=[[0], [1]])
