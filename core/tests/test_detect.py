@@ -316,6 +316,24 @@ def test_small_pictures_are_enlarged_and_names_stay_within_them() -> None:
     )
 
 
+def test_the_names_of_objects_in_one_place_do_not_cover_each_other() -> None:
+    image = Image.new("RGB", (800, 600), GROUND)
+    box = [300.0, 200.0, 500.0, 400.0]
+    objects = Objects(torch.tensor([box] * 4), torch.arange(4), torch.tensor([0.9, 0.8, 0.7, 0.6]))
+    alone = [Objects(*(part[[i]] for part in (objects.boxes, objects.labels, objects.scores))) for i in range(4)]
+
+    def areas(drawn: Image.Image) -> list[int]:
+        """Pixels of each class's colour, but for the frame, of which the surest object's hides the others."""
+        pixels = np.asarray(drawn).copy()
+        pixels[:, [*range(295, 312), *range(490, 506)]] = 0
+        return [int((pixels == class_colour(label)).all(axis=2).sum()) for label in range(4)]
+
+    together = areas(draw_objects(image, objects, ["one", "two", "three", "four"]))
+    for label, one in enumerate(alone):
+        name = areas(draw_objects(image, one, ["one", "two", "three", "four"]))[label]
+        assert together[label] > 0.5 * min(name, 400)
+
+
 def test_neighbouring_classes_have_different_colours() -> None:
     colours = np.array([class_colour(label) for label in range(40)], float)
     near = np.linalg.norm(colours[1:] - colours[:-1], axis=1)

@@ -17,6 +17,7 @@ READABLE_SIDE = 640  # smaller pictures are enlarged, or labels would cover them
 MASK_OPACITY = 0.45
 
 Colour = tuple[int, int, int]
+Box = tuple[float, float, float, float]
 Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
 
@@ -53,10 +54,11 @@ def draw_objects(image: Image.Image, objects: Objects, classes: Sequence[str]) -
                 if visible > 0:
                     middle, reach = (x * factor, y * factor), 1.5 * line
                     pen.circle(middle, reach, fill=colours[i], outline=(255, 255, 255))
-    for i in order:  # names last: no box crosses them
+    taken: list[Box] = []
+    for i in order[::-1]:  # names last: no box crosses them; the surest first: it has its place above the box
         name = classes[int(objects.labels[i])]
         text = name if objects.scores is None else f"{name} {float(objects.scores[i]):.2f}"
-        _label(pen, text, boxes[i], colours[i], font, canvas.size)
+        taken.append(_label(pen, text, boxes[i], colours[i], font, canvas.size, taken))
     return canvas
 
 
@@ -75,13 +77,25 @@ def _with_masks(canvas: Image.Image, masks: Sequence[tuple[np.ndarray, Colour]],
 
 
 def _label(
-    pen: ImageDraw.ImageDraw, text: str, box: Sequence[float], colour: Colour, font: Font, size: tuple[int, int]
-) -> None:
-    """Above the box, or within it where there is no room; never outside the picture."""
+    pen: ImageDraw.ImageDraw, text: str, box: Sequence[float], colour: Colour, font: Font, size: tuple[int, int],
+    taken: Sequence[Box],
+) -> Box:  # fmt: skip
+    """Above the box, or within it or below it where there is no room or another label; never outside the picture.
+
+    Returns where it is: left, top, right, bottom.
+    """
     left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
     width, height = right - left + 6, bottom - top + 6
     x = min(max(0.0, box[0]), max(0.0, size[0] - width))
-    y = box[1] - height if box[1] >= height else min(max(0.0, box[1]), max(0.0, size[1] - height))
-    pen.rectangle((x, y, x + width - 1, y + height - 1), fill=colour)
+    lines = [box[1] - height, box[1], box[3] - height, box[3], box[1] - 2 * height]
+    places = [(x, y, x + width - 1, y + height - 1) for y in lines if 0 <= y <= size[1] - height]
+    places = places or [(x, 0.0, x + width - 1, height - 1.0)]
+    place = next((one for one in places if not any(_overlap(one, other) for other in taken)), places[0])
+    pen.rectangle(place, fill=colour)
     bright = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] > 140
-    pen.text((x + 3 - left, y + 3 - top), text, fill=(0, 0, 0) if bright else (255, 255, 255), font=font)
+    pen.text((x + 3 - left, place[1] + 3 - top), text, fill=(0, 0, 0) if bright else (255, 255, 255), font=font)
+    return place
+
+
+def _overlap(one: Box, other: Box) -> bool:
+    return one[0] <= other[2] and other[0] <= one[2] and one[1] <= other[3] and other[1] <= one[3]
