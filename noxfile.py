@@ -23,7 +23,7 @@ CORE = "./core"
 PACKAGES = {
     "core": (CORE, "", f"{CORE}[torch,transformers,lite,faiss-cpu,digits,report,tables,testing]"),
     "compat": ("./packages/compat-plugins", "", f"{CORE}[torch,faiss-cpu,digits,testing]"),
-    "detection": ("./packages/detection-plugins", "", f"{CORE}[torch,digits,testing]"),
+    "detection": ("./packages/detection-plugins", "[testing]", f"{CORE}[torch,digits,testing]"),
     "domain": ("./packages/domain-plugins", "", f"{CORE}[torch,digits,testing]"),
     "mim": ("./packages/mim-plugins", "", f"{CORE}[torch,digits,testing]"),
     "emoji": ("./packages/emoji-plugins", "", f"{CORE}[testing]"),

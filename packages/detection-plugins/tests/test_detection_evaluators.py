@@ -124,8 +124,8 @@ def test_only_the_best_detections_count() -> None:
 
 @pytest.mark.parametrize(("kind", "iou_type"), [("box", "bbox"), ("mask", "segm"), ("keypoint", "keypoints")])
 def test_numbers_are_those_of_pycocotools(kind: str, iou_type: str) -> None:
-    coco = pytest.importorskip("pycocotools.coco")
-    cocoeval = pytest.importorskip("pycocotools.cocoeval")
+    from pycocotools import coco, cocoeval
+
     data = canvases(count=30, items=(1, 3), canvas_size=(96, 160), item_size=(20, 52))
     truth, found = data.coco(), []
     generator = np.random.default_rng(5)
