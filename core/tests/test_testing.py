@@ -452,6 +452,13 @@ def test_a_golden_that_would_execute_code_or_is_missing_is_refused(tmp_path: Pat
             load_golden(tmp_path / name)
 
 
+def test_golden_arrays_come_as_tensors_where_they_are_asked_for(tmp_path: Path) -> None:
+    np.savez(tmp_path / "few.npz", x=np.arange(3.0), names=np.array(["a", "b"]), scale=0.5)
+    values = load_golden(tmp_path / "few.npz", tensors=True)
+    assert torch.equal(values["x"], torch.arange(3.0, dtype=torch.float64))
+    assert values["names"] == ["a", "b"] and values["scale"] == 0.5
+
+
 @pytest.mark.parametrize(
     ("actual", "golden", "words"),
     [

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -22,11 +21,7 @@ DATA = Path(__file__).parent / "data"
 def golden() -> Callable[[str], dict[str, Any]]:
     """``golden("dpt/box_coder")``: arrays as tensors, values without dimensions as Python's."""
 
-    def load(name: str) -> dict[str, Any]:
-        values = load_golden(DATA / f"{name}.npz")
-        return {key: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for key, v in values.items()}
-
-    return load
+    return lambda name: load_golden(DATA / f"{name}.npz", tensors=True)
 
 
 @pytest.fixture(autouse=True)

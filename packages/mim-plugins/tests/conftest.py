@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -22,15 +21,7 @@ DATA = Path(__file__).parent / "data"
 def golden() -> Callable[[str], dict[str, Any]]:
     """``golden("mae/patchify")``: arrays as tensors, of texts as lists, values without dimensions as Python's."""
 
-    def load(name: str) -> dict[str, Any]:
-        return {key: plain(value) for key, value in load_golden(DATA / f"{name}.npz").items()}
-
-    def plain(value: Any) -> Any:
-        if not isinstance(value, np.ndarray):
-            return value
-        return value.tolist() if value.dtype.kind == "U" else torch.from_numpy(value)
-
-    return load
+    return lambda name: load_golden(DATA / f"{name}.npz", tensors=True)
 
 
 @pytest.fixture(autouse=True)

@@ -12,11 +12,12 @@ import numpy as np
 from bowerbird.errors import DataError
 
 
-def load_golden(path: str | Path) -> dict[str, Any]:
+def load_golden(path: str | Path, *, tensors: bool = False) -> dict[str, Any]:
     """Names and values of a golden file. Nothing in it is executed.
 
     Args:
         path: ``.npz`` (arrays; those without dimensions come back as Python numbers or text) or ``.json`` (an object).
+        tensors: Arrays as torch's tensors, those of text as lists.
 
     Raises:
         DataError: Missing, unreadable, or of another type.
@@ -26,7 +27,8 @@ def load_golden(path: str | Path) -> dict[str, Any]:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as archive:
                 arrays = {name: archive[name] for name in archive.files}
-            return {name: value.item() if value.ndim == 0 else value for name, value in arrays.items()}
+            plain = {name: value.item() if value.ndim == 0 else value for name, value in arrays.items()}
+            return {name: _tensor(value) for name, value in plain.items()} if tensors else plain
         if path.suffix == ".json":
             values = json.loads(path.read_text(encoding="utf-8"))
             if isinstance(values, dict):
@@ -35,6 +37,16 @@ def load_golden(path: str | Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError) as exc:
         raise DataError(f"golden file {str(path)!r} cannot be read: {exc}") from exc
     raise DataError(f"golden file {str(path)!r} has type {path.suffix!r}; accepted: .npz, .json")
+
+
+def _tensor(value: Any) -> Any:
+    if not isinstance(value, np.ndarray):
+        return value
+    if value.dtype.kind == "U":
+        return value.tolist()
+    import torch
+
+    return torch.from_numpy(value)
 
 
 def assert_close(actual: Any, golden: Any, *, rtol: float = 1e-9, atol: float = 1e-10, where: str = "value") -> None:
