@@ -365,6 +365,29 @@ def test_nothing_left_is_an_error(changed: Callable[..., CocoSet]) -> None:
         changed(lambda content: [one.update(file_name=f"{one['id']}.jpg") for one in content["images"]])
 
 
+def test_nothing_left_says_why(changed: Callable[..., CocoSet], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none of its 8 pictures can be used \(8 pictures have no objects"):
+        changed(lambda content: content.update(annotations=[]), empty="drop")
+    (tmp_path / "copy" / "elsewhere").mkdir()
+    with (
+        pytest.warns(AnnotationWarning),
+        pytest.raises(DataError, match=r"can be used \(picture 1 .*cannot be opened: .*does not exist"),
+    ):
+        CocoSet.build(CocoConfig(root=tmp_path / "copy", images="elsewhere"), "train")
+
+
+@pytest.mark.parametrize("keypoints", [5, "nose"])
+def test_keypoints_of_a_category_are_a_list_of_names(keypoints: Any, changed: Callable[..., CocoSet]) -> None:
+    with pytest.raises(DataError, match=f"keypoints of category '0' are '{keypoints}'; expected a list"):
+        changed(lambda content: content["categories"][0].update(keypoints=keypoints))
+
+
+def test_a_report_in_a_folder_that_is_not_there_is_refused(changed: Callable[..., CocoSet], tmp_path: Path) -> None:
+    for report in (tmp_path / "no" / "report.jsonl", tmp_path):
+        with pytest.raises(InputError, match=f"report = '{report}'"):
+            changed(report=report)
+
+
 def test_lvis_files_name_pictures_by_address_and_groups_by_letter(folder: Path, tmp_path: Path) -> None:
     content = json.loads((folder / "annotations" / "instances_train.json").read_text())
     for i, one in enumerate(content["images"]):

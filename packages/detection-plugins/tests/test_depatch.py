@@ -234,6 +234,11 @@ def test_maps_that_cannot_be_cut_into_patches_are_refused(shape):
         DeformablePatchEmbed(3, 8)(torch.zeros(shape))
 
 
+def test_maps_of_other_channels_are_refused():
+    with pytest.raises(InputError, match=r"expected maps \(B, 3, H, W\), found shape \(1, 4, 8, 8\)"):
+        DeformablePatchEmbed(3, 8)(torch.zeros(1, 4, 8, 8))
+
+
 def test_wrong_arguments_are_refused():
     with pytest.raises(InputError, match="at least 2"):
         DeformablePatchEmbed(3, 8, points_per_side=1)

@@ -377,6 +377,7 @@ def test_stem_encoder_and_the_rest_learn_at_three_paces() -> None:
         (lambda: sample_tokens(torch.zeros(1, 4, 2), 1.5), "ratio = 1.5"),
         (lambda: sample_tokens(torch.zeros(1, 4, 2), 0.5, noise=torch.zeros(1, 3)), r"expected \(1, 4\)"),
         (lambda: sample_tokens(torch.zeros(1, 4, 2), 0.5, torch.zeros(1, 4)), "padding_mask"),
+        (lambda: backbone().eval()(pictures(), noise=noise_of(0, length=5)), r"expected \(2, 24\)"),  # at ratio 1
         (lambda: backbone(ratio=2.0), "test_ratio = 2.0"),
         (lambda: backbone(train_ratio=0.0), "train_ratio = 0.0"),
         (lambda: backbone()(pictures(width=80)), "multiples of 32"),

@@ -168,6 +168,28 @@ def test_sizes_come_from_the_pictures_where_the_annotations_name_none(root: Path
     assert voc(root, check="none").size(0) == (40, 50)
 
 
+def test_the_file_of_a_split_may_begin_with_a_mark_and_is_text(root: Path) -> None:
+    path = root / "ImageSets" / "Main" / "train.txt"
+    path.write_bytes(b"\xef\xbb\xbf2007_000001\r\n2007_000003\r\n")
+    assert voc(root).item_ids == ["2007_000001", "2007_000003"]
+    path.write_bytes(b"2007_\xe9\n")
+    with pytest.raises(DataError, match=r"train.txt' is no text in UTF-8"):
+        voc(root)
+
+
+def test_annotations_without_a_named_object_are_refused(root: Path) -> None:
+    for name, (size, _) in PICTURES.items():
+        write_annotations(root, name, size, [])
+    with pytest.raises(DataError, match=r"no object in the \.xml files"):
+        voc(root)
+
+
+def test_one_class_is_a_name_alone(root: Path) -> None:
+    assert voc(root, classes="cat").classes == ("cat",)
+    with pytest.raises(UnknownNameError, match="Did you mean 'cat'"):
+        voc(root, classes="cta")
+
+
 def test_splits_and_classes_that_are_not_there(root: Path, tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match=r"there are the splits train, val\. Did you mean 'train'"):
         voc(root, "trian")

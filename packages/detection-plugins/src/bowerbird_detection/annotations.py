@@ -20,7 +20,7 @@ from faster_coco_eval import mask as rle_masks
 from numpy.typing import NDArray
 
 from bowerbird.data.images import MAX_PIXELS, image_size
-from bowerbird.errors import DataError
+from bowerbird.errors import DataError, InputError
 from bowerbird.files import write_atomically
 
 Bad = Literal["drop", "raise"]
@@ -83,8 +83,13 @@ class Problems:
 
         Args:
             kept: What is left, for the warning.
+
+        Raises:
+            InputError: The folder of ``report`` does not exist.
         """
         if report is not None:
+            if report.is_dir() or not report.parent.is_dir():
+                raise InputError(f"report = {str(report)!r}: expected a file in a folder that is there")
             lines = [json.dumps(asdict(one)) for one in self.found]
             lines += [json.dumps({"file": str(self.file), "note": text}) for text in self.notes]
             write_atomically(report, "".join(f"{line}\n" for line in lines))
@@ -96,6 +101,12 @@ class Problems:
                 AnnotationWarning,
                 stacklevel=4,
             )
+
+    def nothing_left(self, pictures: int) -> DataError:
+        """The error where none of ``pictures`` is left, with the first reason."""
+        first = [f"{one.entry}: {one.kind}{f': {one.detail}' if one.detail else ''}" for one in self.found[:1]]
+        why = "; ".join([*first, *self.notes[-1:]])
+        return DataError(f"{str(self.file)!r}: none of its {pictures} pictures can be used{f' ({why})' if why else ''}")
 
     def _named(self, done: str, kind: str) -> str:
         entries = [one.entry for one in self.found if (one.done, one.kind) == (done, kind)]

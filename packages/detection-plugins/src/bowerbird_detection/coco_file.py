@@ -101,7 +101,7 @@ def read_coco(config: CocoConfig, split: str | None) -> CocoFile:
         f"{len(kept)} pictures with {objects} objects of {len(categories)} classes are left.", config.report
     )
     if not kept:
-        raise DataError(f"{str(path)!r}: none of its {len(content['images'])} pictures can be used")
+        raise problems.nothing_left(len(content["images"]))
     return CocoFile(folder, kept, categories, reader.keypoints, reader.masks, problems)
 
 
@@ -169,6 +169,12 @@ def _categories(
 
 
 def _keypoint_names(categories: Sequence[Mapping[str, Any]], path: Path) -> tuple[str, ...]:
+    for one in categories:
+        if not isinstance(one.get("keypoints", []), list | None):
+            raise DataError(
+                f"{str(path)!r}: the keypoints of category {one['name']!r} are {str(one['keypoints'])[:40]!r}; "
+                "expected a list of names, or set keypoints = false"
+            )
     lists = {tuple(map(str, one["keypoints"])) for one in categories if one.get("keypoints")}
     if len(lists) > 1:
         raise DataError(

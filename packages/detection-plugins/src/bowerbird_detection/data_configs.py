@@ -226,8 +226,8 @@ class AnnotatedConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     root: Path = Field(description="Folder that holds annotations and pictures.")
-    classes: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
-        default=None, description="Only these classes, in this order; by default all."
+    classes: Annotated[tuple[str, ...] | None, BeforeValidator(_as_list)] = Field(
+        default=None, min_length=1, description="Only these classes, in this order; by default all."
     )
     masks: bool = Field(default=True, description="Read the masks, where there are some.")
     bad: Literal["drop", "raise"] = Field(

@@ -123,8 +123,10 @@ class FixedPatchEmbed(nn.Module):
         self.norm = norm_layer(embed_dim)
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Raises ``InputError`` where H or W is no multiple of p."""
+        """Raises ``InputError`` where H or W is no multiple of p, or for another number of channels."""
         grid = patch_grid(x, self.patch_size)
+        if x.shape[1] != self.proj.in_channels:
+            raise InputError(f"expected maps (B, {self.proj.in_channels}, H, W), found shape {tuple(x.shape)}")
         return self.norm(self.proj(x).flatten(2).transpose(1, 2)), grid
 
 

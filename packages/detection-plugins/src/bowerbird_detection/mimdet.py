@@ -90,8 +90,7 @@ def sample_tokens(
         device = tokens.device if generator is None else generator.device
         noise = torch.rand(batch, length, device=device, generator=generator)
     noise = noise.to(tokens.device)
-    if noise.shape != (batch, length):
-        raise InputError(f"noise has shape {tuple(noise.shape)}; expected {(batch, length)}, one value per token")
+    _check_noise(noise, (batch, length))
     if padding_mask is not None:
         if padding_mask.dtype != torch.bool or padding_mask.flatten(1).shape != noise.shape:
             raise InputError(
@@ -124,6 +123,11 @@ def padding_mask_of(image_sizes: Sequence[Sequence[int]] | Tensor, grid: tuple[i
     below = rows[None] >= sizes[:, :1]
     beside = columns[None] >= sizes[:, 1:]
     return below[:, :, None] | beside[:, None, :]
+
+
+def _check_noise(noise: Tensor, shape: tuple[int, int]) -> None:
+    if noise.shape != shape:
+        raise InputError(f"noise has shape {tuple(noise.shape)}; expected {shape}, one value per token")
 
 
 def _check_ratio(ratio: float, name: str) -> None:
@@ -340,6 +344,8 @@ class MIMDetBackbone(nn.Module):
         self._check(images, image_sizes)
         stem = self.encoder.patch_embed(images)
         tokens = self.encoder.tokens(stem.c4)
+        if noise is not None:
+            _check_noise(noise, (tokens.shape[0], tokens.shape[1]))
         ratio = self.train_ratio if self.training else self.test_ratio
         if ratio == 1:  # every token is kept, and attention does not ask in which order: no noise, equal to the bit
             keep_ids = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)

@@ -63,12 +63,14 @@ class VocSet(DetectionSet):
     def build(cls, config: VocConfig, split: str | None) -> Self:
         """Raises ``DataError`` for folders that cannot be used, ``UnknownNameError`` for splits and classes."""
         path = _image_set(config, split)
-        names = [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        names = _picture_names(path)
         folder = config.root / "Annotations"
         parsed = _parsed(sorted(folder.glob("*.xml")))
         if not parsed:
             raise DataError(f"detection:voc: {str(folder)!r} holds no .xml file")
         found = sorted({name for one in parsed.values() if not isinstance(one, str) for name in _names(one)})
+        if not found:
+            raise DataError(f"detection:voc: no object in the .xml files of {str(folder)!r} has a name")
         for name in config.classes or ():
             if name not in found:
                 raise UnknownNameError(
@@ -89,7 +91,7 @@ class VocSet(DetectionSet):
             f"{len(pictures)} pictures with {objects} objects of {len(reader.classes)} classes are left.", config.report
         )
         if not pictures:
-            raise DataError(f"{str(path)!r}: none of its {len(names)} pictures can be used")
+            raise problems.nothing_left(len(names))
         return cls(pictures, reader.classes, config, problems)
 
     def __len__(self) -> int:
@@ -206,6 +208,15 @@ def _image_set(config: VocConfig, split: str | None) -> Path:
         return path
     what = f"detection:voc: {str(path)!r} does not exist; {hint}."
     raise UnknownNameError(f"{what}{did_you_mean(str(split), there)}") if there else DataError(what)
+
+
+def _picture_names(path: Path) -> list[str]:
+    """The first word of every line; VOC's files of single classes have a number behind it."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # editors of Windows begin a file with a mark
+    except UnicodeDecodeError as error:
+        raise DataError(f"detection:voc: {str(path)!r} is no text in UTF-8: {error}") from error
+    return [line.split()[0] for line in lines if line.strip()]
 
 
 def _parsed(files: Sequence[Path]) -> dict[str, ElementTree.Element | str]:
