@@ -407,6 +407,8 @@ def test_only_results_where_nothing_shall_be_drawn(models: Path, pictures: Path,
         (("{models}/blobs", "{a}", "--classes", "rad", "--out", "{tmp}/o"), "Did you mean 'red'"),
         (("{models}/none", "{a}", "--out", "{tmp}/o"), "there is no such folder"),
         (("{models}/blobs", "{tmp}/gone.png", "--out", "{tmp}/o"), "gone.png: the file does not exist"),
+        (("{models}/blobs", "{tmp}/gone.png", "--out", "{tmp}/o"), "--on-error skip"),
+        (("{models}/blobs", "{pictures}", "--out", "{tmp}/o"), "is a folder, not an image; for every image below it"),
         (("{models}/blobs", "{a}#xywh=40,0,1,1", "--out", "{tmp}/o"), "lies outside the picture"),
     ],
 )

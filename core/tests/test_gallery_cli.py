@@ -44,6 +44,18 @@ def filled(tmp_path: Path) -> Path:
     return path
 
 
+def test_a_filter_finds_metadata_whose_text_looks_like_a_number(tmp_path: Path) -> None:
+    np.save(tmp_path / "vectors.npy", vectors(NAMES, OLD))
+    (tmp_path / "ids.txt").write_text("\n".join(NAMES) + "\n")
+    labels = [{"id": name, "label": str(i % 3)} for i, name in enumerate(NAMES)]  # as a detector of digits has them
+    (tmp_path / "meta.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labels))
+    path, given = tmp_path / "gallery", ("--ids", tmp_path / "ids.txt", "--metadata", tmp_path / "meta.jsonl")
+    run("create", path, "--dim", OLD.dim, "--name", "hosted")
+    run("add", path, "--vectors", tmp_path / "vectors.npy", *given)
+    found = json.loads(run("search", path, "--id", "item-3", "-k", 4, "--where", "label=0", "--json").output)
+    assert [int(hit["id"].split("-")[1]) % 3 for hit in found["results"][0]["hits"]] == [0, 0, 0, 0]
+
+
 def test_vectors_from_files_are_added_searched_and_filtered(filled: Path, tmp_path: Path) -> None:
     found = json.loads(run("search", filled, "--id", "item-3", "-k", 4, "--where", "year=2000", "--json").output)
     hits = found["results"][0]["hits"]

@@ -63,7 +63,7 @@ def command(
     Ids are those of the annotation file where the data set has one, else counted from 1. To search by objects, put
     them into a gallery: bowerbird gallery add GALLERY --detect MODEL.
     """
-    from bowerbird.errors import InputError
+    from bowerbird.errors import DataError, InputError
 
     if sum([bool(images), folder is not None, dataset is not None]) != 1:
         raise InputError("say where to look, one of: image files, --folder, --dataset")
@@ -84,7 +84,9 @@ def command(
     categories, category_ids = _categories(finder.classes, built)
     skipped: dict[str, str] = {}
 
-    def keep(position: int, error: Exception) -> None:
+    def bad(position: int, error: Exception) -> None:
+        if on_error == "raise":
+            raise DataError(f"{error} No results were written; to leave such images out: --on-error skip") from error
         skipped[ids[position]] = str(error)
         if advance is not None:
             advance(1)
@@ -95,8 +97,7 @@ def command(
     places = _places(ids)
     target.mkdir(parents=True, exist_ok=True)
     with progress_bar("detecting", len(ids), "images", as_json) as advance:
-        policy: Any = keep if on_error == "skip" else "raise"
-        for found in finder.find(sources, batch_size=batch_size, on_error=policy):
+        for found in finder.find(sources, batch_size=batch_size, on_error=bad):
             position, (width, height) = found.position, found.image.size
             entry = {"id": image_ids[position], "file_name": ids[position], "width": width, "height": height}
             entries.append(entry)

@@ -699,5 +699,6 @@ def parse_where(pairs: tuple[str, ...]) -> dict[str, Any] | None:
         key, equals, value = pair.partition("=")
         if not equals or not key:
             raise InputError(f"--where {pair!r}: expected KEY=VALUE, for example --where year=2024")
-        wanted.setdefault(key, []).append(_scalar(value))
+        # As text, too: the label of an object may be the digit 5, which metadata holds as "5".
+        wanted.setdefault(key, []).extend(dict.fromkeys((_scalar(value), value)))
     return wanted or None

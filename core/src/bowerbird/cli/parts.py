@@ -10,12 +10,17 @@ from typing import Any
 
 import click
 
+from bowerbird.errors import InputError
+
 
 def images_from(
     images: Sequence[str], folder: str | None, dataset: str | None, split: str | None
 ) -> tuple[list[str], Sequence[Any], list[dict[str, Any]] | None]:
     """Ids, what the encoder opens, and the metadata that the source itself has: one of the three sources is given."""
     if images:
+        for image in images:
+            if Path(image).is_dir():
+                raise InputError(f"{image!r} is a folder, not an image; for every image below it: --folder {image}")
         return [Path(image).as_posix() for image in images], list(images), None
     if folder is not None:
         from bowerbird.data.images import images_in
