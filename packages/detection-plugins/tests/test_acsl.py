@@ -359,6 +359,23 @@ def test_wrong_arguments_are_refused(changes: dict[str, Any], message: str) -> N
         adaptive_class_suppression_loss(torch.zeros(1, 2), torch.tensor([0]), reduction="max")  # type: ignore[arg-type]
 
 
+def test_the_threshold_holds_for_probabilities_in_float32_where_logits_are_of_half_precision() -> None:
+    logits = torch.tensor([[0.84375, 0.0, 0.8515625]], dtype=torch.bfloat16)  # 0.6992, the target, 0.7009
+    weights = suppression_weights(logits, torch.tensor([1]), score_threshold=0.7)
+    assert weights.tolist() == [[False, True, True]]
+
+
+@pytest.mark.parametrize("fraction", [np.float32(0.25), np.array(0.25), torch.tensor(0.25)])
+def test_one_fraction_may_be_of_numpy_or_torch(fraction: Any) -> None:
+    weights = suppression_weights(torch.zeros(40, 3), torch.zeros(40, dtype=torch.long), background_fractions=fraction)
+    assert weights.sum(dim=0).tolist() == [40, 10, 10]
+
+
+def test_heads_take_frequency_groups_as_a_list() -> None:
+    heads = ACSLBoxHead.of(small_torchvision().roi_heads, class_frequency=[-1, 0, 1, 2])
+    assert heads.class_frequency.tolist() == [-1, 0, 1, 2]
+
+
 # --------------------------------------------------------------------------------------------------- in detectors
 
 

@@ -56,7 +56,7 @@ def adaptive_class_suppression_loss(
     if reduction not in ("mean", "sum", "none"):
         raise InputError(f"reduction = {reduction!r}: expected 'mean', 'sum' or 'none'")
     weights = suppression_weights(
-        _at_least_float32(logits),
+        logits,
         labels,
         score_threshold=score_threshold,
         class_frequency=class_frequency,
@@ -162,7 +162,7 @@ def suppression_weights(
     background = labels == background_index
     foreground = (~background).nonzero()[:, 0]
     weights = torch.zeros_like(logits, dtype=torch.bool)
-    weights[foreground] = logits[foreground].sigmoid_() >= score_threshold
+    weights[foreground] = _at_least_float32(logits[foreground]).sigmoid_() >= score_threshold
     rows = background.nonzero()[:, 0]
     if drawn_rows is None:
         drawn_rows = [rows[_draw(fraction, len(rows), generator).to(rows.device)] for fraction in fractions]
@@ -192,7 +192,9 @@ def _check(logits: Tensor, labels: Tensor) -> None:
 
 
 def _fractions(given: Fractions) -> tuple[float, ...]:
-    fractions = (float(given),) * 3 if isinstance(given, int | float) else tuple(float(value) for value in given)
+    # A number may be of numpy's or torch's kinds, too.
+    shared = isinstance(given, int | float) or getattr(given, "ndim", None) == 0
+    fractions = (float(given),) * 3 if shared else tuple(float(value) for value in given)  # type: ignore[arg-type, union-attr]
     if len(fractions) != len(GROUPS):
         raise InputError(f"background_fractions has {len(fractions)} values; expected one for each of {GROUPS}, or one")
     for group, fraction in zip(GROUPS, fractions, strict=True):
@@ -266,7 +268,8 @@ class ACSLBoxHead(RoIHeads):
         self.score_threshold = score_threshold
         self.background_fractions, self.generator = _fractions(background_fractions), generator
         # It comes with the data: a detector that is read from its folder has none and needs none.
-        self.register_buffer("class_frequency", class_frequency, persistent=False)
+        groups = None if class_frequency is None else torch.as_tensor(class_frequency)
+        self.register_buffer("class_frequency", groups, persistent=False)
         self._sampled_labels: list[Tensor] = []
 
     @classmethod
