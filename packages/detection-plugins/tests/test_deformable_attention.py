@@ -130,6 +130,16 @@ def test_rows_read_the_picture_that_they_name_as_if_its_features_were_copied(ind
     assert_close(made(query, points, features, SHAPES, batch_index=rows), copied)
 
 
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_features_of_half_precision_are_read_at_places_in_float32(kind: torch.dtype) -> None:
+    made, (query, features) = layer(), torch.randn(2, 1, POSITIONS, 8).double()
+    points = torch.rand(1, POSITIONS, 2)
+    wanted = made(query, points.double(), features, SHAPES)
+    found = made.to(kind)(query.to(kind), points, features.to(kind), SHAPES)
+    assert found.dtype == kind
+    torch.testing.assert_close(found.double(), wanted, rtol=0.1, atol=0.1)
+
+
 def test_offsets_are_pixels_of_the_level_for_points_and_parts_of_the_half_size_for_boxes() -> None:
     made = MultiScaleDeformableAttention(4, 1, 1, 2, value_projection=False).double()
     with torch.no_grad():

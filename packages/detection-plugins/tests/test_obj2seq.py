@@ -250,6 +250,21 @@ def test_a_threshold_keeps_between_the_least_and_the_most() -> None:
     assert pictures.tolist() == [0, 0, 0, 0, 1, 1, 1] and categories.tolist() == [0, 1, 2, 3, 0, 1, 2]
 
 
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32])
+def test_forced_categories_come_before_others_whose_probability_is_rounded_to_1(kind: torch.dtype) -> None:
+    forced = torch.tensor([[False, False, True]])
+    if kind != torch.bool:
+        forced = forced * 2.0 - 1
+    assert select_prompts(torch.tensor([[30.0, 40.0, -5.0]]), 1, forced)[1].tolist() == [2]
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_logits_of_half_precision_are_ranked_and_summed_in_float32(kind: torch.dtype) -> None:
+    assert select_prompts(torch.tensor([[9.0, 12.0, 10.0]], dtype=kind), 1)[1].tolist() == [1]
+    logits, targets = (3 * torch.randn(16, 80)).to(kind), torch.rand(16, 80) < 0.3
+    assert_close(asymmetric_loss(logits, targets), asymmetric_loss(logits.float(), targets))
+
+
 def test_without_focusing_the_asymmetric_loss_is_cross_entropy_summed_over_categories() -> None:
     logits, targets = torch.randn(3, 5).double(), (torch.rand(3, 5) < 0.5).double()
     expected = functional.binary_cross_entropy_with_logits(logits, targets) * 5
@@ -457,6 +472,35 @@ def test_perfect_predictions_have_no_box_or_keypoint_loss() -> None:
     assert found["loss_ce"] > 0
 
 
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_predictions_of_half_precision_are_matched_and_compared_in_float32(kind: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(4)
+    logits = torch.tensor([[20.0, -20.0, 1.0, 0.0], [-1.0, 0.0, 3.0, -30.0]]).to(kind)
+    boxes = boxes_of(8, generator).reshape(2, 4, 4).to(kind)
+    points = torch.rand(2, 4, 3, 2, generator=generator).to(kind)
+    targets = [
+        {"boxes": boxes_of(count, generator), "keypoints": torch.rand(count, 3, 3, generator=generator)}
+        for count in (2, 5)
+    ]
+    found, wanted = (
+        match_prompted(logits, boxes, targets, points),
+        match_prompted(logits.float(), boxes.float(), targets, points.float()),
+    )
+    for one, other in zip(found, wanted, strict=True):
+        all_close(one, other)
+    criterion = PromptedSetCriterion()
+    assert_close(
+        criterion(logits, boxes, targets, points), criterion(logits.float(), boxes.float(), targets, points.float())
+    )
+
+
+def test_without_rows_there_are_no_matches_and_the_losses_are_zero() -> None:
+    for logits, points in ((torch.zeros(0, 3), torch.zeros(0, 3, 2, 2)), (torch.zeros(0, 3, 5), None)):
+        assert match_prompted(logits, torch.zeros(0, 3, 4), [], points) == []
+        losses = PromptedSetCriterion()(logits, torch.zeros(0, 3, 4), [], points)
+        assert all(float(value) == 0 for value in losses.values())
+
+
 def test_a_batch_without_objects_has_finite_losses_and_gradients() -> None:
     logits, boxes = torch.randn(2, 3, requires_grad=True), torch.rand(2, 3, 4, requires_grad=True)
     points = torch.rand(2, 3, 2, 2, requires_grad=True)
@@ -548,6 +592,16 @@ def test_what_is_found_of_a_category_does_not_depend_on_the_other_prompts(more: 
     assert set(some) == {(0, 2), (1, 0), (1, 1), (1, 3)}
     for key, found in some.items():
         all_close(found, whole[key], where=str(key))
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_a_network_of_half_precision_finds_about_the_same_in_padded_pictures(kind: torch.dtype) -> None:
+    made = network(tasks=MIXED)
+    mask = torch.zeros(2, 12, 16, dtype=torch.bool)
+    mask[1, 9:] = mask[1, :, 11:] = True
+    wanted = made(pictures_of(), mask)
+    found = made.to(kind)(pictures_of().to(kind), mask)
+    torch.testing.assert_close(found.last.boxes.double(), wanted.last.boxes, rtol=0, atol=0.1)
 
 
 @pytest.mark.parametrize("more", [{"extra": 1}, {"refine": True}, {"prompting": "none", "combine": "none"}])
@@ -701,6 +755,11 @@ def test_prompts_that_do_not_exist_or_are_empty_are_refused(prompts: list[list[i
 def test_boxes_in_pixels_are_refused() -> None:
     with pytest.raises(InputError, match=r"0\.\.1"):
         match_prompted(torch.zeros(1, 2), torch.rand(1, 2, 4), [{"boxes": torch.tensor([[12.0, 3.0, 4.0, 5.0]])}])
+
+
+def test_logits_without_rows_of_queries_are_refused() -> None:
+    with pytest.raises(InputError, match="pred_logits"):
+        match_prompted(torch.zeros(3), torch.rand(1, 3, 4), [{"boxes": torch.rand(1, 4)}])
 
 
 def test_steps_and_tasks_that_do_not_fit_are_refused() -> None:

@@ -67,12 +67,15 @@ def value_maps(value: Tensor, shapes: Shapes) -> list[Tensor]:
 
 def _sampled(maps: Sequence[Tensor], locations: Tensor, weights: Tensor) -> Tensor:
     count, queries, heads = locations.shape[:3]
+    kind = torch.promote_types(maps[0].dtype, locations.dtype)  # of half precision only where both are
     # Queries come last: the sum over the few points then runs along whole rows of memory.
     grids = (2 * locations - 1).permute(3, 0, 2, 4, 1, 5).flatten(1, 2)  # (L, B h, P, Q, 2)
     factors = weights.permute(3, 0, 2, 4, 1).flatten(1, 2)[:, :, None]  # (L, B h, 1, P, Q)
     total: Tensor | None = None
     for level, grid, factor in zip(maps, grids, factors, strict=True):
-        read = functional.grid_sample(level, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        read = functional.grid_sample(
+            level.to(kind), grid.to(kind), mode="bilinear", padding_mode="zeros", align_corners=False
+        )
         part = (read * factor).sum(dim=2)  # (B h, d/h, Q)
         total = part if total is None else total + part
     assert total is not None
@@ -246,7 +249,7 @@ class MultiScaleDeformableAttention(nn.Module):
             read = _sampled(maps, locations, weights)
         else:
             read = rows.apart(_sampled(maps, rows.together(locations), rows.together(weights)))
-        out: Tensor = self.output_proj(read)
+        out: Tensor = self.output_proj(read.to(query.dtype))
         return out
 
 

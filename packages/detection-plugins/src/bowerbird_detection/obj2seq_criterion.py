@@ -16,6 +16,7 @@ from torch.nn import functional
 from torchvision.ops import sigmoid_focal_loss
 
 from bowerbird.errors import InputError
+from bowerbird_detection.obj2seq_layers import at_least_float32
 
 OKSVariant = Literal["official", "coco"]
 Match = tuple[Tensor, Tensor]  # queries and objects of a row, int64 of equal length
@@ -79,6 +80,8 @@ def match_prompted(
     Raises:
         InputError: Shapes that do not fit, or boxes outside of 0..1.
     """
+    pred_logits, pred_boxes = at_least_float32(pred_logits), at_least_float32(pred_boxes)
+    pred_keypoints = None if pred_keypoints is None else at_least_float32(pred_keypoints)
     objects = _joined(pred_logits, pred_boxes, targets, pred_keypoints, sigmas)
     empty = torch.empty(0, dtype=torch.int64, device=pred_logits.device)
     matches = [(empty, empty)] * len(targets)
@@ -155,6 +158,8 @@ class PromptedSetCriterion(nn.Module):
         ``num_boxes`` and ``num_points`` are those of the whole batch (mean over processes); by default those of
         ``targets``. They count as at least 1. Other arguments and errors as of ``match_prompted``.
         """
+        pred_logits, pred_boxes = at_least_float32(pred_logits), at_least_float32(pred_boxes)
+        pred_keypoints = None if pred_keypoints is None else at_least_float32(pred_keypoints)
         objects = _joined(pred_logits, pred_boxes, targets, pred_keypoints, self.sigmas)
         boxes_by = max(1.0, sum(objects.counts) if num_boxes is None else num_boxes)
         points_by = max(1.0, float(objects.visible.sum()) if num_points is None else num_points)
@@ -254,8 +259,8 @@ def _joined(
     keypoints: Tensor | None,
     sigmas: Sequence[float] | None,
 ) -> _Objects:
-    count, queries = logits.shape[:2]
-    if logits.ndim not in (2, 3) or boxes.shape != (count, queries, 4) or len(targets) != count:
+    count, queries = logits.shape[:2] if logits.ndim in (2, 3) else (-1, -1)
+    if boxes.shape != (count, queries, 4) or len(targets) != count:
         raise InputError(
             f"pred_logits {tuple(logits.shape)}, pred_boxes {tuple(boxes.shape)} and {len(targets)} targets; expected "
             "(N, Q), (N, Q, 4) and N"
@@ -271,7 +276,8 @@ def _joined(
     if logits.ndim == 3:
         if any("labels" not in target for target in targets):
             raise InputError("pred_logits (N, Q, C) need the labels of the targets")
-        labels = torch.cat([target["labels"].reshape(-1) for target in targets]).to(boxes.device)
+        found_labels = [target["labels"].reshape(-1) for target in targets]
+        labels = torch.cat(found_labels or [torch.zeros(0)]).to(boxes.device, torch.int64)
         if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= logits.shape[2]):
             raise InputError(f"labels {labels.tolist()}: expected classes from 0 to {logits.shape[2] - 1}")
     points = spread = None
@@ -288,7 +294,7 @@ def _joined(
                     f"numbers are {4 + 2 * number} steps) are expected as {(counts[row], number, 3)}, found "
                     f"{None if found is None else tuple(found)}"
                 )
-        joined = torch.cat([target["keypoints"] for target in targets]).to(boxes)
+        joined = torch.cat([target["keypoints"] for target in targets] or [boxes.new_zeros(0, number, 3)]).to(boxes)
         visible = visible_points(joined)
         points = joined[..., :2]
         if sigmas is None:
@@ -296,7 +302,8 @@ def _joined(
         if len(sigmas) != number:
             raise InputError(f"{len(sigmas)} sigmas for {number} keypoints: expected one for each")
         spread = boxes.new_tensor(sigmas)
-    rows = torch.arange(count, device=boxes.device).repeat_interleave(torch.tensor(counts, device=boxes.device))
+    repeats = torch.tensor(counts, dtype=torch.int64, device=boxes.device)
+    rows = torch.arange(count, device=boxes.device).repeat_interleave(repeats)
     return _Objects(counts, rows, true, labels, points, visible, spread)
 
 

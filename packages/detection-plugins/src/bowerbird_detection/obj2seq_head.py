@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bowerbird.errors import InputError
 from bowerbird_detection.deformable_attention import ImageRows, MultiScaleDeformableAttention
-from bowerbird_detection.obj2seq_layers import ImageFeatures, PromptClassifier, logit
+from bowerbird_detection.obj2seq_layers import ImageFeatures, PromptClassifier, at_least_float32, logit
 
 BOX_STEPS = 4
 FIRST_SIZE = -2.0  # bias of the steps of width and height: first boxes have sigmoid(-2) = 0.12 of the picture
@@ -87,7 +87,7 @@ class _ObjectHead(nn.Module):
             raise InputError(
                 f"combine = 'multiple' needs the presence logit of every row ({len(found)},), found {shape}"
             )
-        return logit(found.sigmoid() * presence.sigmoid()[:, None])
+        return logit(at_least_float32(found).sigmoid() * at_least_float32(presence).sigmoid()[:, None]).to(found)
 
     def _steps(self, steps: Sequence[int] | None, count: int) -> list[int]:
         found = [self.num_steps] * count if steps is None else [int(length) for length in steps]

@@ -45,6 +45,11 @@ class ImageFeatures:
         return points * ratios.repeat(1, 1, points.shape[-1] // 2)[:, None]
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """For probabilities and sums: half precision rounds 0.999 to 1 and overflows above 65,504."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 def logit(probability: Tensor, eps: float = EPS) -> Tensor:
     """``log(max(p, eps) / max(1 - p, eps))``."""
     return torch.log(probability.clamp(min=eps) / (1 - probability).clamp(min=eps))

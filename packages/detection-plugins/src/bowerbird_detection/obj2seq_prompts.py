@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bowerbird.errors import InputError
-from bowerbird_detection.obj2seq_layers import EPS, FeedForward, PromptClassifier
+from bowerbird_detection.obj2seq_layers import EPS, FeedForward, PromptClassifier, at_least_float32
 
 PRESENCE_PRIOR = 0.1  # probability that a fresh indicator gives to a category
 
@@ -144,7 +144,7 @@ def select_prompts(
         logits: ``(B, K)``.
         k: Most categories of a picture.
         forced: ``(B, K)``: bool, true for categories that come first (in training: those that are there); or scores,
-            where one of at least 0 takes the place of the probability.
+            where one of at least 0 takes the place of the probability, and one of 1 comes first.
         least: Fewest categories, by default ``k``; between the two as many as reach ``threshold``.
         threshold: Probability that counts.
         allowed: bool ``(B, K)``, categories that may be chosen at all.
@@ -162,9 +162,10 @@ def select_prompts(
     for name, given in (("forced", forced), ("allowed", allowed)):
         if given is not None and given.shape != logits.shape:
             raise InputError(f"{name} {tuple(given.shape)}: expected the shape of the logits, {tuple(logits.shape)}")
-    scores = logits.sigmoid()
+    scores = at_least_float32(logits).sigmoid()
     if forced is not None:
         wanted = forced.to(scores.dtype)
+        wanted = torch.where(wanted >= 1, 2.0, wanted)  # before those whose probability is rounded to 1
         scores = torch.where(forced if forced.dtype == torch.bool else wanted >= 0, wanted, scores)
     available = torch.full_like(scores, True, dtype=torch.bool) if allowed is None else allowed
     counts = ((scores >= threshold) & available).sum(dim=1).clamp(min=least, max=k).minimum(available.sum(dim=1))
@@ -207,6 +208,7 @@ def asymmetric_loss(
             f"logits {tuple(logits.shape)}, targets {tuple(targets.shape)} and weights "
             f"{None if weights is None else tuple(weights.shape)}: expected (B, K) of all"
         )
+    logits = at_least_float32(logits)
     y = targets.to(logits.dtype)
     u = torch.ones_like(logits) if weights is None else weights.to(logits.dtype)
     p = logits.sigmoid()
