@@ -189,6 +189,11 @@ def test_lvis_leaves_out_what_was_not_verified() -> None:
     assert lvis.tolist() == pytest.approx([1.0, 0.5, 1.0])  # 1: not exhaustive; 2: verified absent; 3: not verified
 
 
+def test_judging_as_lvis_does_needs_its_annotations() -> None:
+    with pytest.raises(InputError, match="lvis = true needs annotations as LVIS has them"):
+        measured(canvases(), lvis=True)
+
+
 def test_pictures_of_a_subset_are_judged_alone() -> None:
     data = canvases(count=6)
     context = SimpleEvalContext(Oracle(data), default=subset(data, [4, 1]))

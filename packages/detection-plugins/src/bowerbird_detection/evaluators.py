@@ -47,6 +47,11 @@ class CocoAP(Evaluator):
         c = self.config
         detector = _detector(context, "detection:coco-ap")
         dataset, positions = _pictures(context, c, "detection:coco-ap")
+        if c.lvis and not all("frequency" in one for one in dataset.categories()):
+            raise InputError(
+                f"detection:coco-ap: lvis = true needs annotations as LVIS has them, with the frequency of categories; "
+                f"{c.dataset!r} has none. Groups by counting: groups_split"
+            )
         labels = class_map(detector, dataset.classes)
         found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in IOU_TYPES}
         for index, objects in detections(detector, dataset, positions, c.batch_size):
