@@ -376,6 +376,11 @@ def test_nothing_left_says_why(changed: Callable[..., CocoSet], tmp_path: Path) 
         CocoSet.build(CocoConfig(root=tmp_path / "copy", images="elsewhere"), "train")
 
 
+def test_a_class_is_chosen_once() -> None:
+    with pytest.raises(ValueError, match=r"classes = .* a name is there more than once"):
+        CocoConfig(root=Path(), classes=("cat", "dog", "cat"))
+
+
 @pytest.mark.parametrize("keypoints", [5, "nose"])
 def test_keypoints_of_a_category_are_a_list_of_names(keypoints: Any, changed: Callable[..., CocoSet]) -> None:
     with pytest.raises(DataError, match=f"keypoints of category '0' are '{keypoints}'; expected a list"):

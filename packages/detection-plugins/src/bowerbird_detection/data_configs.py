@@ -241,6 +241,12 @@ class AnnotatedConfig(BaseModel):
     )
     report: Path | None = Field(default=None, description="File to write everything bad to, one JSON object a line.")
 
+    @model_validator(mode="after")
+    def _classes_are_distinct(self) -> Self:
+        if len(set(self.classes or ())) < len(self.classes or ()):
+            raise ValueError(f"classes = {list(self.classes or ())}: a name is there more than once")
+        return self
+
 
 class CocoConfig(AnnotatedConfig):
     """Settings of ``detection:coco``."""
