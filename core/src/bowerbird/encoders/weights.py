@@ -23,7 +23,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise DataError(
-            f"weights {str(path)!r} cannot be read as tensors ({type(error).__name__}: {str(error).splitlines()[0]}); "
+            f"weights {str(path)!r} cannot be read as tensors ({type(error).__name__}: {_first_sentence(error)}); "
             "accepted: .safetensors, or a torch file that holds only tensors"
         ) from error
     for wrapper in ("state_dict", "model"):  # what training scripts commonly put around the weights
@@ -36,6 +36,11 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             f"weights {str(path)!r}: {strange[:3]} are no tensors; expected a flat mapping of names to tensors"
         )
     return tensors
+
+
+def _first_sentence(error: Exception) -> str:
+    """What failed, without torch's advice to load the file by executing what is in it."""
+    return (str(error).splitlines() or [""])[0].partition(". ")[0].removesuffix(".")
 
 
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
