@@ -16,6 +16,7 @@ collect_ignore = (
     else [
         "test_benchmark.py",
         "test_commands_of_training.py",
+        "test_detect.py",
         "test_encoders.py",
         "test_objectives.py",
         "test_perceptron.py",
