@@ -1,14 +1,17 @@
-"""Ctrl-C in the moment after a commit: what is committed stays whole."""
+"""Ctrl-C in the moment after a commit, and while a transaction waits for its turn."""
 
 from __future__ import annotations
 
+import signal
+import sqlite3
+import threading
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
 
 from bowerbird.gallery import Gallery, Space
-from bowerbird.gallery.catalog import Catalog
+from bowerbird.gallery.catalog import CATALOG, Catalog
 
 OLD, NEW = Space("a" * 64, "old", 8), Space("b" * 64, "new", 6)
 IDS = [f"item-{n}" for n in range(60)]
@@ -50,6 +53,24 @@ def test_items_that_were_added(tmp_path, interrupted_after_commit):
         gallery.add(IDS[40:], rows(OLD)[40:])
         assert np.allclose(gallery.vectors_of(IDS[20:40]) @ gallery.vectors_of(IDS[20:40]).T, _cosines(OLD, 20, 40))
     check(tmp_path / "g", 60, 0)
+
+
+def test_a_transaction_that_waits_for_its_turn_is_not_left_open(tmp_path, request):
+    with Gallery.create(tmp_path / "g", OLD) as gallery:
+        gallery.add(IDS[:20], rows(OLD)[:20])
+        other = sqlite3.connect(tmp_path / "g" / CATALOG, isolation_level=None, check_same_thread=False)
+        other.execute("BEGIN IMMEDIATE")
+        release = threading.Timer(0.4, lambda: other.execute("ROLLBACK"))
+        before = signal.signal(signal.SIGALRM, signal.default_int_handler)  # as Ctrl-C: KeyboardInterrupt
+        request.addfinalizer(lambda: signal.signal(signal.SIGALRM, before))
+        release.start()
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(KeyboardInterrupt):
+            gallery.add(IDS[20:40], rows(OLD)[20:40])
+        release.join()
+        other.close()
+        gallery.add(IDS[40:], rows(OLD)[40:])  # neither this process nor another is locked out
+    check(tmp_path / "g", 40, 0)
 
 
 def test_an_upgrade_that_was_begun_and_a_task_that_was_committed(tmp_path, interrupted_after_commit):

@@ -137,11 +137,12 @@ class Catalog:
         """The read connection inside one transaction: everything seen belongs to one epoch."""
         with self._read_lock, _sqlite_errors(self.path):
             self._same_process()
-            self.read.execute("BEGIN")
-            try:
+            try:  # from before BEGIN: Ctrl-C that comes while SQLite works is raised when the call returns
+                self.read.execute("BEGIN")
                 yield self.read
             finally:
-                self.read.execute("COMMIT")
+                if self.read.in_transaction:
+                    self.read.execute("COMMIT")
 
     def ask(self, statement: str, *parameters: object) -> list[tuple]:
         """The rows of one statement, which is a transaction of its own: cheaper than ``reading`` for what a search
@@ -165,8 +166,8 @@ class Catalog:
                 raise GalleryError(f"gallery {self.path} was opened readonly; open it with readonly=False to change it")
             if self._writer is None:
                 self._writer = self._connect(query_only=False)
-            self._writer.execute("BEGIN IMMEDIATE")
-            try:
+            try:  # from before BEGIN: Ctrl-C that comes while it waits for its turn is raised when it has got it
+                self._writer.execute("BEGIN IMMEDIATE")
                 yield self._writer
                 self._writer.execute("COMMIT")
             except BaseException:
