@@ -124,9 +124,10 @@ class TrainSettings(_Table):
             raise ValueError(f"step_epochs and step_factor are settings of schedule = 'step', not of {self.schedule!r}")
         if self.schedule == "step" and self.step_epochs is None:
             raise ValueError("schedule = 'step' needs step_epochs, the epochs between two drops or those of the drops")
-        drops = self.step_epochs if isinstance(self.step_epochs, tuple) else (self.step_epochs or 1,)
-        if self.step_epochs == 0 or not drops or drops[0] <= 0 or list(drops) != sorted(set(drops)):
-            raise ValueError(f"step_epochs = {self.step_epochs}: expected a number above 0, or several that grow")
+        if self.step_epochs is not None:
+            drops = self.step_epochs if isinstance(self.step_epochs, tuple) else (self.step_epochs,)
+            if not drops or drops[0] <= 0 or list(drops) != sorted(set(drops)):
+                raise ValueError(f"step_epochs = {self.step_epochs}: expected a number above 0, or several that grow")
         if self.poly_power is not None and self.schedule != "poly":
             raise ValueError(f"poly_power is a setting of schedule = 'poly', not of {self.schedule!r}")
         if self.alternate and self.items_per_class is not None:

@@ -114,12 +114,7 @@ def add_images(
         SpaceError: If ``encoder`` is not the gallery's.
         DataError: If an image cannot be read and ``on_error`` is ``raise``; names it.
     """
-    if existing not in EXISTING or on_error not in ("raise", "skip"):
-        raise InputError(
-            f"existing is {existing!r} (accepted: {', '.join(EXISTING)}), on_error {on_error!r} (raise, skip)"
-        )
-    if not len(images) == len(ids) == len(metadata if metadata is not None else ids):
-        raise InputError(f"{len(images)} images need as many ids and metadata; got {len(ids)} ids")
+    check_arguments(images, ids, metadata, existing, on_error)
     check_encoder(gallery, encoder)
     result = Added()
     for start in range(0, len(ids), COMMIT_ITEMS):
@@ -130,6 +125,18 @@ def add_images(
         if progress is not None:
             progress(len(ids[chunk]))
     return result
+
+
+def check_arguments(
+    images: Sequence[Any], ids: Sequence[str], metadata: Sequence[Any] | None, existing: str, on_error: str
+) -> None:
+    """Raise ``InputError`` for choices that there are not, and for numbers of images, ids and metadata that differ."""
+    if existing not in EXISTING or on_error not in ("raise", "skip"):
+        raise InputError(
+            f"existing is {existing!r} (accepted: {', '.join(EXISTING)}), on_error {on_error!r} (raise, skip)"
+        )
+    if not len(images) == len(ids) == len(metadata if metadata is not None else ids):
+        raise InputError(f"{len(images)} images need as many ids and metadata; got {len(ids)} ids")
 
 
 def _add_chunk(

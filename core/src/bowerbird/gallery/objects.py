@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from bowerbird.data.regions import MARK, Region, region_around, region_uri, split_region
 from bowerbird.errors import DataError, InputError
-from bowerbird.gallery.images import COMMIT_ITEMS, EXISTING, Added, check_encoder, region_hashes, uri_of
+from bowerbird.gallery.images import COMMIT_ITEMS, Added, check_arguments, check_encoder, region_hashes, uri_of
 
 if TYPE_CHECKING:
     from bowerbird.gallery.gallery import Gallery
@@ -82,14 +83,9 @@ def add_objects(
         DataError: A picture cannot be read and ``on_error`` is ``raise``; names it.
         InputError: Numbers that do not fit, or an image that is a region.
     """
-    if existing not in EXISTING or on_error not in ("raise", "skip"):
-        raise InputError(
-            f"existing is {existing!r} (accepted: {', '.join(EXISTING)}), on_error {on_error!r} (raise, skip)"
-        )
-    if not len(images) == len(ids) == len(metadata if metadata is not None else ids):
-        raise InputError(f"{len(images)} images need as many ids and metadata; got {len(ids)} ids")
+    check_arguments(images, ids, metadata, existing, on_error)
     for image in images:
-        if uri_of(image) is None or split_region(image)[1] is not None:
+        if not isinstance(image, str | Path) or split_region(image)[1] is not None:
             raise InputError(f"objects are found in whole pictures, given by their paths; {str(image)!r} is none")
     check_encoder(gallery, encoder)
     result = AddedObjects()
