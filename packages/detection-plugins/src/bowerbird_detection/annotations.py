@@ -18,8 +18,9 @@ from typing import Any, Literal
 import numpy as np
 from faster_coco_eval import mask as rle_masks
 from numpy.typing import NDArray
+from PIL import Image
 
-from bowerbird.data.images import MAX_PIXELS, image_size
+from bowerbird.data.images import MAX_PIXELS, image_size, open_image
 from bowerbird.errors import DataError, InputError
 from bowerbird.files import write_atomically
 
@@ -255,6 +256,15 @@ def found_sizes(
 
     with ThreadPoolExecutor(8, thread_name_prefix="bowerbird-headers") as pool:
         return list(pool.map(one, files, said))
+
+
+def checked_picture(file: Path, said: tuple[int, int]) -> Image.Image:
+    """The picture of ``file``. Raises ``DataError`` where it cannot be read or is not of the size that is said."""
+    image = open_image(file)
+    found = (image.height, image.width)
+    if found != said:
+        raise DataError(f"{str(file)!r}: {other_size(found, said)}")
+    return image
 
 
 def other_size(found: tuple[int, int], said: tuple[int, int]) -> str:

@@ -14,10 +14,8 @@ from faster_coco_eval import mask as rle_masks
 from numpy.typing import NDArray
 from PIL import Image
 
-from bowerbird.data.images import open_image
-from bowerbird.errors import DataError
 from bowerbird.protocols import Objects
-from bowerbird_detection.annotations import decoded, other_size, run_lengths
+from bowerbird_detection.annotations import checked_picture, decoded, run_lengths
 from bowerbird_detection.coco_file import CocoFile, read_coco
 from bowerbird_detection.data_configs import CocoConfig
 from bowerbird_detection.detection_set import COMMON_UP_TO, RARE_UP_TO, DetectionSet, plain_rle
@@ -56,12 +54,7 @@ class CocoSet(DetectionSet):
 
     def image(self, index: int) -> Image.Image:
         """Raises ``DataError`` where the file cannot be read or has another size than its annotations are for."""
-        picture = self.pictures[index]
-        image = open_image(self.folder / picture.name)
-        if (image.height, image.width) != picture.size:
-            found = other_size((image.height, image.width), picture.size)
-            raise DataError(f"{str(self.folder / picture.name)!r}: {found}")
-        return image
+        return checked_picture(self.folder / self.pictures[index].name, self.pictures[index].size)
 
     def size(self, index: int) -> tuple[int, int]:
         return self.pictures[index].size

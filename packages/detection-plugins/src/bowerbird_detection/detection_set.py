@@ -88,10 +88,10 @@ class DetectionSet(Dataset):
         """Class indices of the objects of picture ``index``. Overridden where ``objects`` costs more."""
         return self.objects(index).labels.tolist()
 
-    def image_counts(self) -> NDArray[np.int64]:
-        """``(C,)``: in how many pictures each class is annotated."""
+    def image_counts(self, indices: Iterable[int] | None = None) -> NDArray[np.int64]:
+        """``(C,)``: in how many of the pictures ``indices`` (by default all) each class is annotated."""
         counts = np.zeros(len(self.classes), np.int64)
-        for index in range(len(self)):
+        for index in range(len(self)) if indices is None else indices:
             counts[list(set(self.object_labels(index)))] += 1
         return counts
 

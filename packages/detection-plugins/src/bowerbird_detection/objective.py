@@ -85,9 +85,7 @@ def frequency_columns(context: BuildContext, **limits: int) -> Tensor:
     if context.dataset is None:
         raise RecipeError("acsl counts the pictures of every class, and there is no training data to count in")
     whole, positions = detection_set(context.dataset, "acsl")
-    counts = np.zeros(len(whole.classes), np.int64)
-    for position in positions:
-        counts[list(set(whole.object_labels(position)))] += 1
+    counts = whole.image_counts(positions)
     rare, common = limits.get("rare_up_to", RARE_UP_TO), limits.get("common_up_to", COMMON_UP_TO)
     return torch.from_numpy(np.concatenate([[-1], frequency_groups(counts, rare, common)]))
 

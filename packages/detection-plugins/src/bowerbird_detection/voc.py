@@ -18,10 +18,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from bowerbird.data.images import SUFFIXES, open_image
+from bowerbird.data.images import SUFFIXES
 from bowerbird.errors import DataError, InputError, UnknownNameError, did_you_mean
 from bowerbird.protocols import Objects
-from bowerbird_detection.annotations import Problems, checked_box, found_sizes, other_size
+from bowerbird_detection.annotations import Problems, checked_box, checked_picture, found_sizes, other_size
 from bowerbird_detection.data_configs import VocConfig
 from bowerbird_detection.detection_set import DetectionSet
 
@@ -103,11 +103,7 @@ class VocSet(DetectionSet):
 
     def image(self, index: int) -> Image.Image:
         """Raises ``DataError`` where the file cannot be read or has another size than its annotations are for."""
-        picture = self.pictures[index]
-        image = open_image(picture.file)
-        if (image.height, image.width) != picture.size:
-            raise DataError(f"{str(picture.file)!r}: {other_size((image.height, image.width), picture.size)}")
-        return image
+        return checked_picture(self.pictures[index].file, self.pictures[index].size)
 
     def size(self, index: int) -> tuple[int, int]:
         return self.pictures[index].size

@@ -175,25 +175,25 @@ def hard_threshold(values: Tensor, budget: float | Tensor, costs: Tensor | None 
     if rows.amax().isnan():
         raise InputError("soft top-k: values hold NaN, which cannot be ranked")
     cost = _costs_as_rows(costs, values, rows)
-    budgets = _per_row(budget, values)
+    budgets = _per_row(budget, values) * EXACTLY
     count = rows.shape[1]
     if cost.numel() == 1:
         unit_cost = float(cost)
         if len(rows) == 1:
             return (
-                _nth_largest(rows[0], math.ceil(float(budgets) / unit_cost * EXACTLY) - 1)
+                _nth_largest(rows[0], math.ceil(float(budgets) / unit_cost) - 1)
                 .div(unit_cost)
                 .view(values.shape[:-1])
                 .to(values.dtype)
             )
         units = rows / unit_cost
         ordered = units.sort(dim=1, descending=True).values
-        position = (budgets / unit_cost * EXACTLY).ceil().long() - 1
+        position = (budgets / unit_cost).ceil().long() - 1
     else:
         units = rows / cost
         ordered, order = units.sort(dim=1, descending=True)
         spent = cost.expand_as(rows).gather(1, order).double().cumsum(dim=1)
-        position = torch.searchsorted(spent, budgets[:, None] * EXACTLY).squeeze(1)
+        position = torch.searchsorted(spent, budgets[:, None]).squeeze(1)
     found = ordered.gather(1, position.clamp(0, count - 1)[:, None]).squeeze(1)
     return torch.where(position < count, found, ordered[:, -1] - 1).view(values.shape[:-1]).to(values.dtype)
 
