@@ -27,6 +27,7 @@ from bowerbird.errors import InputError, RecipeError
 from bowerbird.protocols import Detector, Features, Objects
 from bowerbird_detection.acsl import ACSLBoxHead, initialize_classifier
 from bowerbird_detection.backbones import FeaturePyramid, is_reference, pyramid_of
+from bowerbird_detection.checks import checked_pictures, learned_rows
 from bowerbird_detection.configs import ClassLoss, HeadsConfig, TorchvisionConfig
 
 BOX_CELLS, MASK_CELLS = 7, 14  # per side of a region that the heads read
@@ -177,30 +178,11 @@ class TorchvisionDetector(Detector):
         return {**kept, "classes": list(self.classes)}
 
     def _checked(self, images: Sequence[Tensor]) -> list[Tensor]:
-        device = next(self.model.parameters()).device
-        for i, image in enumerate(images):
-            if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point() or 0 in image.shape:
-                raise InputError(
-                    f"picture {i} is {image.dtype} {tuple(image.shape)}; expected float (3, height, width) in 0..1"
-                )
-        return [image.to(device, non_blocking=True) for image in images]
+        return checked_pictures(images, next(self.model.parameters()).device)
 
     def _target(self, i: int, image: Tensor, found: Objects) -> dict[str, Tensor]:
         """The annotations of picture ``i`` as torchvision takes them."""
-        count = len(found.boxes)
-        if found.boxes.ndim != 2 or found.boxes.shape[1] != 4 or found.labels.shape != (count,):
-            raise InputError(
-                f"picture {i}: boxes {tuple(found.boxes.shape)} and labels {tuple(found.labels.shape)}; expected "
-                "(R, 4) and (R,)"
-            )
-        wrong = (found.labels < 0) | (found.labels >= len(self.classes))
-        if wrong.any():
-            raise InputError(
-                f"picture {i}: label {int(found.labels[wrong][0])} is no class; expected 0 to {len(self.classes) - 1}"
-            )
-        kept = (found.boxes[:, 2:] > found.boxes[:, :2]).all(dim=1)
-        if found.crowd is not None:
-            kept &= ~found.crowd
+        count, kept = len(found.boxes), learned_rows(i, found, len(self.classes))
         first = 0 if isinstance(self.model, RetinaNet) else 1
         target = {"boxes": found.boxes[kept].float(), "labels": found.labels[kept].long() + first}
         if self.config.detector == "mask-rcnn":

@@ -20,7 +20,9 @@ from bowerbird.batch import Batch
 from bowerbird.data.images import Preprocessing
 from bowerbird.errors import DataError, InputError, RecipeError, UnknownNameError, did_you_mean
 from bowerbird.protocols import Detector, Features, Objects
+from bowerbird.train.data import padded
 from bowerbird_detection.backbones import Pyramid, is_reference, pyramid_of
+from bowerbird_detection.checks import checked_pictures, learned_rows
 from bowerbird_detection.obj2seq import (
     DETECTION,
     Obj2Seq,
@@ -228,38 +230,21 @@ class Obj2SeqDetector(Detector):
         assert self.preprocessing is not None
         mean = torch.tensor(self.preprocessing.mean, device=self._device)[:, None, None]
         std = torch.tensor(self.preprocessing.std, device=self._device)[:, None, None]
-        made = []
-        for i, image in enumerate(images):
-            if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point() or 0 in image.shape:
-                raise InputError(
-                    f"picture {i} is {image.dtype} {tuple(image.shape)}; expected float (3, height, width) in 0..1"
-                )
-            made.append((_resized(image.to(self._device), side, self.config.longer_side) - mean) / std)
-        height, width = (max(int(image.shape[axis]) for image in made) for axis in (1, 2))
-        batch = made[0].new_zeros((len(made), 3, height, width))
-        mask = torch.ones((len(made), height, width), dtype=torch.bool, device=self._device)
-        for row, free, image in zip(batch, mask, made, strict=True):
-            row[:, : image.shape[1], : image.shape[2]] = image
+        made = [
+            (_resized(image, side, self.config.longer_side) - mean) / std
+            for image in checked_pictures(images, self._device)
+        ]
+        batch = padded(made)
+        mask = torch.ones((len(made), *batch.shape[2:]), dtype=torch.bool, device=self._device)
+        for free, image in zip(mask, made, strict=True):
             free[: image.shape[1], : image.shape[2]] = False
         return batch, mask if len({image.shape for image in made}) > 1 else None
 
     def _target(self, i: int, image: Tensor, found: Objects) -> PictureTargets:
         count, classes = len(found.boxes), len(self.classes)
-        if found.boxes.shape != (count, 4) or found.labels.shape != (count,):
-            raise InputError(
-                f"picture {i}: boxes {tuple(found.boxes.shape)} and labels {tuple(found.labels.shape)}; expected "
-                "(R, 4) and (R,)"
-            )
-        wrong = (found.labels < 0) | (found.labels >= classes)
-        if wrong.any():
-            raise InputError(
-                f"picture {i}: label {int(found.labels[wrong][0])} is no class; expected 0 to {classes - 1}"
-            )
+        kept = learned_rows(i, found, classes)
         present = torch.zeros(classes, dtype=torch.bool, device=self._device)
         present[found.labels] = True
-        kept = (found.boxes[:, 2:] > found.boxes[:, :2]).all(dim=1)
-        if found.crowd is not None:
-            kept &= ~found.crowd
         size = found.boxes.new_tensor([image.shape[2], image.shape[1]])
         boxes = box_convert(found.boxes[kept].float() / size.repeat(2), "xyxy", "cxcywh").clamp(0, 1)
         points = None
