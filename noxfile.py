@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent
 CORE = "./core"
 # package -> (folder, extras of it that its tests need, what they need of core)
 PACKAGES = {
-    "core": (CORE, "", f"{CORE}[torch,transformers,lite,faiss-cpu,digits,report,tables,testing]"),
+    "core": (CORE, "", f"{CORE}[torch,transformers,lite,faiss-cpu,digits,report,tables,video,testing]"),
     "compat": ("./packages/compat-plugins", "", f"{CORE}[torch,faiss-cpu,digits,testing]"),
     "detection": ("./packages/detection-plugins", "[testing]", f"{CORE}[torch,digits,testing]"),
     "domain": ("./packages/domain-plugins", "", f"{CORE}[torch,digits,testing]"),
@@ -29,6 +29,7 @@ PACKAGES = {
     "emoji": ("./packages/emoji-plugins", "", f"{CORE}[testing]"),
     "scale": ("./packages/scale-plugins", "[ray,testing]", f"{CORE}[faiss-cpu,testing]"),
     "sparsity": ("./packages/sparsity-plugins", "[onnx,report]", f"{CORE}[torch,digits,testing]"),
+    "videotext": ("./packages/videotext-plugins", "", f"{CORE}[torch,video,testing]"),
 }
 EVERYTHING = [PACKAGES["core"][2], *(folder for name, (folder, _, _) in PACKAGES.items() if name != "core")]
 # One thread per test process: the tests run in parallel, and results do not depend on the number of cores.

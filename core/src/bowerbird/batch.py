@@ -9,7 +9,7 @@ Batch = dict[str, Any]
 # key -> shape and meaning. B batch, T frames, H x W pixels, L tokens, R regions, D width.
 BATCH_KEYS: dict[str, str] = {
     "image": "float32 (B, 3, H, W), normalised as the encoder's preprocessing says",
-    "video": "float32 (B, T, 3, H, W)",
+    "video": "float32 (B, T, 3, H, W), normalised as the encoder's preprocessing says; zeros after the last frame",
     "text": "dict with input_ids int64 (B, L) and attention_mask int64 (B, L)",
     "label": "int64 (B,), class index in 0..num_classes-1",
     "item_id": "list of B strings, stable ids of the items",

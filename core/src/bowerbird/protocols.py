@@ -71,11 +71,17 @@ class LossOutput:
 class Encoder(nn.Module):
     """Turns a batch into features. ``embed_dim`` is D of ``Features.pooled``.
 
-    ``preprocessing`` says how an image file becomes the ``image`` key; ``None`` for encoders that take no images.
+    ``preprocessing`` says how an image file, or every frame of a video, becomes the ``image`` or ``video`` key;
+    ``None`` for encoders that take neither. ``frames``: T of the ``video`` key, of encoders that take videos (an image
+    is a video of one frame); ``None`` for the others.
+
+    An encoder with ``tokenize(texts) -> {"input_ids", "attention_mask"}`` takes texts: from a batch with ``text``
+    alone ``forward`` gives their features, in the same space as those of its images or videos if it takes these too.
     """
 
     embed_dim: int
     preprocessing: Preprocessing | None = None
+    frames: int | None = None
 
     @classmethod
     def build(cls, config: Any) -> Self:

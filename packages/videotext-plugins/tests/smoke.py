@@ -1,0 +1,14 @@
+"""Run with the Python of an environment that holds only bowerbird-videotext and core."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+out = subprocess.run(
+    [str(Path(sys.executable).with_name("bowerbird")), "list"], capture_output=True, text=True, check=True
+)
+NAMES = """
+"""
+for name in NAMES.split():
+    assert f"videotext:{name}" in out.stdout, f"videotext:{name} is not in\n{out.stdout}"
+print("bowerbird-videotext alone: ok")
