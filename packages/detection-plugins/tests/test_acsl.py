@@ -348,6 +348,7 @@ def test_the_gradient_agrees_with_finite_differences() -> None:
         ({"background_index": 4}, "background_index = 4: there are 4 columns"),
         ({"drawn_rows": [torch.tensor([0])]}, "drawn_rows has 1 entries"),
         ({"drawn_rows": [torch.tensor([1])] * 3}, "rows that are not of the background"),
+        ({"drawn_rows": [torch.tensor([1000])] * 3}, "or none of the"),
     ],
 )
 def test_wrong_arguments_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -268,7 +268,7 @@ def test_pyramids_of_timm_get_deformable_patches_and_keep_their_shapes(name, opt
     assert replace_patch_embeds(model, stages=(1, 3)) is model
     assert sum(isinstance(part, DeformablePatchEmbed) for part in model.modules()) == 2
     assert model.forward_features(x).shape == shape
-    replace_patch_embeds(model, stages=(2,))
+    replace_patch_embeds(model, stages=2)
     model(x).square().sum().backward()
     assert all(
         part.offset_predictor.weight.grad.any() for part in model.modules() if isinstance(part, DeformablePatchEmbed)

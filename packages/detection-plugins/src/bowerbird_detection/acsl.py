@@ -168,9 +168,10 @@ def suppression_weights(
         drawn_rows = [rows[_draw(fraction, len(rows), generator).to(rows.device)] for fraction in fractions]
     elif len(drawn_rows) != len(GROUPS):
         raise InputError(f"drawn_rows has {len(drawn_rows)} entries; expected one for each of {', '.join(GROUPS)}")
+    given = torch.cat([torch.as_tensor(drawn, device=rows.device).flatten() for drawn in drawn_rows]).long()
+    if not torch.isin(given, rows).all():
+        raise InputError(f"drawn_rows names rows that are not of the background, or none of the {len(labels)} rows")
     for group, drawn in zip(in_group, drawn_rows, strict=True):
-        if len(drawn) and not background[drawn].all():
-            raise InputError("drawn_rows names rows that are not of the background")
         weights[drawn] |= group
     weights.scatter_(1, labels.long()[:, None], True)
     return weights

@@ -243,7 +243,7 @@ class _Merging(nn.Module):
 
 
 def replace_patch_embeds(
-    model: nn.Module, stages: Collection[int] = (1, 2, 3), *, points_per_side: int = 3
+    model: nn.Module, stages: int | Collection[int] = (1, 2, 3), *, points_per_side: int = 3
 ) -> nn.Module:
     """Put DePatch where a pyramid transformer of timm halves its maps: PVT-v2, Swin and Swin-v2.
 
@@ -251,7 +251,7 @@ def replace_patch_embeds(
 
     Args:
         model: Changed in place.
-        stages: Whose patches are replaced, counted from 0. Stage 0 keeps its own: it reads pixels.
+        stages: Whose patches are replaced, one or several, counted from 0. Stage 0 keeps its own: it reads pixels.
         points_per_side: k.
 
     Returns:
@@ -267,6 +267,7 @@ def replace_patch_embeds(
     replaceable = [number for number, layer in made.items() if layer is not None]
     if not replaceable:
         raise InputError(f"{type(model).__name__} has no patches to replace; accepted: timm's PVT-v2, Swin and Swin-v2")
+    stages = (stages,) if isinstance(stages, int) else stages
     unknown = sorted(set(stages) - set(replaceable))
     if unknown:
         raise InputError(
