@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import ast
 import functools
-import os
 import re
 import string
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from bowerbird.errors import InputError, MissingExtraError
@@ -89,7 +89,7 @@ def _found(words: list[str], known: _Known) -> list[str]:
     return phrases
 
 
-# ------------------------------------------------------------------------------------------------ part-of-speech taggers
+# ------------------------------------------------------------------------------------------------ taggers
 
 # Words -> one letter each: N noun, V verb, A auxiliary, R adverb, "." another word.
 Tagger = Callable[[list[str]], str]
@@ -154,7 +154,7 @@ def _hanta() -> Any:
             "phrases = 'hanta' needs HanTa. Install it: pip install 'bowerbird-videotext[tagger]'"
         ) from error
     # With a bare name HanTa would take a file of that name in the working directory first, and unpickle it.
-    return HanoverTagger.HanoverTagger(os.path.join(os.path.dirname(HanoverTagger.__file__), "morphmodel_en.pgz"))
+    return HanoverTagger.HanoverTagger(str(Path(HanoverTagger.__file__).with_name("morphmodel_en.pgz")))
 
 
 def _letter_of_c5(tag: str) -> str:
@@ -195,8 +195,8 @@ def _spacy(model: str) -> Any:
         import spacy
     except ImportError as error:
         raise MissingExtraError(
-            f"phrases = 'spacy' needs spaCy and a model. Install them: pip install spacy, then python -m spacy download "
-            f"{model}; or take phrases = 'hanta', which brings its model"
+            "phrases = 'spacy' needs spaCy and a model. Install them: pip install spacy, then "
+            f"python -m spacy download {model}; or take phrases = 'hanta', which brings its model"
         ) from error
     try:
         nlp = spacy.load(model)
