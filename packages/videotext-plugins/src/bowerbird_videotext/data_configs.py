@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 class ClipAugmentation(BaseModel):
@@ -40,3 +41,140 @@ class ClipAugmentation(BaseModel):
         if not 0 < low <= high:
             raise ValueError(f"crop_ratio = {[low, high]}: expected two ratios, 0 < smaller <= larger")
         return self
+
+
+# ---------------------------------------------------------------------------------------------------------- moving
+
+SPLITS = ("train", "val", "test")
+COLOURS = {
+    "red": (255, 40, 40), "green": (40, 220, 60), "blue": (70, 100, 255), "white": (255, 255, 255),
+    "yellow": (255, 230, 40), "pink": (255, 110, 210), "orange": (255, 150, 30), "cyan": (40, 230, 230),
+}  # fmt: skip
+VERBS = ("moves left", "moves right", "moves up", "moves down", "stays still", "grows", "shrinks", "spins")
+_COUNTS = {"train": 3000, "val": 256, "test": 256}
+
+
+def _as_list(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+def _as_pair(value: Any) -> Any:
+    return (value, value) if isinstance(value, int) else value
+
+
+def _as_sprites(value: Any) -> Any:
+    return {"source": value} if isinstance(value, str) else value
+
+
+def _with_defaults(value: Any) -> Any:
+    return {**_COUNTS, **value} if isinstance(value, dict) else value
+
+
+Names = Annotated[tuple[str, ...], Field(strict=False), BeforeValidator(_as_list)]
+
+
+class SpritesConfig(BaseModel):
+    """The data set whose pictures move, and what they are called."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    source: str = Field(default="core:fashion-mnist", description="Data set of pictures, NAME or NAME?key=value.")
+    split: str | None = Field(default=None, description="Its split; by default the one it gives unasked.")
+    paper: Literal["dark", "light"] = Field(default="dark", description="What its pictures are drawn on.")
+    class_key: str | None = Field(
+        default=None, description="Take the class from this entry of the source's metadata instead of its label."
+    )
+    names: dict[str, str] = Field(
+        default={"t-shirt": "tee", "ankle-boot": "boot"},
+        description="Class -> noun, where captions shall not say the name of the class.",
+    )
+
+
+class MovingConfig(BaseModel):
+    """Settings of ``videotext:moving``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    root: Annotated[Path | None, Field(strict=False)] = Field(
+        default=None,
+        description="Folder to write the videos to; by default moving in $BOWERBIRD_CACHE or ~/.cache/bowerbird.",
+    )
+    sprites: Annotated[SpritesConfig, BeforeValidator(_as_sprites)] = Field(
+        default=SpritesConfig(), description="What moves: a data set, by name or with settings."
+    )
+    counts: Annotated[dict[str, int], BeforeValidator(_with_defaults)] = Field(
+        default=_COUNTS, description="Videos of the splits train, val and test."
+    )
+    objects: Literal[1, 2] = Field(default=2, description="Sprites of a video.")
+    colours: Names = Field(
+        default=("red", "green", "blue", "white"),
+        description=f"Of {', '.join(COLOURS)}; none: sprites keep their own colours and captions name none.",
+    )
+    verbs: Names = Field(
+        default=VERBS[:6],
+        description=f"Of {', '.join(VERBS)}; none: nothing moves, and captions have no verb.",
+    )
+    size: int = Field(default=32, ge=16, le=1024, multiple_of=2, description="Side of the square video in pixels.")
+    sprite_size: Annotated[tuple[int, int], Field(strict=False), BeforeValidator(_as_pair)] = Field(
+        default=(12, 16), description="Smallest and largest longer side of a sprite in pixels."
+    )
+    frames: int = Field(default=8, ge=2, le=1024, description="Frames of a video.")
+    rate: int = Field(default=8, ge=1, le=60, description="Frames per second.")
+    ground: Literal["plain", "textured"] = Field(default="plain", description="Black, or another texture every time.")
+    choices: int = Field(default=4, ge=2, description="Options of a multiple choice.")
+    distractor_boxes: int = Field(
+        default=0, ge=0, le=64, description="Boxes of every frame that show no sprite, after those of the sprites."
+    )
+    seed: int = Field(default=0, ge=0, description="Of words, sprites, places and sizes.")
+
+    @model_validator(mode="after")
+    def _words_are_known(self) -> Self:
+        for name, known in (("colours", tuple(COLOURS)), ("verbs", VERBS)):
+            values = getattr(self, name)
+            unknown = [value for value in values if value not in known]
+            if unknown:
+                raise ValueError(f"{name}: {unknown[0]!r} is not known; there are {', '.join(known)}")
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} = {list(values)}: a word is there more than once")
+        for split, count in self.counts.items():
+            if split not in SPLITS or count < 1:
+                raise ValueError(f"counts: {split} = {count}; expected numbers from 1 of {', '.join(SPLITS)}")
+        low, high = self.sprite_size
+        if not 4 <= low <= high or high > self.size * 3 // 4:
+            raise ValueError(
+                f"sprite_size = {[low, high]}: expected 4 <= smaller <= larger <= {self.size * 3 // 4}, three quarters "
+                "of size, so that there is room to move"
+            )
+        return self
+
+
+def digits() -> dict[str, Any]:
+    """Handwritten digits of scikit-learn: nothing to install or download."""
+    names = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+    return {"sprites": {"source": "core:digits", "names": {str(i): name for i, name in enumerate(names)}}}
+
+
+def emoji() -> dict[str, Any]:
+    """Emoji of hundreds of concepts in their own colours; test shows a style that train does not. Needs
+    ``bowerbird-emoji``."""
+    return {
+        "sprites": {"source": "emoji:styles", "paper": "light", "names": {}},
+        "colours": [], "size": 64, "sprite_size": [20, 28],
+    }  # fmt: skip
+
+
+def single() -> dict[str, Any]:
+    """One sprite a video, which has the class of its verb: for the recognition of actions."""
+    return {"objects": 1, "counts": {"val": 128, "test": 128}}
+
+
+def still() -> dict[str, Any]:
+    """Nothing moves, captions have no verb, and four boxes a frame show no sprite: for methods that read regions."""
+    return {"verbs": [], "distractor_boxes": 4}
+
+
+def rich() -> dict[str, Any]:
+    """Eight colours, eight verbs, textured grounds, 64 pixels."""
+    return {
+        "colours": list(COLOURS), "verbs": list(VERBS), "size": 64, "sprite_size": [20, 30], "ground": "textured",
+    }  # fmt: skip

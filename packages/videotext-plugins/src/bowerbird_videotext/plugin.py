@@ -22,7 +22,17 @@ def bowerbird_objectives() -> Iterable[ObjectiveRecord]:
 
 @hookimpl
 def bowerbird_datasets() -> Iterable[DatasetRecord]:
-    yield from ()
+    yield DatasetRecord(
+        name="videotext:moving",
+        target="bowerbird_videotext.moving:Moving",
+        config="bowerbird_videotext.data_configs:MovingConfig",
+        summary="Short videos of real pictures that move, with captions, questions and boxes; made by a program.",
+        presets={
+            name: f"bowerbird_videotext.data_configs:{name}" for name in ("digits", "emoji", "rich", "single", "still")
+        },
+        provides=("video", "text", "item_id"),
+        splits=("train", "val", "test"),
+    )
 
 
 @hookimpl

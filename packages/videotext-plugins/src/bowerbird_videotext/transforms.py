@@ -20,8 +20,8 @@ from bowerbird_videotext.data_configs import ClipAugmentation
 class ClipTransform:
     """A clip of ``frames`` frames of a video, augmented as one, with one of the video's captions.
 
-    The entries: ``video`` float32 ``(frames, 3, H, W)`` normalised by ``preprocessing``, zeros after the last frame of a
-    shorter video; ``text`` (tokenized in the batch) and ``caption`` (kept), the same caption, drawn among several;
+    The entries: ``video`` float32 ``(frames, 3, H, W)`` normalised by ``preprocessing``, zeros after the last frame of
+    a shorter video; ``text`` (tokenized in the batch) and ``caption`` (kept), the same caption, drawn among several;
     ``source``, the video's path or address; and what else the item has. An item with ``image`` in the place of
     ``video`` is a video of one frame.
 
@@ -49,7 +49,7 @@ class ClipTransform:
         self.captions = captions
 
     def __call__(self, item: dict[str, Any], generator: np.random.Generator) -> dict[str, Any]:
-        """Raises ``DataError`` for a video that cannot be read, naming file and row; ``InputError`` without captions."""
+        """Raises ``DataError`` for a video that cannot be read, by file and row; ``InputError`` without captions."""
         entries = {key: value for key, value in item.items() if key not in ("video", "image", "text")}
         images = self._images(item, generator)
         entries["video"] = prepare_clip(self._augmented(images, generator), self.preprocessing, self.frames)
@@ -65,7 +65,7 @@ class ClipTransform:
         if "video" not in item:
             raise InputError(f"items have no video; they have {', '.join(sorted(item))}: choose a data set of videos")
         try:
-            return read_clip(item["video"], self.frames, mode=self.config.sampling, generator=generator)[0]
+            return read_clip(item["video"], self.frames, mode=self.config.sampling, generator=generator)
         except DataError as error:
             if "where" not in item:
                 raise
