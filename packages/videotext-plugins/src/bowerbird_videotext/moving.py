@@ -35,7 +35,7 @@ PROGRAM = 1  # part of the folder's name: another number where the program makes
 _MOVES = {"moves left": (-1, 0), "moves right": (1, 0), "moves up": (0, -1), "moves down": (0, 1)}
 _NOT_PICTURES = ("root", "counts", "choices", "distractor_boxes")  # settings that change no pixel
 _TRIES = 40  # places tried for a sprite that shall not cover the other
-_DARKEST = 90  # of 255: the darkest part of a coloured sprite, so that its colour is seen
+_DARKEST = 60  # of 255: the darkest part of a coloured sprite, so that its colour is seen
 
 
 @dataclass(frozen=True)
