@@ -19,6 +19,7 @@ from torch.nn.functional import gelu, scaled_dot_product_attention
 from bowerbird.errors import InputError
 
 TimeInit = Literal["zeros", "official_zeros", "normal"]
+Axis = Literal["space", "time", "joint"]
 EPS = 1e-6  # of every layer norm
 
 
@@ -28,7 +29,7 @@ def divided_attention(
     value: Tensor,
     *,
     frames: int,
-    axis: Literal["space", "time"],
+    axis: Axis,
     key_mask: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention of a class token and of tokens in groups; one softmax over the joined keys.
@@ -38,7 +39,8 @@ def divided_attention(
     Args:
         query, key, value: ``(B, M, h, d)`` each, M = 1 + frames * n, class token first, then frame by frame.
         frames: T.
-        axis: ``space``: groups are the frames; ``time``: groups are the tokens of one place in every frame.
+        axis: ``space``: groups are the frames; ``time``: groups are the tokens of one place in every frame; ``joint``:
+            one group of all.
         key_mask: ``(B, M)``, added to the logits of every query: 0 for real tokens, very negative for padding.
 
     Returns:
@@ -56,10 +58,11 @@ def divided_attention(
     additive = None if key_mask is None else key_mask.to(query.dtype)
 
     to_all = None if additive is None else additive[:, None, None]
+    seeing_all = query if axis == "joint" else query[:, :1]
     first = scaled_dot_product_attention(
-        query[:, :1].transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=to_all
+        seeing_all.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=to_all
     ).transpose(1, 2)
-    if count == 0:
+    if axis == "joint" or count == 0:
         return first
 
     if axis == "space":  # one attention of n queries for every clip and frame
@@ -96,7 +99,7 @@ def divided_attention(
 class DividedAttention(nn.Module):
     """``divided_attention`` with its projections: one ``Linear(D, 3 D)`` for queries, keys and values, one after."""
 
-    def __init__(self, dim: int, heads: int, axis: Literal["space", "time"]) -> None:
+    def __init__(self, dim: int, heads: int, axis: Axis) -> None:
         super().__init__()
         self.heads, self.axis = heads, axis
         self.qkv = nn.Linear(dim, 3 * dim)
@@ -134,6 +137,7 @@ class SpaceTimeBlock(nn.Module):
         time_init: How time attention starts. ``zeros``: its output projection is zero, so that the block begins as a
             ViT block and still learns; ``official_zeros``: as in the released code, queries, keys and values zero and
             an output weight of ones, which leaves no gradient but round-off; ``normal``: like other layers.
+        attention: ``divided``, or ``joint``: the space attention is over all tokens.
     """
 
     def __init__(
@@ -143,6 +147,7 @@ class SpaceTimeBlock(nn.Module):
         mlp_ratio: float = 4.0,
         temporal: bool = True,
         time_init: TimeInit = "zeros",
+        attention: Literal["divided", "joint"] = "divided",
     ) -> None:
         super().__init__()
         if dim < 1 or heads < 1 or dim % heads:
@@ -150,7 +155,7 @@ class SpaceTimeBlock(nn.Module):
         if time_init not in get_args(TimeInit):
             raise InputError(f"time_init = {time_init!r}: expected one of {', '.join(get_args(TimeInit))}")
         self.norm1 = nn.LayerNorm(dim, eps=EPS)
-        self.attn = DividedAttention(dim, heads, "space")
+        self.attn = DividedAttention(dim, heads, "space" if attention == "divided" else "joint")
         self.norm2 = nn.LayerNorm(dim, eps=EPS)
         self.mlp = Perceptron(dim, int(dim * mlp_ratio))
         self.temporal = temporal
@@ -201,6 +206,7 @@ class SpaceTimeTransformer(nn.Module):
         temporal_attention: Without it patches see their own frame only.
         temporal_embedding: Without it (and without time attention) the order of frames is invisible.
         in_channels: C.
+        attention: ``divided``, or ``joint``: every token attends to all of them, at the cost of (T N)^2.
 
     Raises:
         InputError: Sizes that do not divide each other, or values outside these ranges.
@@ -220,8 +226,11 @@ class SpaceTimeTransformer(nn.Module):
         *,
         temporal_embedding: bool = True,
         in_channels: int = 3,
+        attention: Literal["divided", "joint"] = "divided",
     ) -> None:
         super().__init__()
+        if attention not in ("divided", "joint"):
+            raise InputError(f"attention = {attention!r}: expected divided or joint")
         if patch_size < 1 or image_size < patch_size or image_size % patch_size:
             raise InputError(f"image_size = {image_size} is no multiple of patch_size = {patch_size}")
         if max_frames < 1 or depth < 0 or in_channels < 1 or not mlp_ratio > 0:
@@ -243,7 +252,8 @@ class SpaceTimeTransformer(nn.Module):
             self.register_parameter("temporal_embed", None)
         self.register_parameter("mask_token", None)
         self.blocks = nn.ModuleList(
-            SpaceTimeBlock(embed_dim, num_heads, mlp_ratio, temporal_attention, time_init) for _ in range(depth)
+            SpaceTimeBlock(embed_dim, num_heads, mlp_ratio, temporal_attention, time_init, attention)
+            for _ in range(depth)
         )
         self.norm = nn.LayerNorm(embed_dim, eps=EPS)
         nn.init.trunc_normal_(self.cls_token, std=0.02)

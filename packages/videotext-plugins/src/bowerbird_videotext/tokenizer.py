@@ -28,6 +28,7 @@ from bowerbird.files import write_atomically, write_json
 
 PAD, UNK, CLS, SEP, MASK = SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 FILE = "tokenizer.json"
+_LETTERS = "Aa \u00c9\u00e9 \u4e2d"  # capitals, accents and Chinese, which tokenizers treat in different ways
 
 
 class WordPieceTokenizer:
@@ -149,7 +150,8 @@ class WordPieceTokenizer:
         for position, text in enumerate(texts):
             if not isinstance(text, str) or not text.strip():
                 raise InputError(f"text {position} of {len(texts)} is {text!r}; expected a text that is not empty")
-        rows = [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
+        # One by one: the threads of encode_batch do not survive the fork of the processes that read the data.
+        rows = [self._tokenizer.encode(text).ids for text in texts]
         self._count_long([len(row) for row in rows], limit)
         rows = [row if len(row) <= limit else [*row[: limit - 1], self.sep_id] for row in rows]
         longest = max(map(len, rows))
@@ -180,9 +182,14 @@ class WordPieceTokenizer:
         return self._tokenizer.decode(row, skip_special_tokens=skip_special)
 
     def digest(self) -> bytes:
-        """32 bytes that name the vocabulary and its rules: equal for tokenizers that give equal indices."""
-        content = json.loads(self._tokenizer.to_str())
-        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).digest()
+        """32 bytes that name the vocabulary and how letters are written: equal for tokenizers with equal indices.
+
+        Made of what the tokenizer does, not of its file, whose form changes with the library's versions.
+        """
+        normalizer = self._tokenizer.normalizer
+        spelled = normalizer.normalize_str(_LETTERS) if normalizer is not None else _LETTERS
+        content = json.dumps([spelled, sorted(self._ids.items())], separators=(",", ":"))
+        return hashlib.sha256(content.encode()).digest()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"tokenizer": self._tokenizer.to_str(), "max_length": self.max_length, "truncated": self.truncated}
