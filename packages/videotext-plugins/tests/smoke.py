@@ -8,6 +8,11 @@ out = subprocess.run(
     [str(Path(sys.executable).with_name("bowerbird")), "list"], capture_output=True, text=True, check=True
 )
 NAMES = """
+dual-softmax
+multiple-choice
+qa
+retrieval
+zero-shot-actions
 """
 for name in NAMES.split():
     assert f"videotext:{name}" in out.stdout, f"videotext:{name} is not in\n{out.stdout}"

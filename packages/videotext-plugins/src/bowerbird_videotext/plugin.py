@@ -59,9 +59,44 @@ def bowerbird_datasets() -> Iterable[DatasetRecord]:
 
 @hookimpl
 def bowerbird_evaluators() -> Iterable[EvaluatorRecord]:
-    yield from ()
+    yield EvaluatorRecord(
+        name="videotext:multiple-choice",
+        target="bowerbird_videotext.evaluators:MultipleChoice",
+        config="bowerbird_videotext.evaluator_configs:MultipleChoiceConfig",
+        summary="Percent of videos whose right caption scores best among a few.",
+        needs=("video",),
+    )
+    yield EvaluatorRecord(
+        name="videotext:qa",
+        target="bowerbird_videotext.evaluators:QuestionAnswering",
+        config="bowerbird_videotext.evaluator_configs:QuestionsConfig",
+        summary="Percent of open questions about videos that are answered rightly, by kind.",
+        needs=("video",),
+    )
+    yield EvaluatorRecord(
+        name="videotext:retrieval",
+        target="bowerbird_videotext.evaluators:VideoRetrieval",
+        config="bowerbird_videotext.evaluator_configs:VideoRetrievalConfig",
+        summary="Recall and ranks of videos searched by texts, and of texts by videos; with a reranker and without.",
+        paper="Frozen in Time: A Joint Video and Image Encoder for End-to-End Retrieval, ICCV 2021, arXiv:2104.00650",
+        needs=("video", "text"),
+    )
+    yield EvaluatorRecord(
+        name="videotext:zero-shot-actions",
+        target="bowerbird_videotext.evaluators:ZeroShotActions",
+        config="bowerbird_videotext.evaluator_configs:ZeroShotConfig",
+        summary="Classification of videos by the nearest prompt of a class, without training on the classes.",
+        needs=("video", "label"),
+    )
 
 
 @hookimpl
 def bowerbird_retrievers() -> Iterable[RetrieverRecord]:
-    yield from ()
+    yield RetrieverRecord(
+        name="videotext:dual-softmax",
+        target="bowerbird_videotext.video_retrieval:dual_softmax_reranker",
+        config="bowerbird_videotext.evaluator_configs:DualSoftmaxConfig",
+        summary="Scores times their softmax over all queries: what is near to every query loses its advantage.",
+        paper="Improving Video-Text Retrieval by Multi-Stream Corpus Alignment and Dual Softmax Loss, arXiv:2109.04290",
+        role="reranker",
+    )

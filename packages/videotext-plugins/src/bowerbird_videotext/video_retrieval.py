@@ -39,8 +39,8 @@ def retrieval_ranks(
     """The rank from 0 of what every query looks for.
 
     Text to video: the rank of a text's video among all videos. Video to text: the rank of the video's best text among
-    the texts of all videos. Where scores are equal, the right one takes the first place of their block (``optimistic``),
-    the last (``pessimistic``) or the middle (``average``).
+    the texts of all videos. Where scores are equal, the right one takes the first place of their block
+    (``optimistic``), the last (``pessimistic``) or the middle (``average``).
 
     Args:
         similarity: ``(q, v)``, higher is nearer.
@@ -240,11 +240,17 @@ def topk_accuracy(scores: Tensor, labels: Tensor, ks: Sequence[int] = (1, 5)) ->
     Raises:
         InputError: Shapes that do not fit, labels out of range, NaN, or k below 1.
     """
+    found = classes_found(scores, labels, ks)
+    return {f"top{k}": 100 * float(found[:, column].mean()) for column, k in enumerate(ks)}
+
+
+def classes_found(scores: Tensor, labels: Tensor, ks: Sequence[int]) -> NDArray[np.bool_]:
+    """bool ``(n, len(ks))``: whether a true class of an item is among the k best; arguments as ``topk_accuracy``."""
     if any(k < 1 for k in ks):
         raise InputError(f"ks = {tuple(ks)}: expected numbers of at least 1")
     rows = _matrix(scores, "scores (items, classes)")
     right = _label_matrix(rows, labels).gather(1, rows.argsort(dim=1, descending=True, stable=True))
-    return {f"top{k}": 100 * float(right[:, :k].any(dim=1).double().mean()) for k in ks}
+    return np.stack([right[:, :k].any(dim=1).cpu().numpy() for k in ks], axis=1)
 
 
 def class_ranks(scores: Tensor, labels: Tensor) -> Tensor:
