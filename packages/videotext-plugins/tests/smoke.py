@@ -8,6 +8,9 @@ out = subprocess.run(
     [str(Path(sys.executable).with_name("bowerbird")), "list"], capture_output=True, text=True, check=True
 )
 NAMES = """
+dual-encoder
+frozen
+mac
 dual-softmax
 multiple-choice
 qa
