@@ -127,7 +127,7 @@ def cycle_consistency_loss(
         )
     if valid is not None and valid.shape != times.shape:
         raise InputError(f"valid has the shape {tuple(valid.shape)}; expected {tuple(times.shape)}")
-    videos, frames = times.shape
+    videos = len(times)
     real = torch.ones_like(times, dtype=torch.bool) if valid is None else valid.bool()
     first, second = torch.where(~torch.eye(videos, dtype=torch.bool, device=z.device))  # all ordered pairs
     here, there = z[first], z[second]
@@ -176,7 +176,7 @@ def _similarity(a: Tensor, b: Tensor, kind: str) -> Tensor:
 def _smoothed_labels(real: Tensor, smoothing: float, dtype: torch.dtype) -> Tensor:
     """``(N, T, T)``, row t of a video: 1 - smoothing for frame t, equal parts of the rest for its other real frames."""
     own = torch.eye(real.shape[1], dtype=dtype, device=real.device)
-    others = (real.sum(dim=1) - 1).clamp(min=1)[:, None, None]
+    others = (real.sum(dim=1) - 1).clamp(min=1).to(dtype)[:, None, None]
     return (1 - smoothing) * own + smoothing / others * (1 - own) * real[:, None]
 
 
