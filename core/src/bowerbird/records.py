@@ -110,6 +110,8 @@ class RetrieverRecord(Record):
     - ``order``: a function ``(ids, old_vectors, *, seed, centers=None)`` that returns a permutation of positions;
     - ``upgrade``: a class with ``needs_old_encoder``, ``merger``, ``check(...)`` and ``old_part_queries(...)``;
     - ``executor``: a class that starts the workers of an upgrade, see ``bowerbird.upgrade.engines.Executor``;
+    - ``reranker``: a function ``(scores, **settings)`` that returns new scores of the same shape ``(Q, N)``, higher is
+      nearer; numpy arrays, all queries of an evaluation at once, one column per gallery item;
     - ``store``: a class as ``bowerbird.gallery.protocol.StoreDriver``.
 
     Attributes:

@@ -24,7 +24,13 @@ if TYPE_CHECKING:
     from bowerbird.testing.gloo import run_two_ranks
     from bowerbird.testing.golden import assert_close, load_golden
     from bowerbird.testing.plugin_tester import PluginTester
-    from bowerbird.testing.retrievers import IndexContract, MergerContract, OrderContract, UpgradeContract
+    from bowerbird.testing.retrievers import (
+        IndexContract,
+        MergerContract,
+        OrderContract,
+        RerankerContract,
+        UpgradeContract,
+    )
     from bowerbird.testing.store_contract import StoreContract
     from bowerbird.testing.training import EncoderContract, ObjectiveContract, SimpleBuildContext, TinyEncoder
 
@@ -43,6 +49,7 @@ _MODULES = {
     "IndexContract": "retrievers",
     "MergerContract": "retrievers",
     "OrderContract": "retrievers",
+    "RerankerContract": "retrievers",
     "UpgradeContract": "retrievers",
     "StoreContract": "store_contract",
     "EncoderContract": "training",
@@ -61,6 +68,7 @@ __all__ = [
     "ObjectiveContract",
     "OrderContract",
     "PluginTester",
+    "RerankerContract",
     "SimpleBuildContext",
     "SimpleEvalContext",
     "StoreContract",

@@ -191,6 +191,42 @@ class OrderContract(Contract):
         assert np.array_equal(np.sort(order), np.arange(57))
 
 
+class RerankerContract(Contract):
+    """Role ``reranker``: ``rerank(scores (Q, N), **settings) -> (Q, N)``, higher is nearer."""
+
+    kind = "retriever"
+    role = "reranker"
+
+    def rerank(self, scores: np.ndarray) -> np.ndarray:
+        config = self.make_config()
+        return np.asarray(self.target(scores, **({} if config is None else config.model_dump())))
+
+    def scores(self, queries: int = 7, items: int = 5) -> np.ndarray:
+        """float32 cosines."""
+        return unit_vectors(queries, 4) @ unit_vectors(items, 4, seed=1).T
+
+    def test_there_is_a_score_for_every_query_and_item(self) -> None:
+        """Fix: return finite scores of the shape of the scores, also of one query and of one item."""
+        for queries, items in ((7, 5), (1, 5), (7, 1), (3, 9)):
+            found = self.rerank(self.scores(queries, items))
+            assert found.shape == (queries, items), f"{queries} queries, {items} items: shape {found.shape}"
+            assert np.isfinite(found).all()
+
+    def test_the_scores_that_it_gets_stay_as_they_are(self) -> None:
+        """Fix: copy before writing; results without re-ranking are reported from the same array."""
+        scores = self.scores()
+        before = scores.copy()
+        self.rerank(scores)
+        assert np.array_equal(scores, before)
+
+    def test_the_order_of_queries_and_items_does_not_matter(self) -> None:
+        """Fix: look at scores, not at positions."""
+        scores, rng = self.scores(), np.random.default_rng(2)
+        rows, columns = rng.permutation(7), rng.permutation(5)
+        moved = self.rerank(np.ascontiguousarray(scores[rows][:, columns]))
+        assert np.allclose(moved, self.rerank(scores)[rows][:, columns], rtol=1e-4, atol=1e-6)
+
+
 class UpgradeContract(Contract):
     """Role ``upgrade``: a strategy, see the plugin-author guide."""
 
