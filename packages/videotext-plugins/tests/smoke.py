@@ -11,6 +11,8 @@ NAMES = """
 dual-encoder
 frozen
 mac
+mcq
+miles
 dual-softmax
 multiple-choice
 qa

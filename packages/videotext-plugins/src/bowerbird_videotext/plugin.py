@@ -40,6 +40,23 @@ def bowerbird_objectives() -> Iterable[ObjectiveRecord]:
         paper="Masked Contrastive Pre-Training for Efficient Video-Text Retrieval, arXiv:2212.00986",
         needs=("video", "text"),
     )
+    yield ObjectiveRecord(
+        name="videotext:mcq",
+        target="bowerbird_videotext.mcq:MCQObjective",
+        config="bowerbird_videotext.mcq:MCQConfig",
+        summary="Contrastive training with questions: a noun or verb of the caption is erased and found in the clip.",
+        paper="Bridging Video-text Retrieval with Multiple Choice Questions, CVPR 2022, arXiv:2201.04850",
+        needs=("video", "text"),
+    )
+    yield ObjectiveRecord(
+        name="videotext:miles",
+        target="bowerbird_videotext.miles:MILESObjective",
+        config="bowerbird_videotext.miles:MILESConfig",
+        summary="Contrastive training with hidden patches, whose features follow a copy of the encoder.",
+        paper="MILES: Visual BERT Pre-training with Injected Language Semantics for Video-text Retrieval, ECCV 2022, "
+        "arXiv:2204.12408",
+        needs=("video", "text"),
+    )
 
 
 @hookimpl
