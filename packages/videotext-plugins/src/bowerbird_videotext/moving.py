@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -101,7 +101,7 @@ class Moving(VideoTextSet):
             raise UnknownNameError(
                 f"videotext:moving has no split {split!r}; it has {', '.join(SPLITS)}.{did_you_mean(split, SPLITS)}"
             )
-        sprites = _Sprites(config.sprites, split)
+        sprites = Sprites(config.sprites, split)
         made = cls(config, split, sprites.nouns)
         made.__dict__["_sprites"] = sprites
         return made
@@ -234,18 +234,7 @@ class Moving(VideoTextSet):
             DataError: It cannot be written.
         """
         path = self.folder / f"{index:06d}.mp4"
-        if not path.exists():
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                settings = self.folder.parent / "settings.json"
-                if not settings.exists():
-                    write_json(settings, _settings(self.config))
-                write_video(path, self.pixels(index), rate=self.config.rate)
-            except OSError as error:
-                raise DataError(
-                    f"videotext:moving: {str(path)!r} cannot be written ({error}); set root to a folder with room, or "
-                    "the environment variable BOWERBIRD_CACHE"
-                ) from error
+        write_once(path, lambda: self.pixels(index), _settings(self.config), self.config.rate, "videotext:moving")
         return str(path)
 
     def pixels(self, index: int) -> NDArray[np.uint8]:
@@ -325,11 +314,11 @@ class Moving(VideoTextSet):
         return [self.config.seed, zlib.crc32(self.split.encode()), index]
 
     @cached_property
-    def _sprites(self) -> _Sprites:
-        return _Sprites(self.config.sprites, self.split)
+    def _sprites(self) -> Sprites:
+        return Sprites(self.config.sprites, self.split)
 
 
-class _Sprites:
+class Sprites:
     """The pictures of one split, by class: of every class the last tenth is for test, the one before for val."""
 
     def __init__(self, config: SpritesConfig, split: str) -> None:
@@ -399,8 +388,33 @@ def _settings(config: MovingConfig) -> dict[str, Any]:
 
 
 def _folder(config: MovingConfig) -> Path:
+    return cache_folder("moving", config.root, config.sprites.source, _settings(config))
+
+
+def cache_folder(name: str, root: Path | None, source: str, settings: Mapping[str, Any]) -> Path:
     """The folder of the videos of these settings: other settings that change a pixel have another folder."""
-    root = config.root or Path(os.environ.get("BOWERBIRD_CACHE", "~/.cache/bowerbird")) / "moving"
-    text = json.dumps(_settings(config), sort_keys=True)
-    source = config.sprites.source.partition("?")[0].partition(":")[2]
-    return root.expanduser() / f"{source}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    root = root or Path(os.environ.get("BOWERBIRD_CACHE", "~/.cache/bowerbird")) / name
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return root.expanduser() / f"{source.partition('?')[0].partition(':')[2]}-{digest[:12]}"
+
+
+def write_once(
+    path: Path, pixels: Callable[[], NDArray[np.uint8]], settings: Mapping[str, Any], rate: float, asked_by: str
+) -> None:
+    """Write the frames that ``pixels`` makes as a video, and ``settings`` beside its folder, where they are not yet.
+
+    Raises ``DataError`` where they cannot be written.
+    """
+    if path.exists():
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.parent.parent / "settings.json"
+        if not file.exists():
+            write_json(file, settings)
+        write_video(path, pixels(), rate=rate)
+    except OSError as error:
+        raise DataError(
+            f"{asked_by}: {str(path)!r} cannot be written ({error}); set root to a folder with room, or the "
+            "environment variable BOWERBIRD_CACHE"
+        ) from error
