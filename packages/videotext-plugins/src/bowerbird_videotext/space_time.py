@@ -58,42 +58,51 @@ def divided_attention(
     additive = None if key_mask is None else key_mask.to(query.dtype)
 
     to_all = None if additive is None else additive[:, None, None]
-    seeing_all = query if axis == "joint" else query[:, :1]
-    first = scaled_dot_product_attention(
-        seeing_all.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=to_all
-    ).transpose(1, 2)
     if axis == "joint" or count == 0:
-        return first
+        return _attention(query, key, value, to_all)
+    # Splits rather than slices: their gradients are joined, not added to zeros.
+    (first, others), keys, values = (tokens.split([1, length - 1], dim=1) for tokens in (query, key, value))
+    of_all = _attention(first, key, value, to_all)
+    if axis == "space":
+        shape = (batch * frames, count, heads, dim)  # one attention for every clip and frame
+        joined, mask = _by_frame, None if additive is None else _mask_by_frame(additive, frames)
+    else:
+        # One attention for every clip, place and head: places count as heads, so that no token moves in memory.
+        shape = (batch, frames, count * heads, dim)
+        joined, mask = _by_place, None if additive is None else _mask_by_place(additive, frames, heads)
+    seen = _attention(others.reshape(shape), joined(*keys, frames), joined(*values, frames), mask)
+    return torch.cat([of_all, seen.reshape(batch, length - 1, heads, dim)], dim=1)
 
-    if axis == "space":  # one attention of n queries for every clip and frame
 
-        def grouped(tokens: Tensor) -> Tensor:
-            own = tokens[:, 1:].reshape(batch, frames, count, heads, dim)
-            shared = tokens[:, None, :1].expand(-1, frames, -1, -1, -1)
-            return torch.cat([shared, own], dim=2).flatten(0, 1).transpose(1, 2)
+def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Ordinary attention with the heads behind the tokens: ``(B, Lq, h, d)`` and ``(B, Lk, h, d)``."""
+    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
 
-        queries = query[:, 1:].reshape(batch * frames, count, heads, dim).transpose(1, 2)
-        mask = None
-        if additive is not None:
-            own_mask = additive[:, 1:].reshape(batch, frames, count)
-            mask = torch.cat([additive[:, :1, None].expand(-1, frames, -1), own_mask], dim=2).flatten(0, 1)
-            mask = mask[:, None, None]
-        others = scaled_dot_product_attention(queries, grouped(key), grouped(value), attn_mask=mask).transpose(1, 2)
-    else:  # one attention of T queries for every clip, place and head: places count as heads, so that nothing moves
 
-        def grouped(tokens: Tensor) -> Tensor:
-            own = tokens[:, 1:].reshape(batch, frames, count * heads, dim)
-            shared = tokens[:, :1].expand(-1, count, -1, -1).reshape(batch, 1, count * heads, dim)
-            return torch.cat([shared, own], dim=1).transpose(1, 2)
+def _by_frame(first: Tensor, others: Tensor, frames: int) -> Tensor:
+    """The class token before the tokens of every frame: ``(B, 1, h, d), (B, T n, h, d)`` to ``(B T, 1 + n, h, d)``."""
+    own = others.unflatten(1, (frames, -1))
+    return torch.cat([first[:, None].expand(-1, frames, -1, -1, -1), own], dim=2).flatten(0, 1)
 
-        queries = query[:, 1:].reshape(batch, frames, count * heads, dim).transpose(1, 2)
-        mask = None
-        if additive is not None:
-            own_mask = additive[:, 1:].reshape(batch, frames, count).transpose(1, 2)
-            mask = torch.cat([additive[:, :1, None].expand(-1, count, -1), own_mask], dim=2)
-            mask = mask.repeat_interleave(heads, dim=1)[:, :, None]
-        others = scaled_dot_product_attention(queries, grouped(key), grouped(value), attn_mask=mask).transpose(1, 2)
-    return torch.cat([first, others.reshape(batch, frames * count, heads, dim)], dim=1)
+
+def _by_place(first: Tensor, others: Tensor, frames: int) -> Tensor:
+    """The class token before the tokens of every place: ``(B, 1, h, d), (B, T n, h, d)`` to ``(B, 1 + T, n h, d)``."""
+    own = others.unflatten(1, (frames, -1))
+    return torch.cat([first[:, :, None].expand(-1, -1, own.shape[2], -1, -1), own], dim=1).flatten(2, 3)
+
+
+def _mask_by_frame(mask: Tensor, frames: int) -> Tensor:
+    """``(B, 1 + T n)`` to ``(B T, 1, 1, 1 + n)``."""
+    own = mask[:, 1:].unflatten(1, (frames, -1))
+    return torch.cat([mask[:, :1, None].expand(-1, frames, -1), own], dim=2).flatten(0, 1)[:, None, None]
+
+
+def _mask_by_place(mask: Tensor, frames: int, heads: int) -> Tensor:
+    """``(B, 1 + T n)`` to ``(B, n h, 1, 1 + T)``."""
+    own = mask[:, 1:].unflatten(1, (frames, -1)).transpose(1, 2)
+    joined = torch.cat([mask[:, :1, None].expand(-1, own.shape[1], -1), own], dim=2)
+    return joined.repeat_interleave(heads, dim=1)[:, :, None]
 
 
 class DividedAttention(nn.Module):
