@@ -8,6 +8,13 @@ out = subprocess.run(
     [str(Path(sys.executable).with_name("bowerbird")), "list"], capture_output=True, text=True, check=True
 )
 NAMES = """
+didemo
+lsmdc
+moving
+msr-vtt
+msvd
+table
+all-in-one
 dual-encoder
 frozen
 mac

@@ -178,3 +178,84 @@ def rich() -> dict[str, Any]:
     return {
         "colours": list(COLOURS), "verbs": list(VERBS), "size": 64, "sprite_size": [20, 30], "ground": "textured",
     }  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------- the user's own videos
+
+
+class _VideosConfig(BaseModel):
+    """What data sets of the user's own videos share."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    check: Literal["headers", "files"] = Field(
+        default="headers",
+        description="Before the first video is used: read the packets of every one, without decoding, or only see that "
+        "it is there. Damage inside a frame is found where it is decoded.",
+    )
+    skip_unreadable: bool = Field(
+        default=False, description="Leave bad rows and videos out, with a warning, instead of ending with the first."
+    )
+    report: Path | None = Field(
+        default=None, description="File to write everything that was left out to, one JSON object a line."
+    )
+
+
+class VideoTableConfig(_VideosConfig):
+    """Settings of ``videotext:table``."""
+
+    root: Path = Field(description="Folder of the videos.")
+    table: str | None = Field(
+        default=None,
+        description="Table below root with a row for every caption: .csv, .tsv, .jsonl or .parquet; {split} stands for "
+        "the split. Without one the captions of NAME.mp4 are the lines of NAME.txt beside it.",
+    )
+    videos: str = Field(default="", description="Folder of the videos below root; {split} stands for the split.")
+    video: str = Field(default="video", description="Column of the video's path; its ending may be left out.")
+    caption: str = Field(default="caption", description="Column of the caption, or of a list of captions.")
+    split: str = Field(default="split", description="Column of the split; needed where a split is asked for.")
+    item_id: str | None = Field(default=None, description="Column of the id; by default the path, and the moment.")
+    start: str | None = Field(default=None, description="Column of the second at which the moment starts.")
+    end: str | None = Field(default=None, description="Column of the second at which it ends.")
+    label: str | None = Field(default=None, description="Column of the class.")
+    keep: Names = Field(default=(), description="Columns whose values the items shall have, under the same names.")
+    captions: Literal["required", "optional"] = Field(
+        default="required", description="Whether a video without a caption is an error."
+    )
+
+
+class _BenchmarkConfig(_VideosConfig):
+    root: Path = Field(description="Folder of the annotations.")
+    videos: Path | None = Field(
+        default=None, description="Folder below which the videos are, in any folders; by default root."
+    )
+
+
+class MsrVttConfig(_BenchmarkConfig):
+    """Settings of ``videotext:msr-vtt``."""
+
+    protocol: Literal["1k-A", "7k", "full"] = Field(
+        default="1k-A",
+        description="1k-A: 9,000 videos for training, 1,000 for test with one caption each; 7k: the same test, 7,010 "
+        "for training; full: 6,513, 497 and 2,990 videos with all captions.",
+    )
+
+
+class DiDeMoConfig(_BenchmarkConfig):
+    """Settings of ``videotext:didemo``."""
+
+    captions: Literal["concatenated", "separate", "moments"] = Field(
+        default="concatenated",
+        description="The descriptions of a video joined into one caption; several captions; or each description with "
+        "its moment of the video.",
+    )
+
+
+class LsmdcConfig(_BenchmarkConfig):
+    """Settings of ``videotext:lsmdc``."""
+
+
+class MsvdConfig(_BenchmarkConfig):
+    """Settings of ``videotext:msvd``."""
+
+    language: str = Field(default="English", description="Of the descriptions, where the file has several.")

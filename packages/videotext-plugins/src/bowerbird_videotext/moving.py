@@ -9,33 +9,26 @@ F frames of a video, K sprites of it.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from bowerbird.data.compose import foreground, free_place, item_classes, scaled_to, texture
-from bowerbird.data.uris import open_dataset
-from bowerbird.data.videos import write_video
-from bowerbird.errors import DataError, InputError, UnknownNameError, did_you_mean
-from bowerbird.files import write_json
-from bowerbird_videotext.data_configs import COLOURS, SPLITS, MovingConfig, SpritesConfig
+from bowerbird.data.compose import free_place, scaled_to, texture
+from bowerbird.errors import InputError, UnknownNameError, did_you_mean
+from bowerbird_videotext.data_configs import SPLITS, MovingConfig
+from bowerbird_videotext.sprites import Sprites, cache_folder, performed, write_once
 from bowerbird_videotext.video_set import Choice, Question, VideoTextSet
 
 PROGRAM = 1  # part of the folder's name: another number where the program makes other videos
 _MOVES = {"moves left": (-1, 0), "moves right": (1, 0), "moves up": (0, -1), "moves down": (0, 1)}
 _NOT_PICTURES = ("root", "counts", "choices", "distractor_boxes")  # settings that change no pixel
 _TRIES = 40  # places tried for a sprite that shall not cover the other
-_DARKEST = 60  # of 255: the darkest part of a coloured sprite, so that its colour is seen
 
 
 @dataclass(frozen=True)
@@ -77,7 +70,8 @@ class Moving(VideoTextSet):
         self.config, self.split, self.nouns = config, split, tuple(nouns)
         self.colours, self.verbs = config.colours, config.verbs
         self.classes = config.verbs if config.objects == 1 else ()
-        self.folder = _folder(config) / split
+        kept = cache_folder("moving", config.root, config.sprites.source, _settings(config))
+        self.folder = kept / split
         self._ids = [f"{split}/{i:06d}" for i in range(config.counts[split])]
         sayings = self._sayings()
         if split != "train" and len(self._ids) > sayings:
@@ -195,7 +189,8 @@ class Moving(VideoTextSet):
     def _spoken(self) -> list[list[Actor]]:
         """The actors of every video. One stream of random numbers, so that more videos leave the first as they are."""
         generator = np.random.default_rng([self.config.seed, zlib.crc32(self.split.encode())])
-        total, said, spoken = self._sayings(), set[int](), []
+        total, said = self._sayings(), set[int]()
+        spoken: list[list[Actor]] = []
         while len(spoken) < len(self):
             code, swapped = int(generator.integers(total)), bool(generator.integers(2))
             if len(said) == total:
@@ -279,7 +274,7 @@ class Moving(VideoTextSet):
         for actor in self.actors(index):
             sprite = self._sprites.picture(self.nouns.index(actor.noun), actor.colour, generator)
             sprite = scaled_to(sprite, int(generator.integers(low, high + 1)))
-            shown = _performed(sprite, actor.verb, self.config.frames, self.config.size)
+            shown = performed(sprite, actor.verb, self.config.frames, self.config.size)
             tracks.append((shown, self._placed(shown, actor.verb, [boxes for _, boxes in tracks], generator)))
         return tracks
 
@@ -318,63 +313,6 @@ class Moving(VideoTextSet):
         return Sprites(self.config.sprites, self.split)
 
 
-class Sprites:
-    """The pictures of one split, by class: of every class the last tenth is for test, the one before for val."""
-
-    def __init__(self, config: SpritesConfig, split: str) -> None:
-        where = f"videotext:moving: the pictures of {config.source!r}"
-        try:
-            self.items, _ = open_dataset(config.source, config.split)
-        except DataError as error:
-            raise DataError(f"{where}: {error} Or take other pictures: the preset digits needs no files.") from error
-        self.paper = config.paper
-        classes, labels = item_classes(self.items, config.class_key, where)
-        unknown = [name for name in config.names if name not in classes]
-        if unknown and config.names != SpritesConfig().names:
-            raise InputError(f"{where} have no class {unknown[0]!r} (names).{did_you_mean(unknown[0], classes)}")
-        self.nouns = [config.names.get(name, name) for name in classes]
-        if len(set(self.nouns)) < len(self.nouns) or len(self.nouns) < 2:
-            raise DataError(f"{where}: expected two classes or more with different nouns, found {self.nouns}")
-        self.positions = [_part(np.flatnonzero(labels == label), split) for label in range(len(classes))]
-        lacking = [name for name, found in zip(classes, self.positions, strict=True) if not len(found)]
-        if lacking:
-            raise DataError(f"{where}: the class {lacking[0]!r} has fewer than three, which train, val and test share")
-
-    def picture(self, label: int, colour: str, generator: np.random.Generator) -> Image.Image:
-        """A random picture of a class as RGBA, cut out, in shades of ``colour``, or as it is where that is empty."""
-        positions = self.positions[label]
-        found: Image.Image = self.items[int(positions[generator.integers(len(positions))])]["image"]
-        mask = Image.fromarray(foreground(found, self.paper))
-        if colour:
-            light = np.asarray(found.convert("L")).astype(np.float64)
-            light = light if self.paper == "dark" else 255 - light
-            shade = (_DARKEST + light * ((255 - _DARKEST) / 255)) / 255
-            found = Image.fromarray(np.rint(shade[..., None] * COLOURS[colour]).astype(np.uint8))
-        else:
-            found = found.copy()
-        found.putalpha(mask.convert("L"))
-        return found.crop(mask.getbbox())
-
-
-def _part(positions: NDArray[np.int64], split: str) -> NDArray[np.int64]:
-    held = max(1, len(positions) // 10)
-    start, end = {"train": (0, -2 * held), "val": (-2 * held, -held), "test": (-held, None)}[split]
-    return positions[start:end] if len(positions) >= 3 else positions[:0]
-
-
-def _performed(sprite: Image.Image, verb: str, frames: int, room: int) -> list[Image.Image]:
-    """``sprite`` in every frame, as far as a verb changes its size or its angle."""
-    if verb in ("grows", "shrinks"):
-        longer = np.linspace(max(sprite.size) / 2, max(sprite.size), frames)
-        return [scaled_to(sprite, round(side)) for side in (longer if verb == "grows" else longer[::-1])]
-    if verb == "spins":
-        turned = [sprite.rotate(-360 * f / frames, Image.Resampling.BILINEAR, expand=True) for f in range(frames)]
-        cut = [picture.crop(picture.getchannel("A").getbbox()) for picture in turned]
-        largest = max(max(picture.size) for picture in cut)
-        return cut if largest <= room else [scaled_to(one, max(1, max(one.size) * room // largest)) for one in cut]
-    return [sprite] * frames
-
-
 def _shared(boxes: NDArray[np.int64], others: NDArray[np.int64]) -> int:
     """Pixels of ``boxes`` ``(F, 4)`` that ``others`` cover in the same frames."""
     sides = np.minimum(boxes[:, 2:], others[:, 2:]) - np.maximum(boxes[:, :2], others[:, :2])
@@ -385,36 +323,3 @@ def _settings(config: MovingConfig) -> dict[str, Any]:
     """What decides the pixels of the videos."""
     plain = config.model_dump(mode="json", exclude=set(_NOT_PICTURES))
     return {"program": PROGRAM, **plain}
-
-
-def _folder(config: MovingConfig) -> Path:
-    return cache_folder("moving", config.root, config.sprites.source, _settings(config))
-
-
-def cache_folder(name: str, root: Path | None, source: str, settings: Mapping[str, Any]) -> Path:
-    """The folder of the videos of these settings: other settings that change a pixel have another folder."""
-    root = root or Path(os.environ.get("BOWERBIRD_CACHE", "~/.cache/bowerbird")) / name
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    return root.expanduser() / f"{source.partition('?')[0].partition(':')[2]}-{digest[:12]}"
-
-
-def write_once(
-    path: Path, pixels: Callable[[], NDArray[np.uint8]], settings: Mapping[str, Any], rate: float, asked_by: str
-) -> None:
-    """Write the frames that ``pixels`` makes as a video, and ``settings`` beside its folder, where they are not yet.
-
-    Raises ``DataError`` where they cannot be written.
-    """
-    if path.exists():
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.parent.parent / "settings.json"
-        if not file.exists():
-            write_json(file, settings)
-        write_video(path, pixels(), rate=rate)
-    except OSError as error:
-        raise DataError(
-            f"{asked_by}: {str(path)!r} cannot be written ({error}); set root to a folder with room, or the "
-            "environment variable BOWERBIRD_CACHE"
-        ) from error

@@ -13,6 +13,16 @@ BOWERBIRD_API = "1.0"
 @hookimpl
 def bowerbird_encoders() -> Iterable[EncoderRecord]:
     yield EncoderRecord(
+        name="videotext:all-in-one",
+        target="bowerbird_videotext.all_in_one_encoder:AllInOneEncoder",
+        config="bowerbird_videotext.all_in_one_config:AllInOneConfig",
+        summary="One transformer of frames and words: embeds both, scores pairs, answers questions; tokens roll in time.",
+        presets={size: f"bowerbird_videotext.all_in_one_config:{size}" for size in ("base", "small", "tiny")},
+        paper="All in One: Exploring Unified Video-Language Pre-training, CVPR 2023, arXiv:2203.07303",
+        inputs=("video", "image", "text"),
+        outputs=("pooled", "tokens"),
+    )
+    yield EncoderRecord(
         name="videotext:dual-encoder",
         target="bowerbird_videotext.dual_encoder:DualEncoder",
         config="bowerbird_videotext.dual_encoder_config:DualEncoderConfig",
@@ -24,6 +34,15 @@ def bowerbird_encoders() -> Iterable[EncoderRecord]:
 
 @hookimpl
 def bowerbird_objectives() -> Iterable[ObjectiveRecord]:
+    yield ObjectiveRecord(
+        name="videotext:all-in-one",
+        target="bowerbird_videotext.all_in_one_objective:AllInOneObjective",
+        config="bowerbird_videotext.all_in_one_objective:AllInOneObjectiveConfig",
+        summary="Hidden words, matching, contrast, questions and choices, all by one transformer of videos and texts.",
+        paper="All in One: Exploring Unified Video-Language Pre-training, CVPR 2023, arXiv:2203.07303",
+        needs=("video", "text"),
+        encoder_needs=(),
+    )
     yield ObjectiveRecord(
         name="videotext:frozen",
         target="bowerbird_videotext.frozen:FrozenObjective",
@@ -62,6 +81,24 @@ def bowerbird_objectives() -> Iterable[ObjectiveRecord]:
 @hookimpl
 def bowerbird_datasets() -> Iterable[DatasetRecord]:
     yield DatasetRecord(
+        name="videotext:didemo",
+        target="bowerbird_videotext.annotations:DiDeMo",
+        config="bowerbird_videotext.data_configs:DiDeMoConfig",
+        summary="Your own copy of DiDeMo: descriptions joined, apart, or with their moments.",
+        paper="Localizing Moments in Video with Natural Language, ICCV 2017, arXiv:1708.01641",
+        provides=("video", "text", "item_id"),
+        splits=("train", "val", "test"),
+    )
+    yield DatasetRecord(
+        name="videotext:lsmdc",
+        target="bowerbird_videotext.annotations:Lsmdc",
+        config="bowerbird_videotext.data_configs:LsmdcConfig",
+        summary="Your own copy of LSMDC 2016: clips of films with a sentence each.",
+        paper="Movie Description, IJCV 2017, arXiv:1605.03705",
+        provides=("video", "text", "item_id"),
+        splits=("train", "val", "test"),
+    )
+    yield DatasetRecord(
         name="videotext:moving",
         target="bowerbird_videotext.moving:Moving",
         config="bowerbird_videotext.data_configs:MovingConfig",
@@ -71,6 +108,32 @@ def bowerbird_datasets() -> Iterable[DatasetRecord]:
         },
         provides=("video", "text", "item_id"),
         splits=("train", "val", "test"),
+    )
+    yield DatasetRecord(
+        name="videotext:msr-vtt",
+        target="bowerbird_videotext.annotations:MsrVtt",
+        config="bowerbird_videotext.data_configs:MsrVttConfig",
+        summary="Your own copy of MSR-VTT: splits 1k-A, 7k and full.",
+        paper="MSR-VTT: A Large Video Description Dataset for Bridging Video and Language, CVPR 2016, "
+        "doi:10.1109/CVPR.2016.571",
+        provides=("video", "text", "item_id"),
+        splits=("train", "val", "test"),
+    )
+    yield DatasetRecord(
+        name="videotext:msvd",
+        target="bowerbird_videotext.annotations:Msvd",
+        config="bowerbird_videotext.data_configs:MsvdConfig",
+        summary="Your own copy of MSVD: short clips with about forty descriptions each.",
+        paper="Collecting Highly Parallel Data for Paraphrase Evaluation, ACL 2011, https://aclanthology.org/P11-1020",
+        provides=("video", "text", "item_id"),
+        splits=("train", "val", "test"),
+    )
+    yield DatasetRecord(
+        name="videotext:table",
+        target="bowerbird_videotext.video_table:VideoTable",
+        config="bowerbird_videotext.data_configs:VideoTableConfig",
+        summary="Your own videos and captions: a folder, or a table of CSV, JSON lines or Parquet.",
+        provides=("video", "text", "item_id"),
     )
 
 
