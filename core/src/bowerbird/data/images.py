@@ -385,6 +385,37 @@ def decode_batches(
         ``(indices int64 (B,), images float32 (B, 3, size, size))``. Skipped positions are missing from ``indices``; a
         batch of which nothing is left is not yielded.
     """
+
+    def prepare(source: ImageSource, row: NDArray[np.float32], name: str) -> None:
+        image = open_image(
+            source, max_pixels=max_pixels, max_bytes=max_bytes, background=preprocessing.background, name=name
+        )
+        preprocessing.into(image, row)
+
+    shape = (3, preprocessing.height, preprocessing.width)
+    return prepare_ahead(
+        sources, shape, prepare, batch_size=batch_size, workers=workers, prefetch=prefetch, on_error=on_error
+    )
+
+
+def prepare_ahead(
+    sources: Sequence[Any],
+    shape: tuple[int, ...],
+    prepare: Callable[[Any, NDArray[np.float32], str], None],
+    *,
+    batch_size: int,
+    workers: int | None = None,
+    prefetch: int = 2,
+    on_error: OnError = "raise",
+    chunk: int = _CHUNK,
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+    """The machinery of ``decode_batches``, whose arguments and results these are, for rows of any shape.
+
+    Args:
+        shape: Of one row, float32.
+        prepare: ``(source, row, name)``: fills the row, in any thread; may raise ``DataError``.
+        chunk: How many rows are one task of a thread.
+    """
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, found {batch_size}.")
     if prefetch < 1:
@@ -403,10 +434,7 @@ def decode_batches(
             try:
                 source = sources[position]
                 name = str(source) if isinstance(source, str | Path) else f"number {position}"
-                image = open_image(
-                    source, max_pixels=max_pixels, max_bytes=max_bytes, background=preprocessing.background, name=name
-                )
-                preprocessing.into(image, row)
+                prepare(source, row, name)
             except DataError as error:
                 bad[position] = error
         return bad
@@ -426,7 +454,7 @@ def decode_batches(
     def batches() -> Iterator[tuple[int, NDArray[np.float32]]]:
         for first in range(0, len(sources), batch_size):
             count = min(batch_size, len(sources) - first)
-            yield first, np.empty((count, 3, preprocessing.height, preprocessing.width), np.float32)
+            yield first, np.empty((count, *shape), np.float32)
 
     def inline() -> Iterator[tuple[Any, Any]]:
         for first, images in batches():
@@ -441,8 +469,8 @@ def decode_batches(
 
         def submit() -> None:
             for first, images in todo:
-                starts = range(0, len(images), _CHUNK)
-                chunks = [pool.submit(fill, first + s, images[s : s + _CHUNK]) for s in starts]
+                starts = range(0, len(images), chunk)
+                chunks = [pool.submit(fill, first + s, images[s : s + chunk]) for s in starts]
                 pending.append((first, images, chunks))
                 return
 

@@ -82,15 +82,23 @@ def open_dataset_item(uri: str) -> Image.Image:
 
     Raises:
         UnknownNameError: There is no such data set or split (its plugin is not installed).
-        DataError: The data set has no such item, or its files are no longer there.
+        DataError: The data set has no such item, its files are no longer there, or its items are no images.
     """
+    item = dataset_item(uri)
+    if "image" not in item:
+        raise DataError(f"{uri!r}: the item is no image; it has {', '.join(sorted(item))}")
+    image: Image.Image = item["image"]
+    return image
+
+
+def dataset_item(uri: str) -> dict[str, Any]:
+    """The item at an address, as its data set gives it. Raises as ``open_dataset_item``."""
     address, _, item_id = uri.partition("#")
     dataset, positions = _opened(address)
     position = positions.get(unquote(item_id))
     if position is None:
         raise DataError(f"{uri!r}: the data set {address.removeprefix(SCHEME)!r} has no item {unquote(item_id)!r}")
-    image: Image.Image = dataset[position]["image"]
-    return image
+    return dataset[position]
 
 
 @functools.lru_cache(maxsize=8)
