@@ -105,8 +105,15 @@ class SparseLinear(nn.Linear):
             y[start:end] = F.linear(flat[None, start:end], self.weight, self.bias)[0]
         return y.view(*x.shape[:-1], self.out_features)
 
-    def features(self, x: Tensor, spaces: object = None) -> Tensor:
-        """``(I, n)`` to ``(O, n)``, bias included."""
+    def to_features(self, x: Tensor, spaces: object = None) -> Tensor:
+        """Tokens ``(n, I)`` to features ``(O, n)``, bias included."""
+        return self._product(x.t().contiguous())
+
+    def from_features(self, x: Tensor, spaces: object, out: Tensor) -> None:
+        """Features ``(I, n)`` to tokens, written into ``out`` ``(n, O)``; bias included."""
+        out.copy_(self._product(x).t())
+
+    def _product(self, x: Tensor) -> Tensor:  # (I, n) -> (O, n)
         if self.bias is None:
             return torch.sparse.mm(self.weight, x)
         return torch.addmm(self.bias[:, None], self.weight, x)
@@ -178,6 +185,6 @@ class SparseMlp(nn.Module):
         y = flat.new_empty(len(flat), self.fc2.out_features)
         first, second = self.fc1.workspaces(flat), self.fc2.workspaces(flat)
         for start, end in chunks(flat):
-            hidden = self.fc1.features(flat[start:end].t().contiguous(), first)
-            y[start:end] = self.fc2.features(self.act(hidden), second).t()
+            hidden = self.fc1.to_features(flat[start:end], first)
+            self.fc2.from_features(self.act(hidden), second, y[start:end])
         return y.view(*x.shape[:-1], self.fc2.out_features)
