@@ -71,13 +71,18 @@ class WordPieceTokenizer:
             raise InputError("no captions to make a vocabulary of")
         if vocab_size <= len(SPECIAL):
             raise InputError(f"vocab_size = {vocab_size}: expected more than the {len(SPECIAL)} special pieces")
-        tokenizer = Tokenizer(WordPiece(unk_token=UNK))
-        tokenizer.normalizer = BertNormalizer(lowercase=True)
-        tokenizer.pre_tokenizer = BertPreTokenizer()
+        tokenizer = _of_captions(WordPiece(unk_token=UNK))
+        # The trainer numbers letters inside words as it meets them, in random order, and numbers decide between equally
+        # frequent pairs: named beforehand, in order, they always get the same ones.
+        letters = {part for letter in set().union(*texts) for part in tokenizer.normalizer.normalize_str(letter)}
+        inner = [f"##{letter}" for letter in sorted(letters) if not letter.isspace()]
         trainer = WordPieceTrainer(
-            vocab_size=vocab_size, min_frequency=min_frequency, special_tokens=list(SPECIAL), show_progress=False
+            vocab_size=vocab_size, min_frequency=min_frequency, special_tokens=[*SPECIAL, *inner], show_progress=False
         )
         tokenizer.train_from_iterator(texts, trainer)
+        trained = _of_captions(WordPiece(tokenizer.get_vocab(with_added_tokens=False), unk_token=UNK))
+        trained.add_special_tokens(list(SPECIAL))
+        tokenizer = trained
         return cls(_complete(tokenizer), max_length=max_length)
 
     @classmethod
@@ -200,6 +205,13 @@ class WordPieceTokenizer:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self  # nothing in it changes but the count of long texts
+
+
+def _of_captions(model: WordPiece) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = BertPreTokenizer()
+    return tokenizer
 
 
 def _complete(tokenizer: Tokenizer) -> Tokenizer:
