@@ -109,7 +109,9 @@ def test_answers_outside_the_vocabulary_are_wrong_as_in_the_official_code(golden
 
 def by_sorting(similarity: Tensor, owner: Tensor, direction: str, ties: str) -> list[float]:
     """The definition, one query after the other, by sorted lists."""
-    pick = {"optimistic": min, "pessimistic": max, "average": lambda block: sum(block) / len(block)}[ties]
+    picks: dict[str, Callable[[list[int]], float]]
+    picks = {"optimistic": min, "pessimistic": max, "average": lambda block: sum(block) / len(block)}
+    pick = picks[ties]
 
     def rank(values: list[float], value: float) -> float:
         ordered = sorted(values, reverse=True)

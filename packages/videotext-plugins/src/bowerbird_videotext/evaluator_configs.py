@@ -34,8 +34,9 @@ class ScoredConfig(_OnVideos):
     """embedding: cosines of one vector per video and one per text; pair: the encoder's own score of every pair."""
     batch_size: int = Field(16, ge=1)
     """Videos that are scored at once."""
-    text_batch_size: int = Field(64, ge=1)
-    """Texts that are encoded, or scored with the videos, at once."""
+    text_batch_size: int = Field(256, ge=1)
+    """Texts that are encoded, or scored with a batch of videos, at once. Pairs: each batch of texts costs one more pass
+    over the videos where the encoder's pair_scores encodes them first."""
     views: int = Field(1, ge=1)
     """Samplings of frames per video; the frames of each are other ones."""
     average: Literal["similarity", "embedding"] = "similarity"

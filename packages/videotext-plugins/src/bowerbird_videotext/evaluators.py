@@ -237,7 +237,7 @@ def captions(dataset: Dataset, which: str, asked_by: str) -> tuple[list[str], ND
     return texts, np.array(owner, np.int64)
 
 
-def text_vectors(encoder: Encoder, texts: Sequence[str], batch_size: int = 64) -> NDArray[np.float32]:
+def text_vectors(encoder: Encoder, texts: Sequence[str], batch_size: int = 256) -> NDArray[np.float32]:
     """Unit vectors ``(q, D)``. Equal texts have equal vectors, to the last bit.
 
     Raises ``InputError`` where the encoder takes no texts, or a vector of it is zero or not finite.
@@ -432,7 +432,7 @@ def _ability(encoder: Encoder, name: str, asked_by: str, lacking: str) -> Callab
     found = getattr(encoder, name, None)
     if found is None:
         raise InputError(f"{asked_by}: a {type(encoder).__name__} {lacking}")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def _device(encoder: Encoder) -> torch.device:

@@ -151,7 +151,7 @@ def recall_by_id(
     if any(k < 1 for k in ks):
         raise InputError(f"ks = {tuple(ks)}: expected numbers of at least 1")
     match = texts[:, None] == videos
-    recalls = {}
+    recalls: dict[str, float] = {}
     for direction, rows, right in (("t2v", scores, match), ("v2t", scores.T, match.T)):
         ordered = right.gather(1, rows.argsort(dim=1, descending=True, stable=True))
         recalls |= {f"{direction} R@{k}": float(ordered[:, :k].any(dim=1).double().mean()) for k in ks}
