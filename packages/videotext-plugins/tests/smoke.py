@@ -8,6 +8,7 @@ out = subprocess.run(
     [str(Path(sys.executable).with_name("bowerbird")), "list"], capture_output=True, text=True, check=True
 )
 NAMES = """
+demovlp
 didemo
 lsmdc
 moving

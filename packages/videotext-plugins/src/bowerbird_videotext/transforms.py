@@ -56,7 +56,7 @@ class ClipTransform:
         if isinstance(item.get("video"), str):
             entries["source"] = item["video"]
         if self.captions:
-            entries["text"] = entries["caption"] = self._caption(item, generator)
+            entries["text"] = entries["caption"] = self.caption(item, generator)
         return entries
 
     def _images(self, item: dict[str, Any], generator: np.random.Generator) -> list[Image.Image]:
@@ -71,7 +71,8 @@ class ClipTransform:
                 raise
             raise DataError(f"{item['where']}: {error}") from error
 
-    def _caption(self, item: dict[str, Any], generator: np.random.Generator) -> str:
+    def caption(self, item: dict[str, Any], generator: np.random.Generator) -> str:
+        """One of the captions of an item. Raises ``InputError`` where it has none."""
         found = item.get("text")
         captions = [found] if isinstance(found, str) else list(found or ())
         if not captions:
