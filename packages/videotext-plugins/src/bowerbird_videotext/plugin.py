@@ -13,15 +13,6 @@ BOWERBIRD_API = "1.0"
 @hookimpl
 def bowerbird_encoders() -> Iterable[EncoderRecord]:
     yield EncoderRecord(
-        name="videotext:demovlp",
-        target="bowerbird_videotext.demovlp_encoder:DemoVLPEncoder",
-        config="bowerbird_videotext.demovlp_config:DemoVLPConfig",
-        summary="Videos by the regions of few frames (grid, detector), captions by their words; finds and answers.",
-        paper="Revitalize Region Feature for Democratizing Video-Language Pre-training, arXiv:2203.07720",
-        inputs=("regions", "video", "image", "text"),
-        outputs=("pooled", "tokens"),
-    )
-    yield EncoderRecord(
         name="videotext:all-in-one",
         target="bowerbird_videotext.all_in_one_encoder:AllInOneEncoder",
         config="bowerbird_videotext.all_in_one_config:AllInOneConfig",
@@ -29,6 +20,15 @@ def bowerbird_encoders() -> Iterable[EncoderRecord]:
         presets={size: f"bowerbird_videotext.all_in_one_config:{size}" for size in ("base", "small", "tiny")},
         paper="All in One: Exploring Unified Video-Language Pre-training, CVPR 2023, arXiv:2203.07303",
         inputs=("video", "image", "text"),
+        outputs=("pooled", "tokens"),
+    )
+    yield EncoderRecord(
+        name="videotext:demovlp",
+        target="bowerbird_videotext.demovlp_encoder:DemoVLPEncoder",
+        config="bowerbird_videotext.demovlp_config:DemoVLPConfig",
+        summary="Videos by the regions of few frames (grid, detector), captions by their words; finds and answers.",
+        paper="Revitalize Region Feature for Democratizing Video-Language Pre-training, arXiv:2203.07720",
+        inputs=("regions", "video", "image", "text"),
         outputs=("pooled", "tokens"),
     )
     yield EncoderRecord(
@@ -44,15 +44,6 @@ def bowerbird_encoders() -> Iterable[EncoderRecord]:
 @hookimpl
 def bowerbird_objectives() -> Iterable[ObjectiveRecord]:
     yield ObjectiveRecord(
-        name="videotext:demovlp",
-        target="bowerbird_videotext.demovlp_objective:DemoVLPObjective",
-        config="bowerbird_videotext.demovlp_config:DemoVLPObjectiveConfig",
-        summary="Align videos with captions and regions with words, from regions that are extracted once; video QA.",
-        paper="Revitalize Region Feature for Democratizing Video-Language Pre-training, arXiv:2203.07720",
-        needs=("video", "text"),
-        encoder_needs=("pooled", "tokens"),
-    )
-    yield ObjectiveRecord(
         name="videotext:all-in-one",
         target="bowerbird_videotext.all_in_one_objective:AllInOneObjective",
         config="bowerbird_videotext.all_in_one_objective:AllInOneObjectiveConfig",
@@ -60,6 +51,15 @@ def bowerbird_objectives() -> Iterable[ObjectiveRecord]:
         paper="All in One: Exploring Unified Video-Language Pre-training, CVPR 2023, arXiv:2203.07303",
         needs=("video", "text"),
         encoder_needs=(),
+    )
+    yield ObjectiveRecord(
+        name="videotext:demovlp",
+        target="bowerbird_videotext.demovlp_objective:DemoVLPObjective",
+        config="bowerbird_videotext.demovlp_config:DemoVLPObjectiveConfig",
+        summary="Align videos with captions and regions with words, from regions that are extracted once; video QA.",
+        paper="Revitalize Region Feature for Democratizing Video-Language Pre-training, arXiv:2203.07720",
+        needs=("video", "text"),
+        encoder_needs=("pooled", "tokens"),
     )
     yield ObjectiveRecord(
         name="videotext:frozen",
