@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bowerbird.errors import InputError
 from bowerbird_videotext.space_time import PatchEmbedding
+from bowerbird_videotext.text import check_pieces
 from bowerbird_videotext.token_roll import temporal_token_roll
 
 
@@ -42,6 +43,7 @@ class TextEmbeddings(nn.Module):
 
     def __init__(self, vocab_size: int, dim: int, max_length: int, dropout: float = 0.0) -> None:
         super().__init__()
+        self.vocab_size, self.max_length = vocab_size, max_length
         self.word_embeddings = nn.Embedding(vocab_size, dim)
         self.position_embeddings = nn.Embedding(max_length, dim)
         self.token_type_embeddings = nn.Embedding(2, dim)
@@ -51,6 +53,8 @@ class TextEmbeddings(nn.Module):
             nn.init.normal_(table.weight, std=0.02)
 
     def forward(self, input_ids: Tensor) -> Tensor:
+        """Raises ``InputError`` for another shape, too long texts, and (on the CPU) words outside the vocabulary."""
+        check_pieces(input_ids, None, vocab_size=self.vocab_size, max_length=self.max_length)
         places = self.position_embeddings.weight[: input_ids.shape[1]]
         words = self.word_embeddings(input_ids) + places + self.token_type_embeddings.weight[0]
         return self.dropout(self.LayerNorm(words))
@@ -65,7 +69,7 @@ class UnifiedVideoTextTransformer(nn.Module):
     for contrastive use. Of texts alone the T copies would be equal: one is computed.
 
     Args:
-        vocab_size: Rows of the table of words.
+        vocab_size: Rows of the table of words; ``None``: no such table, words come embedded (``encode``).
         image_size: Side of the square frames in pixels.
         patch_size: Side of a patch; divides ``image_size``.
         embed_dim: D, a multiple of ``num_heads``.
@@ -89,7 +93,7 @@ class UnifiedVideoTextTransformer(nn.Module):
     def __init__(
         self,
         *,
-        vocab_size: int = 30522,
+        vocab_size: int | None = 30522,
         image_size: int = 224,
         patch_size: int = 16,
         embed_dim: int = 768,
@@ -115,7 +119,7 @@ class UnifiedVideoTextTransformer(nn.Module):
             "projection_dim": projection_dim,
         }  # fmt: skip
         for name, value in counts.items():
-            if value < 1:
+            if value is not None and value < 1:
                 raise InputError(f"{name} = {value}: expected 1 or more")
         if depth < 0 or not mlp_ratio > 0 or not 0 <= dropout < 1 or not 0 <= drop_path < 1:
             raise InputError(
@@ -124,13 +128,19 @@ class UnifiedVideoTextTransformer(nn.Module):
             )
         if roll_divisor is not None and roll_divisor < 2:
             raise InputError(f"roll_divisor = {roll_divisor}: expected 2 or more, or None for no rolling")
-        self.vocab_size, self.image_size, self.patch_size = vocab_size, image_size, patch_size
-        self.embed_dim, self.num_frames, self.max_text_length = embed_dim, num_frames, max_text_length
+        self.image_size, self.patch_size, self.embed_dim, self.num_frames = (
+            image_size,
+            patch_size,
+            embed_dim,
+            num_frames,
+        )
         self.roll_divisor, self.shuffle_patches, self.projection_dim = roll_divisor, shuffle_patches, projection_dim
         self.grid = (image_size // patch_size, image_size // patch_size)
         self.num_patches = self.grid[0] * self.grid[1]
 
-        self.text_embeddings = TextEmbeddings(vocab_size, embed_dim, max_text_length, dropout)
+        self.text_embeddings = (
+            None if vocab_size is None else TextEmbeddings(vocab_size, embed_dim, max_text_length, dropout)
+        )
         self.token_type = nn.Embedding(2, embed_dim)  # 0: of words, 1: of frames
         self.patch_embed = PatchEmbedding(patch_size, 3, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -169,19 +179,15 @@ class UnifiedVideoTextTransformer(nn.Module):
 
     def embed_text(self, text_ids: Tensor) -> Tensor:
         """``(B, L)`` to ``(B, L, D)``, without the vector that says that these are words. Raises ``InputError``."""
-        if text_ids.ndim != 2 or not 1 <= text_ids.shape[1] <= self.max_text_length:
-            raise InputError(
-                f"text_ids have shape {tuple(text_ids.shape)}; expected (B, L) with L from 1 to {self.max_text_length}"
-            )
-        # On a GPU looking at the values would wait for it; there the lookup itself refuses them.
-        if text_ids.device.type == "cpu" and text_ids.numel() and not torch.compiler.is_compiling():
-            low, high = int(text_ids.min()), int(text_ids.max())
-            if low < 0 or high >= self.vocab_size:
-                raise InputError(
-                    f"text_ids from {low} to {high}, and a vocabulary of {self.vocab_size}: the texts were tokenized "
-                    "by another tokenizer than this encoder's"
-                )
+        if self.text_embeddings is None:
+            raise InputError("this transformer has no table of words: give it words that are embedded (encode)")
         return self.text_embeddings(text_ids)
+
+    def patch_order(self, video: Tensor) -> Tensor | None:
+        """A random ``order`` of ``embed_video`` with ``shuffle_patches``, else ``None``."""
+        if not self.shuffle_patches:
+            return None
+        return torch.rand((*video.shape[:2], self.num_patches), device=video.device).argsort(dim=2)
 
     def embed_video(self, video: Tensor, order: Tensor | None = None) -> Tensor:
         """``(B, T, 3, H, W)`` to ``(B, T, 1 + N, D)``, without the vector that says that these are frames.
@@ -304,11 +310,16 @@ class UnifiedVideoTextTransformer(nn.Module):
             InputError: Neither video nor text, or shapes that do not fit.
         """
         words = None if text_ids is None else self.embed_text(text_ids)
-        frames = None
-        if video is not None:
-            order = None
-            if self.shuffle_patches and words is not None:  # alone nothing is rolled and their order changes nothing
-                places = (*video.shape[:2], self.num_patches)
-                order = torch.rand(places, device=video.device).argsort(dim=2)
-            frames = self.embed_video(video, order)
-        return self.encode(words, text_mask if words is not None else None, frames)
+        return self.run(video, words, text_mask)
+
+    def run(
+        self, video: Tensor | None = None, words: Tensor | None = None, text_mask: Tensor | None = None
+    ) -> UnifiedOutput:
+        """``forward`` with words ``(B, L, D)`` that are embedded already."""
+        if words is None:
+            text_mask = None
+        if video is None:
+            return self.encode(words, text_mask)
+        # Of videos alone nothing is rolled, and the order of patches would change nothing but the order of rows.
+        order = None if words is None else self.patch_order(video)
+        return self.encode(words, text_mask, self.embed_video(video, order))
