@@ -38,7 +38,7 @@ class Sprites:
         unknown = [name for name in config.names if name not in classes]
         if unknown and config.names != SpritesConfig().names:
             raise InputError(f"{where} have no class {unknown[0]!r} (names).{did_you_mean(unknown[0], classes)}")
-        self.nouns = [config.names.get(name, name) for name in classes]
+        self.nouns = [config.names.get(name, name.replace("-", " ").replace("_", " ")) for name in classes]
         if len(set(self.nouns)) < len(self.nouns) or len(self.nouns) < 2:
             raise DataError(f"{where}: expected two classes or more with different nouns, found {self.nouns}")
         self.positions = [_part(np.flatnonzero(labels == label), split) for label in range(len(classes))]
