@@ -61,7 +61,9 @@ class WordPieceTokenizer:
     def train(
         cls, captions: Iterable[str], vocab_size: int = 8192, *, max_length: int = 77, min_frequency: int = 1
     ) -> Self:
-        """A vocabulary of at most ``vocab_size`` pieces of the captions. The same captions give the same vocabulary.
+        """A vocabulary of ``vocab_size`` pieces of the captions, or as many as there are; never fewer than its letters.
+
+        The same captions give the same vocabulary, in whatever order they come.
 
         Raises:
             InputError: There is no caption, or ``vocab_size`` has no room for the special pieces.
@@ -112,8 +114,9 @@ class WordPieceTokenizer:
                 tokenizer = Tokenizer(WordPiece.from_file(str(file), unk_token=UNK))
                 tokenizer.normalizer = BertNormalizer(lowercase=bool(settings.get("do_lower_case", True)))
                 tokenizer.pre_tokenizer = BertPreTokenizer()
-                tokenizer.add_special_tokens(list(SPECIAL))
-                tokenizer = _complete(tokenizer)
+                if all(tokenizer.token_to_id(token) is not None for token in SPECIAL):  # else refused below
+                    tokenizer.add_special_tokens(list(SPECIAL))
+                    tokenizer = _complete(tokenizer)
             return cls(tokenizer, max_length=max_length or min(stored, 512))
         except Exception as error:  # the library raises plain Exception
             raise DataError(f"{str(file)!r} cannot be used as a tokenizer: {error}") from error
