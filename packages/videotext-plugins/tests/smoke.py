@@ -21,8 +21,11 @@ frozen
 mac
 mcq
 miles
+mv-former
+dense
 dual-softmax
 multiple-choice
+phases
 qa
 retrieval
 zero-shot-actions

@@ -50,14 +50,19 @@ def phase_classification(
     Raises:
         InputError: No videos, shapes that do not fit, or only one phase to learn.
     """
-    train, phases = _frames(train_embeddings, train_labels, "training")
-    val, val_phases = _frames(val_embeddings, val_labels, "validation")
+    model = phase_classifier(train_embeddings, train_labels, c=c, max_iter=max_iter)
+    parts = ((train_embeddings, train_labels, "training"), (val_embeddings, val_labels, "validation"))
+    return Scores(*(float(model.score(*_frames(*part))) for part in parts))
+
+
+def phase_classifier(
+    embeddings: Sequence[ArrayLike], labels: Sequence[ArrayLike], *, c: float = 1.0, max_iter: int = 10_000
+) -> LogisticRegression:
+    """The regression of ``phase_classification``, fitted. Raises as that does."""
+    frames, phases = _frames(embeddings, labels, "training")
     if len(np.unique(phases)) < 2:
-        raise InputError(
-            "phase classification: the training videos have one phase only; there is nothing to tell apart"
-        )
-    model = LogisticRegression(C=c, max_iter=max_iter).fit(train, phases)
-    return Scores(float(model.score(train, phases)), float(model.score(val, val_phases)))
+        raise InputError("phase classification: the training videos have one phase only; there is nothing to learn")
+    return LogisticRegression(C=c, max_iter=max_iter).fit(frames, phases)
 
 
 def phase_progression(

@@ -266,7 +266,8 @@ class MultiEntityVideoTransformer(nn.Module):
 
         Args:
             patches: ``(B, T, S, C)``.
-            frame_valid: ``(B, T)``, true where a frame is real: no other frame is attended to. Every clip needs one.
+            frame_valid: ``(B, T)``, true where a frame is real: no other frame is attended to. A clip without any is
+                taken as it is.
             global_features: ``(B, T, C')``, where the pooling needs them.
 
         Raises:
@@ -278,6 +279,7 @@ class MultiEntityVideoTransformer(nn.Module):
                     f"frame_valid has the shape {tuple(frame_valid.shape)}; expected {tuple(patches.shape[:2])}"
                 )
             frame_valid = frame_valid.bool()
+            frame_valid = frame_valid | ~frame_valid.any(dim=1, keepdim=True)  # attention to nothing is no number
         tokens, _ = self.pooling(patches, global_features, frame_valid)
         clips, frames, entities = tokens.shape[:3]
         if self.entity_one_hot == "pool":

@@ -39,6 +39,18 @@ def bowerbird_encoders() -> Iterable[EncoderRecord]:
         paper="Frozen in Time: A Joint Video and Image Encoder for End-to-End Retrieval, ICCV 2021, arXiv:2104.00650",
         inputs=("video", "image", "text"),
     )
+    yield EncoderRecord(
+        name="videotext:mv-former",
+        target="bowerbird_videotext.mv_former_encoder:MVFormerEncoder",
+        config="bowerbird_videotext.mv_former_config:MVFormerConfig",
+        summary="Embeds every frame of a video: entity tokens of a frozen image network, and a transformer over frames.",
+        presets={
+            name: f"bowerbird_videotext.mv_former_config:{name}" for name in ("finegym", "penn", "pouring", "small")
+        },
+        paper="Multi-entity Video Transformers for Fine-Grained Video Representation Learning, arXiv:2311.10873",
+        inputs=("video", "image"),
+        outputs=("pooled", "tokens"),
+    )
 
 
 @hookimpl
@@ -93,6 +105,15 @@ def bowerbird_objectives() -> Iterable[ObjectiveRecord]:
         paper="MILES: Visual BERT Pre-training with Injected Language Semantics for Video-text Retrieval, ECCV 2022, "
         "arXiv:2204.12408",
         needs=("video", "text"),
+    )
+    yield ObjectiveRecord(
+        name="videotext:mv-former",
+        target="bowerbird_videotext.mv_former_objective:MVFormerObjective",
+        config="bowerbird_videotext.mv_former_config:MVFormerObjectiveConfig",
+        summary="Embeddings of frames without labels: those near in time in two views of a video become alike.",
+        paper="Multi-entity Video Transformers for Fine-Grained Video Representation Learning, arXiv:2311.10873",
+        needs=("video",),
+        encoder_needs=("tokens",),
     )
 
 
@@ -153,6 +174,14 @@ def bowerbird_datasets() -> Iterable[DatasetRecord]:
         summary="Your own videos and captions: a folder, or a table of CSV, JSON lines or Parquet.",
         provides=("video", "text", "item_id"),
     )
+    yield DatasetRecord(
+        name="videotext:phases",
+        target="bowerbird_videotext.phases:Phases",
+        config="bowerbird_videotext.mv_former_config:PhasesConfig",
+        summary="Videos of two real pictures that change places, with the state of every frame; made by a program.",
+        provides=("video", "text", "label", "item_id"),
+        splits=("train", "val", "test"),
+    )
 
 
 @hookimpl
@@ -185,6 +214,14 @@ def bowerbird_evaluators() -> Iterable[EvaluatorRecord]:
         config="bowerbird_videotext.evaluator_configs:ZeroShotConfig",
         summary="Classification of videos by the nearest prompt of a class, without training on the classes.",
         needs=("video", "label"),
+    )
+    yield EvaluatorRecord(
+        name="videotext:dense",
+        target="bowerbird_videotext.dense_evaluator:DenseEvaluation",
+        config="bowerbird_videotext.mv_former_config:DenseConfig",
+        summary="Embeddings of frames: phase classification, progression, Kendall's tau, retrieval of frames.",
+        paper="Multi-entity Video Transformers for Fine-Grained Video Representation Learning, arXiv:2311.10873",
+        needs=("video",),
     )
 
 
