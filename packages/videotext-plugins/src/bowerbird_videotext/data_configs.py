@@ -213,7 +213,7 @@ class VideoTableConfig(_VideosConfig):
     videos: str = Field(default="", description="Folder of the videos below root; {split} stands for the split.")
     video: str = Field(default="video", description="Column of the video's path; its ending may be left out.")
     caption: str = Field(default="caption", description="Column of the caption, or of a list of captions.")
-    split: str = Field(default="split", description="Column of the split; needed where a split is asked for.")
+    split_column: str = Field(default="split", description="Column of the split; needed where a split is asked for.")
     item_id: str | None = Field(default=None, description="Column of the id; by default the path, and the moment.")
     start: str | None = Field(default=None, description="Column of the second at which the moment starts.")
     end: str | None = Field(default=None, description="Column of the second at which it ends.")

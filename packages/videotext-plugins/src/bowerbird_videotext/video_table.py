@@ -134,14 +134,15 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 def _of_split(rows: list[Row], config: VideoTableConfig, split: str | None) -> list[Row]:
     if split is None or "{split}" in f"{config.table}{config.videos}":
         return rows
-    if config.split not in _columns(rows):
+    if config.split_column not in _columns(rows):
         raise UnknownNameError(
-            f"videotext:table: the split {split!r} is asked for, but {config.table!r} has no column {config.split!r} "
-            f"(split); it has {', '.join(_columns(rows))}. A table for every split is table = 'NAME-{{split}}.csv'"
+            f"videotext:table: the split {split!r} is asked for, but {config.table!r} has no column "
+            f"{config.split_column!r} (split_column); it has {', '.join(_columns(rows))}. A table for every split is "
+            "table = 'NAME-{split}.csv'"
         )
-    found = [row for row in rows if row[1].get(config.split) == split]
+    found = [row for row in rows if row[1].get(config.split_column) == split]
     if not found:
-        known = sorted({str(values.get(config.split)) for _, values in rows})
+        known = sorted({str(values.get(config.split_column)) for _, values in rows})
         raise UnknownNameError(
             f"{config.table!r} has no split {split!r}; it has {', '.join(known[:20])}.{did_you_mean(split, known)}"
         )
