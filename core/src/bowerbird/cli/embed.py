@@ -26,7 +26,7 @@ from bowerbird.cli.parts import progress_bar
 @click.option("--split", help="Split of a data set.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A setting of the data set (TOML).")
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Items per forward pass.")
-@click.option("--skip-errors", is_flag=True, help="Leave out images that cannot be read and list them.")
+@click.option("--skip-errors", is_flag=True, help="Leave out images and videos that cannot be read, and list them.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:0, mps.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
@@ -40,13 +40,14 @@ def command(
     device: str,
     as_json: bool,
 ) -> None:
-    """Turn the images of SOURCE (a folder, or a data set by name) into unit vectors by ENCODER.
+    """Turn the images (or videos) of SOURCE, a folder or a data set by name, into unit vectors by ENCODER.
 
     ENCODER is a run, an exported folder, or a name with settings. An interrupted call continues when it is repeated.
     """
     from pathlib import Path
 
     from bowerbird.data.images import images_in
+    from bowerbird.data.videos import videos_in
     from bowerbird.embed import embed_to_file
     from bowerbird.encoders import load_encoder
     from bowerbird.errors import InputError
@@ -56,10 +57,11 @@ def command(
     if Path(source).is_dir():
         if split is not None or overrides:
             raise InputError(f"--split and --set are for data sets; {source!r} is a folder")
-        ids, items = images_in(source)
+        loaded = load_encoder(encoder, device=device)
+        ids, items = (images_in if loaded.frames is None else videos_in)(source)
     else:
         ids, items = _dataset_items(source, split, overrides)
-    loaded = load_encoder(encoder, device=device)
+        loaded = load_encoder(encoder, device=device)
     with progress_bar("embedding", len(ids), "images", as_json) as advance:
         result = embed_to_file(
             loaded, ids, items, out, batch_size=batch_size, skip_errors=skip_errors, progress=advance

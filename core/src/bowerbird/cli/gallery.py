@@ -93,6 +93,7 @@ def create(
         "bowerbird gallery add photos --folder ~/Pictures --on-error skip --metadata labels.csv",
         "bowerbird gallery add styles --dataset emoji:styles --split unseen-gallery",
         "bowerbird gallery add things --folder ~/Pictures --detect runs/detector --threshold 0.6",
+        "bowerbird gallery add clips --folder ~/Videos --clip-seconds 10",
         "bowerbird gallery add vectors --vectors vectors.npy --ids ids.txt",
         "bowerbird gallery add vectors --vectors vectors.parquet",
     )
@@ -102,7 +103,8 @@ def create(
 @click.option(
     "--folder",
     type=click.Path(exists=True, file_okay=False),
-    help="Every image below it; the id is the path in it, the first subfolder the `label`.",
+    help="Every image below it (and every video, if the encoder takes videos); the id is the path in it, the first "
+    "subfolder the `label`.",
 )
 @click.option("--dataset", help="A data set by name, or with settings: 'core:market-1501?root=FOLDER'.")
 @click.option("--split", help="Split of the data set.")
@@ -123,6 +125,8 @@ def create(
 @click.option(
     "--on-error", type=click.Choice(["raise", "skip"]), default="raise", show_default=True, help="Unreadable images."
 )
+@click.option("--clip-seconds", type=click.FloatRange(min=0, min_open=True), help="Of longer videos, a vector for "
+              "every so many seconds; ids are VIDEO#t=start,end. Default: one vector per video.")  # fmt: skip
 @click.option("--detect", "detector", metavar="MODEL", help="Add the objects that this detector finds, a vector each; "
               "ids are IMAGE#xywh=x,y,w,h, metadata label, score, box, image.")  # fmt: skip
 @click.option("--threshold", type=click.FloatRange(0, 1), help="With --detect: least score of an object. Default: 0.5.")
@@ -141,13 +145,14 @@ def create(
 def add(
     path: str, images: tuple[str, ...], folder: str | None, dataset: str | None, split: str | None, vectors: str | None,
     ids_file: str | None, space: str | None, metadata: str | None, existing: str | None, on_error: str,
-    detector: str | None, threshold: float | None, classes: tuple[str, ...], max_per_image: int | None,
-    batch_size: int, lock_timeout: float, device: str, as_json: bool,
+    clip_seconds: float | None, detector: str | None, threshold: float | None, classes: tuple[str, ...],
+    max_per_image: int | None, batch_size: int, lock_timeout: float, device: str, as_json: bool,
 ) -> None:  # fmt: skip
-    """Add images (files, a folder, a data set), the objects in them (--detect), or ready vectors to the gallery PATH.
+    """Add images or videos (files, a folder, a data set), the objects in images (--detect), or ready vectors to the
+    gallery PATH.
 
     Repeat an interrupted call: what is there already is not encoded again. A part of an image is added as
-    IMAGE#xywh=x,y,w,h (pixels).
+    IMAGE#xywh=x,y,w,h (pixels), a moment of a video as VIDEO#t=start,end (seconds).
     """
     from bowerbird.errors import InputError
     from bowerbird.gallery import open_gallery
@@ -164,6 +169,8 @@ def add(
     chosen = {name: value for name, value in chosen.items() if value is not None}
     if detector is not None and vectors is not None:
         raise InputError("--detect finds objects in images; --vectors has none")
+    if clip_seconds is not None and (vectors is not None or detector is not None):
+        raise InputError("--clip-seconds cuts videos; it goes neither with --vectors nor with --detect")
     if detector is None and chosen:
         raise InputError(f"--{next(iter(chosen)).replace('_', '-')} goes with --detect")
     with open_gallery(path, lock_timeout=lock_timeout) as gallery:
@@ -182,13 +189,22 @@ def add(
                     gallery, vectors, array, ids, rows, _space(gallery, space), existing or "error", progress
                 )
         else:
-            ids, sources, labels = images_from(images, folder, dataset, split)
-            rows = _metadata(metadata, ids, labels)
             encoder = _encoder_of(gallery, device)
+            of_videos = encoder.frames is not None and detector is None
+            if clip_seconds is not None and not of_videos:
+                raise InputError(f"--clip-seconds cuts videos, and the encoder {encoder.name} takes pictures")
+            ids, sources, labels = images_from(images, folder, dataset, split, videos=of_videos)
+            rows = _metadata(metadata, ids, labels)
+            if clip_seconds is not None:
+                from bowerbird.data.videos import cut_into_clips
+
+                names, (ids, sources, whence) = ids, cut_into_clips(ids, sources, clip_seconds)
+                own = rows or [None] * len(names)
+                rows = [{**(own[i] or {}), "video": names[i]} for i in whence]
             given: dict[str, Any] = {"ids": ids, "metadata": rows, "existing": existing or "update"}
             given |= {"on_error": on_error, "batch_size": batch_size}
             finder = None if detector is None else _finder(detector, device, chosen)
-            with progress_bar("adding", len(ids), "images", as_json) as progress:
+            with progress_bar("adding", len(ids), "videos" if of_videos else "images", as_json) as progress:
                 if finder is None:
                     result = add_images(gallery, encoder, sources, **given, progress=progress)
                 else:
@@ -241,6 +257,8 @@ def delete(path: str, names: tuple[str, ...], ids_file: str | None, as_json: boo
         "bowerbird gallery search things --image 'street.jpg#xywh=160,120,64,64' --where label=car",
         "bowerbird gallery search photos --id 2019/cat.jpg --where year=2019 --where year=2020",
         "bowerbird gallery search vectors --vector query.npy --json",
+        "bowerbird gallery search clips --text 'a red boot moves left' -k 5",
+        "bowerbird gallery search clips --video 'match.mp4#t=12.5,20'",
     )
 )
 @gallery_argument
@@ -251,6 +269,11 @@ def delete(path: str, names: tuple[str, ...], ids_file: str | None, as_json: boo
     type=click.Path(dir_okay=False),
     help="Query image, or a part of it: IMAGE#xywh=x,y,w,h; may be repeated.",
 )
+@click.option("--text", "texts", multiple=True, help="Query sentence, for encoders that take texts; may be repeated.")
+@click.option(
+    "--video", "videos", multiple=True, metavar="VIDEO",
+    help="Query video, or a moment of it: VIDEO#t=start,end; may be repeated.",
+)  # fmt: skip
 @click.option("--id", "ids", multiple=True, help="Use a stored item as the query; may be repeated.")
 @click.option(
     "--vector", type=click.Path(exists=True, dir_okay=False), help="Query vectors: .npy of shape (Q, D) or (D,)."
@@ -262,24 +285,31 @@ def delete(path: str, names: tuple[str, ...], ids_file: str | None, as_json: boo
 @device_option
 @json_option
 def search(
-    path: str, images: tuple[str, ...], ids: tuple[str, ...], vector: str | None, k: int, where: tuple[str, ...],
-    device: str, as_json: bool,
+    path: str, images: tuple[str, ...], texts: tuple[str, ...], videos: tuple[str, ...], ids: tuple[str, ...],
+    vector: str | None, k: int, where: tuple[str, ...], device: str, as_json: bool,
 ) -> None:  # fmt: skip
-    """The nearest items of images, of stored items, or of vectors."""
+    """The nearest items of images, of sentences, of videos, of stored items, or of vectors.
+
+    Of a video or a clip the result says from where to where it reaches, in seconds.
+    """
     from bowerbird.errors import InputError
     from bowerbird.gallery import open_gallery
-    from bowerbird.gallery.images import search_images
+    from bowerbird.gallery.images import search_images, search_texts
 
-    if sum([bool(images), bool(ids), vector is not None]) != 1:
-        raise InputError("say what to search with, one of: --image, --id, --vector")
+    if sum([bool(images), bool(texts), bool(videos), bool(ids), vector is not None]) != 1:
+        raise InputError("say what to search with, one of: --image, --text, --video, --id, --vector")
     wanted = parse_where(where)
     with open_gallery(path, readonly=True) as gallery:
-        if images:
-            found = search_images(gallery, _encoder_of(gallery, device), images, k, where=wanted)
-            queries: Sequence[str] = images
+        queries: Sequence[str] = images or texts or videos or ids
+        if texts:
+            found = search_texts(gallery, _encoder_of(gallery, device), texts, k, where=wanted)
+        elif images or videos:
+            encoder = _encoder_of(gallery, device)
+            if videos and encoder.frames is None:
+                raise InputError(f"the encoder {encoder.name} takes pictures, not videos; search with --image")
+            found = search_images(gallery, encoder, queries, k, where=wanted)
         elif ids:
             found = gallery.search(gallery.vectors_of(ids), k, where=wanted)
-            queries = ids
         else:
             assert vector is not None
             found = gallery.search(_npy(vector), k, where=wanted)
@@ -299,7 +329,8 @@ def search(
         click.echo(str(result["query"]))
         for rank, hit in enumerate(result["hits"], 1):
             label = f"  {hit['label']}" if "label" in hit else ""
-            click.echo(f"  {rank:>3}  {hit['distance']:.4f}  {hit['id']}{label}")
+            times = f"  {hit['start']:g}-{hit['end']:g} s" if "start" in hit else ""
+            click.echo(f"  {rank:>3}  {hit['distance']:.4f}  {hit['id']}{times}{label}")
         if not result["hits"]:
             click.echo("  nothing found" + (": no item matches --where" if where else ": the gallery is empty"))
 
@@ -485,10 +516,13 @@ command.add_command(matrix)
 
 
 def _hit(name: str, distance: float, item: Any) -> dict[str, Any]:
-    """One result. Of an object (``gallery add --detect``) also its picture, where it is in it, and what it is."""
+    """One result. Of an object (``gallery add --detect``) also its picture, where it is in it, and what it is; of a
+    video its ``start`` and ``end`` in seconds."""
     hit = {"id": name, "distance": round(float(distance), 6), "uri": None if item is None else item.uri}
     if item is not None and "box" in item.metadata:
         hit |= {key: item.metadata[key] for key in ("image", "label", "box") if key in item.metadata}
+    if item is not None and item.uri and "start" in item.metadata and "end" in item.metadata:
+        hit |= {key: item.metadata[key] for key in ("start", "end")}
     return hit
 
 

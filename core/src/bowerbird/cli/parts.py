@@ -14,9 +14,12 @@ from bowerbird.errors import InputError
 
 
 def images_from(
-    images: Sequence[str], folder: str | None, dataset: str | None, split: str | None
+    images: Sequence[str], folder: str | None, dataset: str | None, split: str | None, *, videos: bool = False
 ) -> tuple[list[str], Sequence[Any], list[dict[str, Any]] | None]:
-    """Ids, what the encoder opens, and the metadata that the source itself has: one of the three sources is given."""
+    """Ids, what the encoder opens, and the metadata that the source itself has: one of the three sources is given.
+
+    With ``videos`` these of a folder are meant, too.
+    """
     if images:
         for image in images:
             if Path(image).is_dir():
@@ -24,8 +27,9 @@ def images_from(
         return [Path(image).as_posix() for image in images], list(images), None
     if folder is not None:
         from bowerbird.data.images import images_in
+        from bowerbird.data.videos import videos_in
 
-        ids, paths = images_in(folder)
+        ids, paths = (videos_in if videos else images_in)(folder)
         # In subfolders the first one is the label, as in `core:image-folder`.
         labels = [{"label": name.split("/", 1)[0]} if "/" in name else {} for name in ids]
         return ids, paths, labels

@@ -154,11 +154,15 @@ def plan(gallery: str, to: str, old: str | None, queries: str | None, split: str
         "bowerbird upgrade serve photos --image query.png",
         "bowerbird upgrade serve photos --image a.png --image b.png --k 5 --where year=2024 --json",
         "bowerbird upgrade serve photos --image query.png --watch",
+        "bowerbird upgrade serve clips --text 'a red boot moves left'",
     )
 )
 @gallery_argument
 @click.option("--image", "images", multiple=True, type=click.Path(exists=True, dir_okay=False),
               help="A query image.")  # fmt: skip
+@click.option("--text", "texts", multiple=True, help="A sentence, for encoders that take texts; may be repeated.")
+@click.option("--video", "videos", multiple=True, metavar="VIDEO",
+              help="A query video, or a moment of it: VIDEO#t=START,END.")  # fmt: skip
 @click.option("--queries", metavar="VECTORS", help="Query vectors instead: vectors:OLD_FILE,NEW_FILE, "
               "or vectors:NEW_FILE where the strategy encodes a query once.")  # fmt: skip
 @click.option("--k", "-k", type=click.IntRange(min=1), default=10, show_default=True, help="Results per query.")
@@ -169,20 +173,22 @@ def plan(gallery: str, to: str, old: str | None, queries: str | None, split: str
 @batch_option
 @device_option
 @json_option
-def serve(gallery: str, images: tuple[str, ...], queries: str | None, k: int, where: tuple[str, ...],
-          old: str | None, to: str | None, follow: bool, batch_size: int, device: str,
+def serve(gallery: str, images: tuple[str, ...], texts: tuple[str, ...], videos: tuple[str, ...], queries: str | None,
+          k: int, where: tuple[str, ...], old: str | None, to: str | None, follow: bool, batch_size: int, device: str,
           as_json: bool) -> None:  # fmt: skip
-    """Search a gallery with images, before, during and after an upgrade.
+    """Search a gallery with images, texts or videos, before, during and after an upgrade.
 
     Each result is shown with the side that found it: old or new.
     """
     from bowerbird.upgrade.serve import serve as make_service
 
     filters = parse_where(where)
-    if bool(images) == (queries is not None):
-        raise click.UsageError("say what to search for: --image, or --queries vectors:OLD_FILE,NEW_FILE")
+    if sum([bool(images or videos), bool(texts), queries is not None]) != 1:
+        raise click.UsageError(
+            "say what to search for: --image or --video, or --text, or --queries vectors:OLD_FILE,NEW_FILE"
+        )
     with open_at(gallery, readonly=True) as opened:
-        ask = what_to_ask(opened, images, queries)
+        ask = what_to_ask(opened, (*images, *videos), texts, queries)
         given = [encoder_of(ref, batch_size, device) for ref in (old, to) if ref is not None]
         service = make_service(opened, given, loader=lambda space: encoder_of(space.encoder, batch_size, device, space))
         seen = -1

@@ -191,9 +191,11 @@ def old_encoder_of(
 
 
 def what_to_ask(
-    gallery: Gallery, images: tuple[str, ...], queries: str | None
+    gallery: Gallery, images: tuple[str, ...], texts: tuple[str, ...], queries: str | None
 ) -> Callable[[], tuple[tuple[str, ...], dict[str, Any]]]:
     """``(names of the queries, arguments of a search)``, by the spaces of the gallery at that moment."""
+    if texts:
+        return lambda: (texts, {"texts": list(texts)})
     if queries is None:
         return lambda: (images, {"images": list(images)})
     from bowerbird.errors import InputError

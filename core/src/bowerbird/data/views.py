@@ -89,7 +89,7 @@ def subset(dataset: Dataset, indices: Sequence[int]) -> Subset:
     return Subset(dataset, indices)
 
 
-class _Images(Sequence[Image.Image]):
+class _Images(Sequence[Any]):
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
 
@@ -97,15 +97,16 @@ class _Images(Sequence[Image.Image]):
         return len(self.dataset)
 
     @overload
-    def __getitem__(self, index: int) -> Image.Image: ...
+    def __getitem__(self, index: int) -> Any: ...
     @overload
-    def __getitem__(self, index: slice) -> list[Image.Image]: ...
+    def __getitem__(self, index: slice) -> list[Any]: ...
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
-        return self.dataset[index]["image"]
+        item = self.dataset[index]
+        return item["image"] if "image" in item else item["video"]
 
 
-def images_of(dataset: Dataset) -> Sequence[Image.Image]:
-    """The images of ``dataset`` as a lazy sequence, for ``bowerbird.data.images.decode_batches``."""
+def images_of(dataset: Dataset) -> Sequence[Any]:
+    """The images of ``dataset``, or the paths of its videos, as a lazy sequence for what decodes batches."""
     return _Images(dataset)

@@ -25,6 +25,7 @@ from torch.nn import functional
 from bowerbird import __version__
 from bowerbird.data import images_of
 from bowerbird.data.images import OnError, Preprocessing, decode_batches
+from bowerbird.data.videos import decode_clips
 from bowerbird.dist import pick_device
 from bowerbird.encoders.card import model_card
 from bowerbird.encoders.sparse import sparsity
@@ -88,9 +89,10 @@ class LoadedEncoder:
     def encode(
         self, items: Sequence[Any], *, batch_size: int = 64, progress: Callable[[int], None] | None = None
     ) -> NDArray[np.float32]:
-        """Unit vectors of pictures (paths, bytes, ``PIL.Image``), or of texts where the encoder takes texts.
+        """Unit vectors of pictures (paths, bytes, ``PIL.Image``); of videos (paths, with or without a moment) where the
+        encoder takes videos; of texts where it takes nothing else.
 
-        Pictures are decoded by other threads while the network runs.
+        Pictures and videos are decoded by other threads while the network runs.
 
         Args:
             items: N of them.
@@ -101,7 +103,7 @@ class LoadedEncoder:
             float32 ``(N, dim)``.
 
         Raises:
-            DataError: A picture cannot be read, or has no usable embedding (NaN, infinite or zero).
+            DataError: A picture or video cannot be read, or has no usable embedding (NaN, infinite or zero).
         """
         vectors = np.empty((len(items), self.dim), dtype=np.float32)
         for indices, rows in self.encode_batches(items, batch_size=batch_size):
@@ -118,14 +120,32 @@ class LoadedEncoder:
         ``on_error`` is that of ``bowerbird.data.images.decode_batches``: what a picture that cannot be read does.
         """
         for indices, batch in self._batches(items, batch_size, on_error):
-            vectors = self.forward(batch)
-            broken = ~np.isfinite(vectors).all(axis=1) | ~vectors.any(axis=1)
-            if broken.any():
-                raise DataError(
-                    f"encoder {self.name!r} gives no usable vector (NaN, infinite or zero) for {int(broken.sum())} of "
-                    f"{len(vectors)} items, the first at position {indices[broken][0]}; its weights may be damaged"
-                )
-            yield indices, vectors
+            yield indices, self._usable(indices, self.forward(batch))
+
+    @property
+    def frames(self) -> int | None:
+        """How many frames of a video it takes; ``None`` where it takes no videos."""
+        return self.module.frames
+
+    def encode_texts(self, texts: Sequence[str], *, batch_size: int = 64) -> NDArray[np.float32]:
+        """Unit vectors of N texts, in the space of its pictures or videos if it takes these too: float32 ``(N, dim)``.
+
+        Raises:
+            InputError: The encoder takes no texts, or a text is empty.
+        """
+        tokenize = getattr(self.module, "tokenize", None)
+        if tokenize is None:
+            raise InputError(
+                f"encoder {self.name!r} ({self.spec.use}) takes no texts. Searching by a sentence needs one that was "
+                "trained with texts, such as videotext:dual-encoder"
+            )
+        for text in texts:
+            if not isinstance(text, str) or not text.strip():
+                raise InputError(f"a text to be encoded is empty: {text!r}")
+        vectors = np.empty((len(texts), self.dim), dtype=np.float32)
+        for indices, batch in _text_batches(tokenize, texts, batch_size):
+            vectors[indices] = self._usable(indices, self.forward(batch))
+        return vectors
 
     def encode_dataset(
         self, dataset: Dataset, *, batch_size: int = 64, progress: Callable[[int], None] | None = None
@@ -133,7 +153,8 @@ class LoadedEncoder:
         """Unit vectors of the items of a data set, in order of position: float32 ``(len(dataset), dim)``."""
         if self.module.preprocessing is not None:
             return self.encode(images_of(dataset), batch_size=batch_size, progress=progress)
-        texts = [dataset[position]["text"] for position in range(len(dataset))]
+        found = [dataset[position]["text"] for position in range(len(dataset))]
+        texts = [text if isinstance(text, str) else text[0] for text in found]  # of several captions the first
         return self.encode(texts, batch_size=batch_size, progress=progress)
 
     @torch.inference_mode()
@@ -162,6 +183,11 @@ class LoadedEncoder:
         if batch_size < 1:
             raise InputError(f"batch_size = {batch_size}: expected at least 1")
         preprocessing = self.module.preprocessing
+        if preprocessing is not None and self.frames is not None:
+            clips = decode_clips(items, preprocessing, self.frames, batch_size=batch_size, on_error=on_error)
+            for indices, rows in clips:
+                yield indices, {"video": torch.from_numpy(rows)}
+            return
         if preprocessing is not None:
             for indices, images in decode_batches(items, preprocessing, batch_size=batch_size, on_error=on_error):
                 yield indices, {"image": torch.from_numpy(images)}
@@ -169,9 +195,25 @@ class LoadedEncoder:
         tokenize = getattr(self.module, "tokenize", None)
         if tokenize is None:
             raise InputError(f"encoder {self.spec.use!r} takes neither pictures nor texts by itself")
-        for start in range(0, len(items), batch_size):
-            texts = [str(text) for text in items[start : start + batch_size]]
-            yield np.arange(start, start + len(texts)), {"text": tokenize(texts)}
+        yield from _text_batches(tokenize, items, batch_size)
+
+    def _usable(self, positions: NDArray[np.int64], vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+        """``vectors``, if each of them is one."""
+        broken = ~np.isfinite(vectors).all(axis=1) | ~vectors.any(axis=1)
+        if broken.any():
+            raise DataError(
+                f"encoder {self.name!r} gives no usable vector (NaN, infinite or zero) for {int(broken.sum())} of "
+                f"{len(vectors)} items, the first at position {positions[broken][0]}; its weights may be damaged"
+            )
+        return vectors
+
+
+def _text_batches(
+    tokenize: Callable[[list[str]], Any], texts: Sequence[Any], batch_size: int
+) -> Iterator[tuple[NDArray[np.int64], dict[str, Any]]]:
+    for start in range(0, len(texts), batch_size):
+        part = [str(text) for text in texts[start : start + batch_size]]
+        yield np.arange(start, start + len(part)), {"text": tokenize(part)}
 
 
 def fingerprint_of(encoder: Encoder, *, use: str, config: Mapping[str, Any]) -> str:

@@ -1,11 +1,13 @@
-"""Images in, images as queries: what an encoder adds to a gallery of vectors. Imports no torch; the encoder brings it.
+"""Images and videos in, these and texts as queries: what an encoder adds to a gallery of vectors. Imports no torch; the
+encoder brings it.
 
 ``encoder`` is a ``bowerbird.encoders.LoadedEncoder``: ``encode``, ``encode_batches``, ``fingerprint`` and ``name`` are
-used.
+used, and of encoders of videos and texts ``frames`` and ``encode_texts``.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import socket
 from collections.abc import Callable, Mapping, Sequence
@@ -15,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bowerbird.data.moments import Moment, moment_uri, split_moment
 from bowerbird.data.regions import Region, region_uri, split_region
-from bowerbird.data.uris import is_dataset_uri, open_dataset_item
+from bowerbird.data.uris import dataset_item, is_dataset_uri
 from bowerbird.errors import DataError, InputError, SpaceError
 
 if TYPE_CHECKING:
@@ -98,8 +101,11 @@ def add_images(
     batch_size: int = 64,
     progress: Callable[[int], None] | None = None,
 ) -> Added:
-    """Encode images and add them, in commits of ``COMMIT_ITEMS``. Repeat an interrupted call with
-    ``existing="update"``.
+    """Encode images (videos, where the encoder takes these) and add them, in commits of ``COMMIT_ITEMS``. Repeat an
+    interrupted call with ``existing="update"``.
+
+    Besides its metadata a video has ``start`` and ``end`` in seconds: of its moment, where the path names one
+    (``bowerbird.data.moments``), else of the whole.
 
     Args:
         images: Paths (kept as ``uri``, made absolute), addresses of data set items, bytes or ``PIL.Image``; N of them.
@@ -179,6 +185,7 @@ def _add_chunk(
 
     good: list[int] = []
     vectors: list[np.ndarray] = []
+    of_videos = getattr(encoder, "frames", None) is not None
     policy = keep if on_error == "skip" else refuse
     if wanted:
         sources = images.only(wanted)
@@ -191,7 +198,7 @@ def _add_chunk(
         [ids[position] for position in good],
         np.concatenate(vectors),
         uris=[uri_of(images[position]) for position in good] if images.given else None,
-        metadata=None if metadata is None else [metadata[position] for position in good],
+        metadata=_with_times(images, metadata, good) if of_videos else _at(metadata, good),
         content_hashes=[hashes[position] for position in good],
         space=encoder.fingerprint,
         replace=existing == "update",
@@ -215,6 +222,19 @@ def search_images(
     return gallery.search({encoder.fingerprint: encoder.encode(images)}, k, where=where)
 
 
+def search_texts(
+    gallery: Gallery, encoder: Any, texts: Sequence[str], k: int = 10, *, where: Mapping[str, Any] | None = None
+) -> SearchResult:
+    """Search by sentences, with an encoder that was trained with texts.
+
+    Raises:
+        SpaceError: If ``encoder`` is not the gallery's, or an upgrade is half-way.
+        InputError: If the encoder takes no texts, or one is empty.
+    """
+    check_encoder(gallery, encoder, fingerprint=encoder.fingerprint if _serves(gallery, encoder) else None)
+    return gallery.search({encoder.fingerprint: encoder.encode_texts(list(texts))}, k, where=where)
+
+
 def _serves(gallery: Gallery, encoder: Any) -> bool:
     return any(part.count and part.space.fingerprint == encoder.fingerprint for part in gallery.snapshot().parts)
 
@@ -226,38 +246,79 @@ def content_hash(image: Any) -> str | None:
     if not isinstance(image, str | Path):
         return None
     try:
-        whole, region = split_region(image)
+        whole, part = split_part(image)
     except DataError:  # the encoder reports it, with the name
         return None
-    return region_hashes(whole, [region])[0]
+    return part_hashes(whole, [part])[0]
 
 
-def region_hashes(image: str | Path, regions: Sequence[Region | None]) -> list[str | None]:
-    """``content_hash`` of regions of one picture, which is read once; ``None`` among them is the whole.
+def split_part(source: str | Path) -> tuple[str, Region | Moment | None]:
+    """A path or address without its region or moment, and these. Raises ``DataError`` where one is malformed."""
+    whole, moment = split_moment(source)
+    return (whole, moment) if moment is not None else split_region(source)
 
-    Two regions are two contents, also where their pixels are equal.
+
+def part_hashes(source: str | Path, parts: Sequence[Region | Moment | None]) -> list[str | None]:
+    """``content_hash`` of regions of one picture, or moments of one video; ``None`` among them is the whole.
+
+    Two parts are two contents, also where their pixels are equal.
     """
     try:
-        if is_dataset_uri(image):
-            digest = hashlib.sha256(open_dataset_item(str(image)).tobytes())
-        else:
-            with Path(image).open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256")
+        digest = _digest(source)
     except (OSError, DataError):  # the encoder reports it, with the name
-        return [None] * len(regions)
+        return [None] * len(parts)
     hashes: list[str | None] = []
-    for region in regions:
+    for part in parts:
         own = digest.copy()
-        if region is not None:
-            own.update(str(region).encode())
+        if part is not None:
+            own.update(str(part).encode())
         hashes.append(own.hexdigest())
     return hashes
+
+
+def _digest(source: str | Path) -> Any:
+    """sha256 of a file, or of what a data set gives for an address."""
+    if not is_dataset_uri(source):
+        path = Path(source)
+        status = path.stat()
+        return _file_digest(path, status.st_mtime_ns, status.st_size)
+    item = dataset_item(str(source))
+    if "video" in item:
+        whole, moment = split_moment(item["video"])
+        digest = _digest(whole).copy()
+        digest.update(str(moment or "").encode())
+        return digest
+    return hashlib.sha256(item["image"].tobytes())
+
+
+@functools.lru_cache(maxsize=256)  # of a long video every clip asks for it
+def _file_digest(path: Path, modified: int, size: int) -> Any:
+    del modified, size
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256")
 
 
 def uri_of(image: Any) -> str | None:
     """Where the image is, from whatever folder it is read; ``None`` for what has no place (bytes, a decoded one)."""
     if not isinstance(image, str | Path):
         return None
-    whole, region = split_region(image)
+    whole, part = split_part(image)
     address = whole if is_dataset_uri(whole) else str(Path(whole).resolve())
-    return address if region is None else region_uri(address, region)
+    if part is None:
+        return address
+    return moment_uri(address, part) if isinstance(part, Moment) else region_uri(address, part)
+
+
+def _at(metadata: Sequence[Any] | None, positions: Sequence[int]) -> list[Any] | None:
+    return None if metadata is None else [metadata[position] for position in positions]
+
+
+def _with_times(images: Sequence[Any], metadata: Sequence[Any] | None, positions: Sequence[int]) -> list[Any]:
+    """The metadata at ``positions``, that of videos with their ``start`` and ``end`` in seconds."""
+    from bowerbird.data.videos import video_times
+
+    found = []
+    for position, own in zip(positions, _at(metadata, positions) or [None] * len(positions), strict=True):
+        times = video_times(images[position])
+        found.append(own if times is None else {**(own or {}), "start": times[0], "end": times[1]})
+    return found

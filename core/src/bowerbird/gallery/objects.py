@@ -16,7 +16,7 @@ import numpy as np
 
 from bowerbird.data.regions import MARK, Region, region_around, region_uri, split_region
 from bowerbird.errors import DataError, InputError
-from bowerbird.gallery.images import COMMIT_ITEMS, Added, check_arguments, check_encoder, region_hashes, uri_of
+from bowerbird.gallery.images import COMMIT_ITEMS, Added, check_arguments, check_encoder, part_hashes, uri_of
 
 if TYPE_CHECKING:
     from bowerbird.gallery.gallery import Gallery
@@ -160,7 +160,7 @@ def _unchanged(image: Any, items: Sequence[Any], identity: str) -> bool:
         item.metadata.get("detector") == identity and region is not None and item.uri == region_uri(uri, region)
         for item, region in zip(items, regions, strict=True)
     )
-    return same and region_hashes(image, regions) == [item.content_hash for item in items]
+    return same and part_hashes(image, regions) == [item.content_hash for item in items]
 
 
 def _collect(batch: _Batch, found: Any, finder: Any, image: Any, name: str, own: Mapping[str, Any]) -> None:
@@ -173,7 +173,7 @@ def _collect(batch: _Batch, found: Any, finder: Any, image: Any, name: str, own:
         if region is not None:
             regions.setdefault(region, row)
     uri = str(uri_of(image))
-    batch.hashes += region_hashes(image, list(regions))
+    batch.hashes += part_hashes(image, list(regions))
     for region, row in regions.items():
         batch.ids.append(region_uri(name, region))
         batch.uris.append(region_uri(uri, region))

@@ -22,6 +22,7 @@ from bowerbird import dist
 from bowerbird.batch import Batch
 from bowerbird.data import images_of
 from bowerbird.data.images import Preprocessing, decode_batches
+from bowerbird.data.videos import decode_clips, prepare_clip, read_clip
 from bowerbird.errors import DataError, InputError, RecipeError
 from bowerbird.files import new_rows
 from bowerbird.protocols import Dataset, Encoder, ItemTransform
@@ -120,7 +121,8 @@ class TrainItems(data.Dataset[dict[str, Any] | None]):
     """Items of a data set as the batch needs them, augmented by epoch and position.
 
     ``transform`` (``Objective.item_transform``) takes the place of ``preprocessing`` and ``augment``. An item that
-    cannot be read raises ``DataError``, or is ``None`` with ``skip_unreadable``.
+    cannot be read raises ``DataError``, or is ``None`` with ``skip_unreadable``. Of a video, ``frames`` frames are
+    read, drawn uniformly; without ``frames`` the item keeps its path.
     """
 
     def __init__(
@@ -132,8 +134,10 @@ class TrainItems(data.Dataset[dict[str, Any] | None]):
         seed: int,
         transform: ItemTransform | None = None,
         skip_unreadable: bool = False,
+        frames: int | None = None,
     ) -> None:
         self.dataset, self.preprocessing, self.augment, self.seed = dataset, preprocessing, augment, seed
+        self.frames = frames
         self.transform, self.skip_unreadable = transform, skip_unreadable
 
     def __getitem__(self, position: Position) -> dict[str, Any] | None:
@@ -146,6 +150,8 @@ class TrainItems(data.Dataset[dict[str, Any] | None]):
                 return self.transform(item, generator)
             if "image" in item and self.preprocessing is not None:
                 item["image"] = self.preprocessing(augmented(item["image"], self.augment, generator))
+            if isinstance(item.get("video"), str) and self.preprocessing is not None and self.frames is not None:
+                item["video"] = prepare_clip(read_clip(item["video"], self.frames), self.preprocessing, self.frames)
         except DataError:
             if self.skip_unreadable:
                 return None
@@ -175,7 +181,8 @@ SKIPPED = "skipped"  # batch key: how many items of the batch could not be read 
 
 
 def collate(items: Sequence[Mapping[str, Any] | None], tokenize: Callable[[list[str]], Any] | None = None) -> Batch:
-    """A batch of items: numbers and arrays are stacked, texts are tokenized, the rest becomes a list.
+    """A batch of items: numbers and arrays are stacked, the rest becomes a list. Of a ``text`` that is a list of texts
+    the first is taken; with ``tokenize`` texts are tokenized.
 
     Pictures with an ``image_size`` may differ in size: they are padded with zeros at the bottom and the right.
     ``None`` stands for an item that could not be read; their number is the entry ``skipped``.
@@ -194,7 +201,7 @@ def collate(items: Sequence[Mapping[str, Any] | None], tokenize: Callable[[list[
         values = [item[key] for item in items]
         first = values[0]
         if key == "text" and tokenize is not None:
-            batch[key] = tokenize([str(value) for value in values])
+            batch[key] = tokenize([value if isinstance(value, str) else str(value[0]) for value in values])
         elif isinstance(first, bool | int | np.integer):
             batch[key] = torch.tensor(values, dtype=torch.int64)
         elif key == "image" and "image_size" in items[0]:
@@ -336,7 +343,7 @@ def cache_trunk(
 def ordered_batches(
     encoder: Encoder, dataset: Dataset, *, keys: Sequence[str], batch_size: int, device: torch.device
 ) -> Iterator[Batch]:
-    """One pass in order of position with the encoder's own preparation of pictures, without augmentation."""
+    """One pass in order of position with the encoder's own preparation of pictures and videos, without augmentation."""
     labels = np.asarray(dataset.labels()) if "label" in keys else None
     ids = dataset.item_ids
 
@@ -346,12 +353,18 @@ def ordered_batches(
             batch["label"] = torch.from_numpy(labels[index].astype(np.int64)).to(device)
         return batch
 
-    if encoder.preprocessing is not None and set(keys) <= {"image", "label", "index", "item_id"}:
-        for index, images in decode_batches(images_of(dataset), encoder.preprocessing, batch_size=batch_size):
+    preprocessing, frames = encoder.preprocessing, encoder.frames
+    others = set(keys) - {"label", "index", "item_id"}
+    if preprocessing is not None and frames is not None and others <= {"video"}:
+        for index, clips in decode_clips(images_of(dataset), preprocessing, frames, batch_size=batch_size):
+            yield {"video": torch.from_numpy(clips).to(device), **extras(index)}
+        return
+    if preprocessing is not None and others <= {"image"}:
+        for index, images in decode_batches(images_of(dataset), preprocessing, batch_size=batch_size):
             yield {"image": torch.from_numpy(images).to(device), **extras(index)}
         return
     tokenize = getattr(encoder, "tokenize", None)
-    items = TrainItems(dataset, encoder.preprocessing, augment="none", seed=0)
+    items = TrainItems(dataset, preprocessing, augment="none", seed=0, frames=frames)
     for start in range(0, len(dataset), batch_size):
         found = collate([items[0, i] for i in range(start, min(start + batch_size, len(dataset)))], tokenize)
         lacking = [key for key in keys if key not in found]

@@ -384,6 +384,7 @@ def _reader(run: _Run) -> BatchReader:
         seed=run.settings.seed,
         transform=run.objective.item_transform(),
         skip_unreadable=run.recipe.dataset.unreadable == "skip",
+        frames=encoder.frames,
     )
     return BatchReader(items, workers=run.settings.workers, tokenize=getattr(encoder, "tokenize", None))
 

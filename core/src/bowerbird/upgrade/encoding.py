@@ -108,6 +108,13 @@ class ItemEncoder:
             return unit_rows(self._checked(self.encoder.encode(list(images), batch_size=self.batch_size), len(images)))
         return unit_rows(self._checked(self.encoder(list(images)), len(images)))
 
+    def texts(self, texts: Sequence[str]) -> np.ndarray:
+        """``(Q, D)`` unit vectors of sentences. Raises ``InputError`` where the encoder takes no texts."""
+        if not hasattr(self.encoder, "encode_texts"):
+            raise InputError(f"the encoder of space {self.space} takes no texts; search with images, or with vectors")
+        vectors = self.encoder.encode_texts(list(texts), batch_size=self.batch_size)
+        return unit_rows(self._checked(vectors, len(texts)))
+
     def _encode(self, items: Sequence[Item], progress: Callable[[int], None] | None) -> np.ndarray:
         if not items:
             return np.empty((0, self.space.dim), np.float32)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from bowerbird.gallery.space import Space
 
 EncoderLoader = Callable[["Space"], ItemEncoder]
+Encode = Callable[[ItemEncoder], np.ndarray]  # the queries of one search by whatever encoder they are needed
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class ServingState:
 
 
 class SearchService:
-    """Searches a gallery by images or by vectors. Thread-safe as far as the encoders are.
+    """Searches a gallery by images (or videos), texts or vectors. Thread-safe as far as the encoders are.
 
     Args:
         gallery: Open; many services may share it.
@@ -83,6 +84,7 @@ class SearchService:
         self,
         images: Sequence[Any] | None = None,
         *,
+        texts: Sequence[str] | None = None,
         vectors: Mapping[str, Any] | None = None,
         k: int = 10,
         where: Mapping[str, Any] | None = None,
@@ -90,23 +92,30 @@ class SearchService:
         """The ``k`` nearest items of each query.
 
         Args:
-            images: Q paths, bytes or ``PIL.Image``; encoded here.
-            vectors: ``{fingerprint: (Q, D)}``, instead of images or for the encoders that are not at hand.
+            images: Q paths, bytes or ``PIL.Image``, or paths of videos where the encoders take these; encoded here.
+            texts: Q sentences, instead of images.
+            vectors: ``{fingerprint: (Q, D)}``, instead of images or texts, or for the encoders that are not at hand.
             where: Filter on the metadata, applied to every part.
 
         Raises:
             SpaceError: If a space is needed for which there are neither vectors nor an encoder; names it.
             DataError: If an image cannot be read.
+            InputError: If there are texts, and an encoder that is needed takes none.
         """
-        if images is None and not vectors:
-            raise InputError("search needs images, or vectors by the fingerprint of their space")
+        if (images is None and texts is None and not vectors) or (images is not None and texts is not None):
+            raise InputError("search needs images, or texts, or vectors by the fingerprint of their space")
+        encode: Encode | None = None
+        if images is not None:
+            encode = lambda encoder: encoder.images(images)  # noqa: E731
+        elif texts is not None:
+            encode = lambda encoder: encoder.texts(texts)  # noqa: E731
         try:
-            return self._search(images, vectors, k, where)
+            return self._search(encode, vectors, k, where)
         except SnapshotGoneError:  # an upgrade was finished or rolled back between two steps of this search
-            return self._search(images, vectors, k, where)
+            return self._search(encode, vectors, k, where)
 
     def _search(
-        self, images: Sequence[Any] | None, vectors: Mapping[str, Any] | None, k: int, where: Mapping[str, Any] | None
+        self, encode: Encode | None, vectors: Mapping[str, Any] | None, k: int, where: Mapping[str, Any] | None
     ) -> SearchResult:
         snapshot = self.gallery.snapshot()
         # Vectors of a space that is not needed now are left out: a client may send both, before and after the upgrade.
@@ -117,7 +126,7 @@ class SearchService:
             base = self._base(snapshot, number)
             fingerprint = snapshot.stack[base]
             if fingerprint not in queries:
-                queries[fingerprint] = self._obtain(snapshot, fingerprint, images, known)
+                queries[fingerprint] = self._obtain(snapshot, fingerprint, encode, known)
             routed[snapshot.stack[number]] = self._stepped(snapshot, number, base, {**queries, **routed})
         return self.gallery.search(routed, k, where=where, snapshot=snapshot)
 
@@ -138,7 +147,7 @@ class SearchService:
         return tuple(dict.fromkeys(self._encoded_space(snapshot, fingerprint) for fingerprint in wanted))
 
     def _encoded_space(self, snapshot: Snapshot, fingerprint: str) -> str:
-        """The space in which images are encoded for queries of a space: no encoder makes vectors of a lifted one."""
+        """The space in which queries of a space are encoded: no encoder makes vectors of a lifted one."""
         if not snapshot.spaces[fingerprint].lifted:
             return fingerprint
         encoders = [name for name, space in snapshot.spaces.items() if not space.lifted]
@@ -174,14 +183,14 @@ class SearchService:
         return self._strategies[upgrade.strategy]
 
     def _obtain(
-        self, snapshot: Snapshot, fingerprint: str, images: Sequence[Any] | None, given: Mapping[str, Any]
+        self, snapshot: Snapshot, fingerprint: str, encode: Encode | None, given: Mapping[str, Any]
     ) -> np.ndarray:
         """``(Q, D)`` query vectors of a space: given, encoded, or made along registered relations."""
         if fingerprint in given:
             return _rows(given[fingerprint], snapshot.spaces[fingerprint])
-        source = fingerprint if images is None else self._encoded_space(snapshot, fingerprint)
-        if images is not None and not snapshot.spaces[source].lifted:
-            known = {source: self._encode(snapshot.spaces[source], images)}
+        source = fingerprint if encode is None else self._encoded_space(snapshot, fingerprint)
+        if encode is not None and not snapshot.spaces[source].lifted:
+            known = {source: encode(self._encoder(snapshot.spaces[source]))}
             if source == fingerprint:
                 return known[source]
         else:
@@ -191,16 +200,16 @@ class SearchService:
             raise SpaceError(
                 f"searching now needs query vectors of space {snapshot.spaces[fingerprint]}; those of "
                 f"{', '.join(name[:12] for name in given) or 'no space'} were given, and no registered relation leads "
-                "from those to it. Give vectors of the needed space, or images"
+                "from those to it. Give vectors of the needed space, or images or texts"
             )
         return routed
 
-    def _encode(self, space: Space, images: Sequence[Any]) -> np.ndarray:
+    def _encoder(self, space: Space) -> ItemEncoder:
         if space.fingerprint not in self._encoders:
             if self._loader is None:
                 raise SpaceError(f"searching now needs the encoder of space {space}; it was not given to this service")
             self._encoders[space.fingerprint] = self._loader(space)
-        return self._encoders[space.fingerprint].images(images)
+        return self._encoders[space.fingerprint]
 
 
 def _rows(rows: Any, space: Space) -> np.ndarray:
