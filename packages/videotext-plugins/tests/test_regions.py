@@ -8,17 +8,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from noise_clips import NoiseClips as Clips
 from torch import Tensor
 from torch.testing import assert_close
 
 from bowerbird.batch import Batch
 from bowerbird.data.images import Preprocessing
-from bowerbird.data.videos import write_video
 from bowerbird.errors import DataError, InputError
 from bowerbird.protocols import Detector, Features, Objects
 from bowerbird_videotext.demovlp_config import ExtractorConfig
@@ -34,7 +33,6 @@ from bowerbird_videotext.regions import (
     frame_regions,
     video_regions,
 )
-from bowerbird_videotext.video_set import VideoTextSet
 
 Golden = Callable[[str], dict[str, Any]]
 WHOLE = Preprocessing(size=16, mean=(0.0,) * 3, std=(1.0,) * 3, resize="squash")
@@ -268,43 +266,6 @@ def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any
 
 
 # ----------------------------------------------------------------------------------------------------------- cache
-
-
-class Clips(VideoTextSet):
-    """Videos of noise, the n-th with n + 2 frames."""
-
-    def __init__(self, folder: Path, count: int = 3) -> None:
-        self.folder, self.count = folder, count
-        for i in range(count):
-            if not self.path(i).exists():
-                self.write(i, i)
-
-    def path(self, index: int) -> Path:
-        return self.folder / f"{index}.mp4"
-
-    def write(self, index: int, seed: int) -> None:
-        pixels = np.random.default_rng(seed).integers(0, 255, (index + 2, 2, 2, 3), np.uint8)
-        write_video(self.path(index), pixels.repeat(16, 1).repeat(16, 2))
-
-    @classmethod
-    def build(cls, config: Any, split: str | None) -> Clips:
-        raise NotImplementedError
-
-    def __len__(self) -> int:
-        return self.count
-
-    @property
-    def item_ids(self) -> list[str]:
-        return [f"clip-{i}" for i in range(self.count)]
-
-    def video(self, index: int) -> str:
-        return str(self.path(index))
-
-    def captions(self, index: int) -> list[str]:
-        return [f"noise number {index}"]
-
-    def boxes(self, index: int) -> np.ndarray:
-        return np.tile(np.array([[0, 0, 16, 16], [8, 8, 32, 32]], np.float32), (index + 2, 1, 1))
 
 
 class Counting(GridRegions):
