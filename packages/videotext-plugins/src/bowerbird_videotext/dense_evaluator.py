@@ -46,10 +46,10 @@ class _Videos:
 class DenseEvaluation(Evaluator):
     """Every action (class of the videos) by itself; a number is the mean over actions.
 
-    ``accuracy`` (percent of the frames whose phase logistic regression finds), ``progression`` (R^2), ``tau`` (Kendall's,
-    -1 to 1), ``AP@K`` (percent of the K nearest frames of other videos that are of the same phase); ``actions`` and
-    ``videos`` count. Videos that lack a phase have no progression; ``without_progression`` counts them. Per query, that
-    is per video of ``split``: ``accuracy``, ``tau`` (mean over the other videos) and ``AP@K``.
+    ``accuracy`` (percent of the frames whose phase logistic regression finds), ``progression`` (R^2), ``tau``
+    (Kendall's, -1 to 1), ``AP@K`` (percent of the K nearest frames of other videos that are of the same phase);
+    ``actions`` and ``videos`` count. Videos that lack a phase have no progression; ``without_progression`` counts them.
+    Per query, that is per video of ``split``: ``accuracy``, ``tau`` (mean over the other videos) and ``AP@K``.
 
     An encoder with ``embed_frames`` embeds the frames of a video together. Others embed every frame as a picture, or as
     a video of one frame.

@@ -31,7 +31,7 @@ class MVFormerConfig(BaseModel):
     weights: str | None = Field(default=None, description="File of weights of a timm model (.safetensors or .pth).")
     pretrained: bool | str = Field(
         default=False,
-        description="true: timm's default weights; a text: a hub repository such as timm/resnet18.a1_in1k.",
+        description="true: timm's default weights; a text: a hub repository.",
     )
     image_size: int | None = Field(default=None, ge=8, le=2048, description="Side of frames; none: the backbone's own.")
     blocks: Annotated[tuple[int, ...], Field(strict=False)] = Field(
@@ -164,7 +164,7 @@ class MVFormerObjectiveConfig(BaseModel):
     views: ViewsConfig = Field(default_factory=ViewsConfig, description="How the two views are drawn.")
     cache: bool = Field(
         default=False,
-        description="Run the backbone once over every frame and keep its features on disk; needs views.augment = false.",
+        description="Run the backbone once over every frame and keep its features; needs views.augment = false.",
     )
     cache_root: Annotated[Path | None, Field(strict=False)] = Field(
         default=None, description="Folder for that; by default mv-former in $BOWERBIRD_CACHE or ~/.cache/bowerbird."
@@ -174,7 +174,7 @@ class MVFormerObjectiveConfig(BaseModel):
     def _what_is_cached_does_not_change(self) -> Self:
         if self.cache and self.views.augment:
             raise ValueError(
-                "cache keeps features of pictures as they are: set views.augment = false, or cache = false"
+                "cache keeps features of pictures as they are: set views.augment = false or cache = false"
             )
         return self
 

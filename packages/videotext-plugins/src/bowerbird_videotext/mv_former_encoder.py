@@ -121,7 +121,7 @@ class MVFormerEncoder(Encoder):
 
 
 def real_frames(video: Tensor) -> Tensor:
-    """bool ``(B, T)``: up to the last frame of ``video`` ``(B, T, 3, H, W)`` that is not all zeros; the first always."""
+    """bool ``(B, T)``: up to the last frame of ``video (B, T, 3, H, W)`` that is not all zeros; the first always."""
     shown = video.flatten(2).any(dim=2)
     shown[:, 0] = True
     return shown.flip(1).cummax(dim=1).values.flip(1)

@@ -98,7 +98,7 @@ class Phases(VideoTextSet):
         return str(path)
 
     def frame_labels(self, index: int) -> NDArray[np.int64]:
-        """``(F,)``, position in ``phases`` of every frame: which half of the frame the middles of the sprites are in."""
+        """``(F,)``, position in ``phases`` of every frame: in which half the middles of the sprites are."""
         right = self._centres(index)[:, :, 0] >= self.config.size / 2
         return (2 * right[0] + right[1]).astype(np.int64)
 
@@ -151,7 +151,7 @@ class Phases(VideoTextSet):
         return centres
 
     def _places(self, state: int, sizes: NDArray[np.float64], generator: np.random.Generator) -> NDArray[np.float64]:
-        """``(2, 2)``: middles of sprites of ``sizes`` in the halves of ``state``, of random ones those that meet least."""
+        """``(2, 2)``: middles of sprites in the halves that ``state`` says; of random ones those that meet least."""
         middle = self.config.size / 2
         low, high = sizes / 2, self.config.size - sizes / 2
         for sprite, right in enumerate((state // 2, state % 2)):

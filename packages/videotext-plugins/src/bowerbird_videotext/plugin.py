@@ -43,12 +43,12 @@ def bowerbird_encoders() -> Iterable[EncoderRecord]:
         name="videotext:mv-former",
         target="bowerbird_videotext.mv_former_encoder:MVFormerEncoder",
         config="bowerbird_videotext.mv_former_config:MVFormerConfig",
-        summary="Embeds every frame of a video: entity tokens of a frozen image network, and a transformer over frames.",
+        summary="Embeds every frame of a video: entity tokens of a frozen image network, a transformer over frames.",
         presets={
             name: f"bowerbird_videotext.mv_former_config:{name}" for name in ("finegym", "penn", "pouring", "small")
         },
         paper="Multi-entity Video Transformers for Fine-Grained Video Representation Learning, arXiv:2311.10873",
-        inputs=("video", "image"),
+        inputs=("video",),
         outputs=("pooled", "tokens"),
     )
 
