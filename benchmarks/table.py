@@ -242,6 +242,37 @@ def detector_throughput(r: Mapping[str, Any]) -> list[Row]:
     ]  # fmt: skip
 
 
+def videotext(r: Mapping[str, Any]) -> list[Row]:
+    def time(v: Mapping[str, Any]) -> str:
+        return f"{v['ratio']:.2f}x ({v['ms']:.0f} ms of processor time against {v['reference_ms']:.0f} ms)"
+
+    step, masked, roll, inference = (r[f"limit_{name}"] for name in ("step", "masked", "roll", "inference"))
+    rows: list[Row] = [
+        (f"a step on videos and captions, against the formula in plain torch: {case}",
+         f"{time(v)}; peak memory {v['mb']:.0f} MiB against {v['reference_mb']:.0f} MiB",
+         f"at most {step}x", v["ratio"] <= step)
+        for case, v in r.get("steps", {}).items()
+    ]  # fmt: skip
+    rows += [
+        (f"a step of the video encoder on {v['kept_share']:.0%} of the patches, against all of them: {case}",
+         time(v), f"at most {masked}x", v["ratio"] <= masked)
+        for case, v in r.get("masked", {}).items()
+    ]  # fmt: skip
+    rows += [
+        (f"a step with rolled tokens, against one without: {case}",
+         f"{time(v)}, {v['more_parameters']} more parameters", f"at most {roll}x, 0",
+         v["ratio"] <= roll and v["more_parameters"] == 0)
+        for case, v in r.get("roll", {}).items()
+    ]  # fmt: skip
+    rows += [
+        (f"embedding clips and captions with what was trained, against the dual encoder: {case}",
+         f"{time(v)}, vectors {'bit-equal' if v['bit_equal'] else 'differ'}", f"at most {inference}x, bit-equal",
+         v["ratio"] <= inference and v["bit_equal"])
+        for case, v in r.get("inference", {}).items()
+    ]  # fmt: skip
+    return rows
+
+
 ROWS: dict[str, Callable[[Mapping[str, Any]], list[Row]]] = {
     "cli_startup": startup,
     "embed": share("`embed` from JPEG files, against the bare forward pass on ready tensors", "ratio", "limit_ratio"),
@@ -272,6 +303,7 @@ ROWS: dict[str, Callable[[Mapping[str, Any]], list[Row]]] = {
         "deformable attention in plain torch, processor time against transformers' Deformable DETR"
     ),
     "detector_inference": detector_throughput,
+    "videotext_steps": videotext,
 }
 
 
