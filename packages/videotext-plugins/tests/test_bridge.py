@@ -16,7 +16,7 @@ from bowerbird_videotext.bridge import BridgeFormer, QuestionAttention
 from bowerbird_videotext.space_time import SpaceTimeTransformer
 
 Golden = Callable[[str], dict[str, Any]]
-CLOSE = {"rtol": 1e-9, "atol": 1e-11}
+CLOSE: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-11}
 BRIDGE_PARTS = ("crossattn", "bridgeattn", "bridge_mlp", "norm4", "norm5", "norm6", "norm7")
 
 

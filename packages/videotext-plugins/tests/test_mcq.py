@@ -307,9 +307,10 @@ def test_encoders_whose_sizes_do_not_fit_are_refused_with_the_setting_to_change(
 def test_values_outside_their_ranges_are_refused() -> None:
     encoder = tiny_encoder()
     encoder.open(CAPTIONS)
-    for wrong in ({"temperature": 0.0}, {"question": "adverb"}):
+    wrongs: list[dict[str, Any]] = [{"temperature": 0.0}, {"question": "adverb"}]
+    for wrong in wrongs:
         with pytest.raises(InputError, match="expected"):
-            MCQObjective(encoder, BridgeFormer(8, 3, 2), **wrong)  # type: ignore[arg-type]
+            MCQObjective(encoder, BridgeFormer(8, 3, 2), **wrong)
     with pytest.raises(InputError, match="does not fit a video encoder of width 8 and 3 blocks"):
         MCQObjective(encoder, BridgeFormer(8, 2, 2))
     objective = made()

@@ -43,7 +43,8 @@ def test_a_closed_vocabulary_takes_the_longest_phrase_and_gives_it_as_it_is_writ
 
 
 def test_a_vocabulary_without_words_is_refused() -> None:
-    for nouns, verbs in (([], []), (["boot", " ."], [])):
+    empty: list[str] = []
+    for nouns, verbs in ((empty, empty), (["boot", " ."], empty)):
         with pytest.raises(InputError, match=r"both lists are empty|has no word"):
             ClosedVocabulary(nouns, verbs)
 

@@ -113,9 +113,10 @@ class BridgeFormer(nn.Module):
         self._check(video_states, question_states, question_mask, num_frames)
         padding = (1 - question_mask.to(video_states[0].dtype)) * PADDING
         key_mask = torch.cat([padding[:, :1], padding[:, 1:].repeat(1, num_frames)], dim=1)
-        bridge = None
+        bridge: Tensor | None = None
         for depth, block in enumerate(self.blocks):
             bridge = block(bridge, video_states[depth], question_states[depth // 2], num_frames, key_mask)
+        assert bridge is not None  # depth is 1 or more
         return self.norm(bridge[:, 0])
 
     def _check(self, videos: Sequence[Tensor], questions: Sequence[Tensor], mask: Tensor, frames: int) -> None:

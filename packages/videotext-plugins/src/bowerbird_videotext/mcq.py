@@ -46,6 +46,11 @@ from bowerbird_videotext.phrases import (
 from bowerbird_videotext.transforms import ClipTransform
 from bowerbird_videotext.video_set import video_text_set
 
+__all__ = [
+    "BridgeFormer", "MCQConfig", "MCQObjective", "PhraseExtractor", "QuestionedClips", "build_multiple_choice_question",
+    "draw_phrase",
+]  # fmt: skip
+
 QuestionKind = Literal["noun", "verb", "alternate"]
 PREFIX = 3  # masks before the phrase in the text of an answer
 

@@ -215,5 +215,5 @@ class MILESObjective(Objective):
     def exported_encoder(self) -> Encoder:
         """A copy of the encoder without the mask token."""
         exported = copy.deepcopy(self.encoder)
-        exported.video_encoder.mask_token = None
+        exported.video_encoder.register_parameter("mask_token", None)
         return exported
