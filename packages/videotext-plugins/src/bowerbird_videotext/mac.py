@@ -160,7 +160,8 @@ class MaskedClip:
     def __call__(self, item: dict[str, Any], generator: np.random.Generator) -> dict[str, Any]:
         entries = self.clip(item, generator)
         noise = generator.random((1 if self.mode == "tube" else self.frames, self.patches), np.float32)
-        noise = np.ascontiguousarray(np.broadcast_to(noise, (self.frames, self.patches)))
+        if self.mode == "tube":
+            noise = np.repeat(noise, self.frames, axis=0)
         return {**entries, "patch_noise": noise, "piece_noise": generator.random(self.pieces, np.float32)}
 
 
