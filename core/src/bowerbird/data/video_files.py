@@ -213,20 +213,29 @@ def _from_keyframe(container: Any, stream: Any, index: FrameIndex, key: int) -> 
     return iter(container.demux(stream))
 
 
-def upright_pixels(frame: Any, max_pixels: int | None) -> NDArray[np.uint8]:
-    """RGB pixels ``(H, W, 3)`` of a decoded frame, turned as its display matrix says."""
-    width, height = frame.width, frame.height
-    if max_pixels is not None and width * height > max_pixels:
-        shrink = math.sqrt(max_pixels / (width * height))
-        width, height = max(1, int(width * shrink)), max(1, int(height * shrink))
-    pixels: NDArray[np.uint8] = frame.reformat(width, height, "rgb24", interpolation="AREA").to_ndarray()
-    turn = _orientation(frame)
-    if turn is None:
-        return pixels
-    swap, flip_x, flip_y = turn
-    if swap:
-        pixels = pixels.transpose(1, 0, 2)
-    return pixels[:: -1 if flip_y else 1, :: -1 if flip_x else 1]
+def frame_pixels(
+    path: Path, index: FrameIndex, places: NDArray[np.int64], max_pixels: int | None
+) -> Iterator[NDArray[np.uint8]]:
+    """RGB pixels ``(H, W, 3)`` of the frame at each of ``places``, turned as the video's display matrix says.
+
+    All have the size of the first, which is shrunk to ``max_pixels`` where it has more. Raises as ``decoded_frames``.
+    """
+    reformatter = pyav().video.reformatter.VideoReformatter()  # one for all: it keeps its tables
+    turn: tuple[bool, bool, bool] | None = None
+    width = height = 0
+    for frame in decoded_frames(path, index, places):
+        if not width:
+            turn, width, height = _orientation(frame), frame.width, frame.height
+            if max_pixels is not None and width * height > max_pixels:
+                shrink = math.sqrt(max_pixels / (width * height))
+                width, height = max(1, int(width * shrink)), max(1, int(height * shrink))
+        small = reformatter.reformat(frame, width, height, "rgb24", interpolation="AREA", threads=1)
+        pixels: NDArray[np.uint8] = small.to_ndarray()
+        if turn is not None:
+            swap, flip_x, flip_y = turn
+            pixels = pixels.transpose(1, 0, 2) if swap else pixels
+            pixels = pixels[:: -1 if flip_y else 1, :: -1 if flip_x else 1]
+        yield pixels
 
 
 def _orientation(frame: Any) -> tuple[bool, bool, bool] | None:

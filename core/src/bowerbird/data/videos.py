@@ -24,7 +24,7 @@ from bowerbird.data.images import SUFFIXES, ImageSource, OnError, Preprocessing,
 from bowerbird.data.moments import Moment, clips_of, moment_uri, split_moment
 from bowerbird.data.regions import split_region
 from bowerbird.data.uris import dataset_item, is_dataset_uri
-from bowerbird.data.video_files import decoded_frames, frame_index, frame_size, pyav, upright_pixels
+from bowerbird.data.video_files import frame_index, frame_pixels, frame_size, pyav
 from bowerbird.errors import DataError, InputError
 
 VIDEO_SUFFIXES = (
@@ -316,12 +316,10 @@ def _read(
     places, copies = np.unique(wanted + first, return_counts=True)
     clip: NDArray[np.uint8] | None = None
     row = 0
-    for frame, count in zip(decoded_frames(path, index, places), copies, strict=True):
-        pixels = upright_pixels(frame, None if max_pixels is None else max_pixels // len(wanted))
+    most = None if max_pixels is None else max_pixels // len(wanted)
+    for pixels, count in zip(frame_pixels(path, index, places, most), copies, strict=True):
         if clip is None:
             clip = np.empty((len(wanted), *pixels.shape), np.uint8)
-        if pixels.shape != clip.shape[1:]:  # a stream may change its size; a clip may not
-            pixels = np.asarray(Image.fromarray(pixels).resize((clip.shape[2], clip.shape[1])))
         clip[row : row + count] = pixels
         row += count
     assert clip is not None
