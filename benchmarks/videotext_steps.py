@@ -73,6 +73,10 @@ REGIONS = {
     size: TEXT[size] | {key: VIDEO[size][key] for key in ("image_size", "embed_dim", "depth", "num_heads", "frames")}
     for size in VIDEO
 }
+FRAMES = {  # sixteen frames in two views; the backbone is never trained
+    "small": {"backbone": "test_resnet", "image_size": 32, "blocks": (2,), "hidden": 64, "ffn": 128, "layers": 2},
+    "tiny": {"backbone": "vit_tiny_patch16_224", "image_size": 112, "blocks": (3, 7, 11)},
+}
 CASES = {
     "all-in-one": Case("videotext:all-in-one", {s: VIDEO[s] | {"dropout": 0.0, "drop_path": 0.0} for s in VIDEO}),
     "demovlp": Case("videotext:demovlp", REGIONS, data={"verbs": (), "distractor_boxes": 4}),
@@ -80,6 +84,11 @@ CASES = {
     "mac": Case("videotext:dual-encoder", DUAL),
     "mcq": Case("videotext:dual-encoder", {size: DUAL[size] | FRAMEWISE for size in DUAL}),
     "miles": Case("videotext:dual-encoder", DUAL),
+    "mv-former": Case(
+        "videotext:mv-former",
+        {size: {**FRAMES[size], "frames": 16, "dropout": 0.0} for size in FRAMES},
+        data={"frames": 16},
+    ),
 }
 
 # --------------------------------------------------------------------------------------------------------- together
