@@ -34,16 +34,14 @@ class QuestionAttention(nn.Module):
 
     def forward(self, patches: Tensor, question: Tensor, frames: int) -> Tensor:
         """``patches (B, T N, D)`` without the class token, ``question (B, Lq, D)``; returns ``(B, M, D)``."""
-        batch, length, dim = patches.shape
-        query = self.q_question(question).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, h, Lq, d)
-        key, value = self.kv_video(patches).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, h, T N, d)
-        first = scaled_dot_product_attention(query[:, :, :1], key, value)
-        others = scaled_dot_product_attention(
-            query[:, :, None, 1:].expand(-1, -1, frames, -1, -1),
-            key.unflatten(2, (frames, length // frames)),
-            value.unflatten(2, (frames, length // frames)),
-        ).flatten(2, 3)
-        return self.proj(torch.cat([first, others], dim=2).transpose(1, 2).reshape(batch, -1, dim))
+        query = self.q_question(question).unflatten(2, (self.heads, -1))  # (B, Lq, h, d)
+        key, value = self.kv_video(patches).unflatten(2, (2, self.heads, -1)).unbind(2)  # (B, T N, h, d)
+        first = scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query[:, :1], key, value)))
+        asked = query[:, None, 1:].expand(-1, frames, -1, -1, -1)  # the same pieces in every frame
+        by_frame = (asked, key.unflatten(1, (frames, -1)), value.unflatten(1, (frames, -1)))  # (B, T, ., h, d)
+        others = scaled_dot_product_attention(*(x.flatten(0, 1).transpose(1, 2) for x in by_frame))
+        others = others.transpose(1, 2).unflatten(0, (-1, frames)).flatten(1, 2)
+        return self.proj(torch.cat([first.transpose(1, 2), others], dim=1).flatten(2))
 
 
 class BridgeBlock(nn.Module):
