@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bowerbird.errors import InputError
 from bowerbird_videotext.space_time import PatchEmbedding
 from bowerbird_videotext.text import check_pieces
-from bowerbird_videotext.token_roll import temporal_token_roll
+from bowerbird_videotext.token_roll import roll_in_place
 
 
 @dataclass(frozen=True)
@@ -272,7 +272,8 @@ class UnifiedVideoTextTransformer(nn.Module):
     ) -> UnifiedOutput:
         batch, count, patches, _ = frames.shape
         length = words.shape[1]
-        tokens = torch.cat([words[:, None].expand(-1, count, -1, -1), frames], dim=2).flatten(0, 1)
+        copies = words[:, None].expand(-1, count, -1, -1).flatten(0, 1)
+        tokens = torch.cat([copies, frames.flatten(0, 1)], dim=1)
         mask = None
         if text_mask is not None or frame_mask is not None:
             real_words = words.new_ones(batch, length) if text_mask is None else text_mask
@@ -284,12 +285,12 @@ class UnifiedVideoTextTransformer(nn.Module):
         return UnifiedOutput(tokens[:, :length], tokens[:, length:], self._pooled(tokens[:, 0]), tokens[:, 0])
 
     def _blocks(self, tokens: Tensor, mask: Tensor | None, *, frames: int = 1, length: int = 0) -> Tensor:
-        """All blocks on ``(B T, S, D)``. With more than one frame, tokens behind the first ``length`` are rolled."""
+        """All blocks on ``(B T, S, D)``. With more than one frame, tokens behind the first ``length`` are rolled, and
+        ``tokens`` themselves are changed."""
         attended = None if mask is None else mask.bool()[:, None, None]  # (B T, 1, 1, S)
         for block in self.blocks:
             if frames > 1 and self.roll_divisor is not None:
-                clips = tokens.unflatten(0, (-1, frames))
-                tokens = temporal_token_roll(clips, self.roll_divisor, first=length).flatten(0, 1)
+                tokens = roll_in_place(tokens, frames, self.roll_divisor, first=length)
             tokens = block(tokens, attn_mask=attended)
         return tokens
 

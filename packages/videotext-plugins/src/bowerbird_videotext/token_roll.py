@@ -35,38 +35,46 @@ def temporal_token_roll(tokens: Tensor, divisor: int = 8, *, first: int = 0) -> 
     """
     if tokens.ndim != 4:
         raise InputError(f"tokens have shape {tuple(tokens.shape)}; expected (B, T, L, D)")
+    frames = tokens.shape[1]
+    return roll_in_place(tokens.flatten(0, 1).clone(), frames, divisor, first=first).unflatten(0, (-1, frames))
+
+
+def roll_in_place(tokens: Tensor, frames: int, divisor: int = 8, *, first: int = 0) -> Tensor:
+    """``temporal_token_roll`` in the memory of ``tokens (B T, first + l, D)``, frame index fastest; returns them.
+
+    For tokens that nothing else needs, such as what a block gives: only those that move are copied. Autograd knows of
+    it and raises where something else needs them. No view, where gradients are wanted.
+
+    Raises ``InputError`` for a divisor below 2, or ``first`` beyond the tokens.
+    """
     if divisor < 2:
         raise InputError(f"divisor = {divisor}: expected 2 or more")
-    if not 0 <= first <= tokens.shape[2]:
-        raise InputError(f"first = {first}: expected 0 to {tokens.shape[2]}, the number of tokens of a frame")
-    moved = (tokens.shape[2] - first) // divisor
-    if moved == 0 or tokens.shape[1] == 1:
-        return tokens.clone()
-    end = tokens.shape[2]
-    forward = (first + 1, first + 1 + moved)
-    backward = (max(end - moved, forward[1]), end)
-    return _Roll.apply(tokens, forward, backward)
+    end = tokens.shape[1]
+    if not 0 <= first <= end:
+        raise InputError(f"first = {first}: expected 0 to {end}, the number of tokens of a frame")
+    moved = (end - first) // divisor
+    if moved == 0 or frames == 1:
+        return tokens
+    later = (first + 1, first + 1 + moved)
+    earlier = (max(end - moved, later[1]), end)
+    rolled: Tensor = _Roll.apply(tokens, frames, later, earlier)
+    return rolled
 
 
 class _Roll(torch.autograd.Function):
-    """One copy of the tokens and of their gradient: slicing and joining would make one for every piece."""
+    """Frame t takes the tokens ``later`` of frame t - 1 and the tokens ``earlier`` of frame t + 1, in place."""
 
     @staticmethod
-    def forward(context: Any, tokens: Tensor, later: tuple[int, int], earlier: tuple[int, int]) -> Tensor:
-        context.groups = later, earlier
-        rolled = tokens.clone()
+    def forward(context: Any, tokens: Tensor, frames: int, later: tuple[int, int], earlier: tuple[int, int]) -> Tensor:
+        context.frames, context.groups = frames, (later, earlier)
+        clips = tokens.unflatten(0, (-1, frames))
         for (start, end), step in ((later, 1), (earlier, -1)):
-            # Frame t takes the group of frame t - step, the ends of the clip exchange theirs.
-            if step == 1:
-                rolled[:, 1:, start:end] = tokens[:, :-1, start:end]
-                rolled[:, 0, start:end] = tokens[:, -1, start:end]
-            else:
-                rolled[:, :-1, start:end] = tokens[:, 1:, start:end]
-                rolled[:, -1, start:end] = tokens[:, 0, start:end]
-        return rolled
+            clips[:, :, start:end] = clips[:, :, start:end].roll(step, 1)
+        context.mark_dirty(tokens)
+        return tokens
 
     @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        # A permutation's transpose is its inverse: the groups change their parts.
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        # A permutation's transpose is its inverse: the groups change their parts. Others may need the gradient, too.
         later, earlier = context.groups
-        return _Roll.apply(gradients[0], earlier, later), None, None
+        return _Roll.apply(gradients[0].clone(), context.frames, earlier, later), None, None, None
