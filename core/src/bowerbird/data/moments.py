@@ -21,7 +21,7 @@ from urllib.parse import unquote
 from bowerbird.errors import DataError
 
 MARK = "#t="
-_TIME = re.compile(r"(?:(?:([0-9]+):)?([0-5]?[0-9]):)?([0-9]+(?:\.[0-9]*)?)")
+_TIME = re.compile(r"(?:(?:([0-9]+):)?([0-5]?[0-9]):(?=[0-5]?[0-9](?![0-9])))?([0-9]+(?:\.[0-9]*)?)")
 
 
 @dataclass(frozen=True)
