@@ -5,7 +5,7 @@ python benchmarks/videotext_steps.py --output benchmarks/results/videotext_steps
 python benchmarks/videotext_steps.py frozen mac                only these methods
 python benchmarks/videotext_steps.py --only inference          only this part
 
-A step is forward, loss and backward on one batch of videotext:moving, read as in training; what moves after a step is
+A step is forward, loss and backward on one batch of made videos, read as in training; what moves after a step is
 left out. Both sides have the same parameters, the same batch and the same random numbers; a pair whose losses or
 gradients differ is refused. The sides alternate in one process on one thread; ratios are of the shortest processor
 times, which others on the machine disturb least. Peak memory is what torch's allocator holds above what it held before
@@ -59,7 +59,7 @@ PARTS = ("steps", "masked", "roll", "inference")
 
 @dataclass(frozen=True)
 class Case:
-    """A method: its encoder with settings by size, its objective, and what of ``videotext:moving`` it needs."""
+    """A method: its encoder with settings by size, its objective, and what it needs of a data set of made videos."""
 
     encoder: str
     settings: Mapping[str, Mapping[str, Any]]
@@ -122,7 +122,7 @@ def built(slug: str, size: str, folder: Path) -> tuple[Objective, Batch]:
     target, config = component("objective", f"videotext:{slug}", case.objective)
     objective: Objective = target.build(config, encoder, SimpleBuildContext(dataset=dataset, total_steps=100))
     items = TrainItems(dataset, encoder.preprocessing, augment="none", seed=0, transform=objective.item_transform())
-    chosen = [items[(0, index)] for index in range(BATCH[size])]
+    chosen = [items[0, index] for index in range(BATCH[size])]
     return objective.train(), collate(chosen, getattr(encoder, "tokenize", None))
 
 
