@@ -19,7 +19,7 @@ def bowerbird_encoders() -> Iterable[EncoderRecord]:
         summary="One transformer of frames and words: embeds them, scores pairs, answers questions; rolls tokens in time.",
         presets={size: f"bowerbird_videotext.all_in_one_config:{size}" for size in ("base", "small", "tiny")},
         paper="All in One: Exploring Unified Video-Language Pre-training, CVPR 2023, arXiv:2203.07303",
-        inputs=("video", "image", "text"),
+        inputs=("video", "text"),
         outputs=("pooled", "tokens"),
     )
     yield EncoderRecord(
@@ -28,7 +28,7 @@ def bowerbird_encoders() -> Iterable[EncoderRecord]:
         config="bowerbird_videotext.demovlp_config:DemoVLPConfig",
         summary="Videos by the regions of few frames (grid, detector), captions by their words; finds and answers.",
         paper="Revitalize Region Feature for Democratizing Video-Language Pre-training, arXiv:2203.07720",
-        inputs=("regions", "video", "image", "text"),
+        inputs=("video", "text"),
         outputs=("pooled", "tokens"),
     )
     yield EncoderRecord(
@@ -37,7 +37,7 @@ def bowerbird_encoders() -> Iterable[EncoderRecord]:
         config="bowerbird_videotext.dual_encoder_config:DualEncoderConfig",
         summary="Clips and captions in one space: space-time transformer and text transformer, searched by cosine.",
         paper="Frozen in Time: A Joint Video and Image Encoder for End-to-End Retrieval, ICCV 2021, arXiv:2104.00650",
-        inputs=("video", "image", "text"),
+        inputs=("video", "text"),
     )
     yield EncoderRecord(
         name="videotext:mv-former",
