@@ -265,12 +265,8 @@ class MCQObjective(Objective):
 
         states = encoder.video_encoder.hidden_states(video)
         clip = encoder.video_proj(encoder.video_encoder.norm(states[-1][:, 0]))
-        asked = {key: value.to(device) for key, value in encoder.tokenize(questions).items()}
-        bridge = self.bridge(states, encoder.text_states(asked), asked["attention_mask"], video.shape[1])
-        answer = encoder.encode_text({key: value.to(device) for key, value in encoder.tokenize(answers).items()})
-
         matches = pair_similarities(encoder.encode_text(text), clip)
-        choices = pair_similarities(answer, self.bridge_proj(bridge))
+        choices = self.choices(states, video.shape[1], questions, answers)
         same = same_answers(answers, device)
         compared = choices.masked_fill(same, -torch.inf) if self.ignore_duplicate_answers else choices
         parts = {
@@ -279,6 +275,23 @@ class MCQObjective(Objective):
         }
         stats = {"batch_accuracy": pair_accuracy(matches), "answer_accuracy": answer_accuracy(choices, same)}
         return LossOutput(total=parts["text_video"] + parts["answer"], parts=parts, stats=stats)
+
+    def choices(
+        self, states: Sequence[Tensor], frames: int, questions: Sequence[str], answers: Sequence[str]
+    ) -> Tensor:
+        """Cosines of the answers (rows) and of what the bridge says to the questions (columns), of all processes.
+
+        Args:
+            states: ``hidden_states`` of the video encoder, of one clip per question.
+            frames: T.
+            questions, answers: Texts.
+        """
+        encoder, device = self.encoder, states[0].device
+        asked, offered = (
+            {key: value.to(device) for key, value in encoder.tokenize(texts).items()} for texts in (questions, answers)
+        )
+        said = self.bridge(states, encoder.text_states(asked), asked["attention_mask"], frames)
+        return pair_similarities(encoder.encode_text(offered), self.bridge_proj(said))
 
     def _texts(self, batch: Batch, key: str, count: int) -> list[str]:
         texts = batch.get(key)
