@@ -20,18 +20,19 @@ HERE = Path(__file__).parent
 LONG = ("serve_share_exact", "serve_share_ivf", "serve_share_hnsw")  # 1M items
 SHORT = ("cli_startup", "gallery_search", "gallery_ann", "gallery_add", "gallery_open", "serve_passes", "scale_shards")
 STEPS = ("compat_losses", "mim_steps", "mim_data_wait", "dsu_step", "mimdet_sampling", "soft_topk", "spartan_step")
+VIDEO = ("videotext_steps",)
 DETECTION = ("acsl_loss", "deformable_attention", "detector_inference")
-ONE_CORE = (*SHORT, *LONG, *STEPS, *DETECTION)
+ONE_CORE = (*SHORT, *LONG, *STEPS, *DETECTION, *VIDEO)
 TWO_CORES = ("transforms", "sparse_vit")
-ALL = (*SHORT, "embed", "upgrade_run", "upgrade_workers", *STEPS, *DETECTION, *TWO_CORES)
+ALL = (*SHORT, "embed", "upgrade_run", "upgrade_workers", *STEPS, *DETECTION, *VIDEO, *TWO_CORES)
 
 
 def measure(name: str) -> None:
     cores = 1 if name in ONE_CORE else 2 if name in TWO_CORES else None
     threads = {} if cores is None else {"OMP_NUM_THREADS": str(cores), "OPENBLAS_NUM_THREADS": str(cores)}
     # Some machines choose an old BLAS kernel by these; it would slow both sides, and numpy most.
-    unset = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
-    if name in TWO_CORES:
+    unset = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "OMP_WAIT_POLICY")
+    if name == "transforms":
         threads["OMP_WAIT_POLICY"] = "PASSIVE"  # a thread that waits must not take the core of one that works
     environment = {key: value for key, value in os.environ.items() if key not in unset} | threads
     # The limits of embed and upgrade run are for an encoder on one core: on two the decoding has no core of its own.
