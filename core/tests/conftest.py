@@ -18,6 +18,7 @@ collect_ignore = (
         "test_commands_of_training.py",
         "test_detect.py",
         "test_encoders.py",
+        "test_gallery_videos.py",
         "test_objectives.py",
         "test_perceptron.py",
         "test_recipe.py",
