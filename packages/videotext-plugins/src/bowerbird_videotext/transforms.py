@@ -52,7 +52,7 @@ class ClipTransform:
         """Raises ``DataError`` for a video that cannot be read, by file and row; ``InputError`` without captions."""
         entries = {key: value for key, value in item.items() if key not in ("video", "image", "text")}
         images = self._images(item, generator)
-        entries["video"] = prepare_clip(self._augmented(images, generator), self.preprocessing, self.frames)
+        entries["video"] = prepare_clip(self.augmented(images, generator), self.preprocessing, self.frames)
         if isinstance(item.get("video"), str):
             entries["source"] = item["video"]
         if self.captions:
@@ -82,7 +82,8 @@ class ClipTransform:
             )
         return str(captions[int(generator.integers(len(captions)))])
 
-    def _augmented(self, images: Sequence[Image.Image], generator: np.random.Generator) -> Sequence[Image.Image]:
+    def augmented(self, images: Sequence[Image.Image], generator: np.random.Generator) -> Sequence[Image.Image]:
+        """The frames of one clip after one crop and one mirroring, as far as the settings say so."""
         c = self.config
         if c.crop != (1.0, 1.0):
             box = random_box(images[0].size, c.crop, c.crop_ratio, generator)
