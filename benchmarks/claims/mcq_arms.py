@@ -49,7 +49,7 @@ def answers(name: str, made: Trained, test: Clips) -> Values:
 def _of_kind(objective: MCQObjective, kind: Literal["noun", "verb"], test: Clips) -> Values:
     vocabulary, generator = moving_vocabulary(test.dataset), np.random.default_rng(0)
     pieces = objective.encoder.ready_tokenizer().pieces
-    found: dict[str, list[float]] = {"answer": [], "blind": [], "chance": []}
+    found: dict[str, list[float]] = {"answer": [], "blind": [], "guess": []}
     for start in range(0, len(test) - BATCH + 1, BATCH):
         asked = []
         for caption in test.captions[start : start + BATCH]:
@@ -63,5 +63,5 @@ def _of_kind(objective: MCQObjective, kind: Literal["noun", "verb"], test: Clips
             states = objective.encoder.video_encoder.hidden_states(clip)
             choices = objective.choices(states, video.shape[1], questions, said)
             found[key].append(float(answer_accuracy(choices, same)))
-        found["chance"].append(float((same.sum(dim=0) + 1).float().mean()) / BATCH)
+        found["guess"].append(float((same.sum(dim=0) + 1).float().mean()) / BATCH)
     return {f"{kind} {key}": 100 * float(np.mean(values)) for key, values in found.items()}
