@@ -244,6 +244,14 @@ def test_a_video_without_any_region_scores_zero() -> None:
     assert torch.isfinite(regions.grad).all() and torch.isfinite(words.grad).all()
 
 
+def test_scores_are_computed_in_single_precision_at_least() -> None:
+    regions, words = torch.randn(2, 5, 8), torch.randn(3, 4, 8)
+    expected = region_word_scores(regions, words)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(region_word_scores(regions, words), expected)
+    assert region_word_scores(regions.bfloat16(), words.bfloat16()).dtype == torch.float32
+
+
 def test_scores_refuse_what_does_not_fit() -> None:
     with pytest.raises(InputError, match="width 4, words 5"):
         region_word_scores(rows(1, 2, 4), rows(1, 2, 5))

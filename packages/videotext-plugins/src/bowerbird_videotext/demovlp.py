@@ -176,6 +176,20 @@ def region_word_scores(
         raise InputError(f"regions have width {regions.shape[-1]}, words {words.shape[-1]}: expected the same")
     if not scale >= 0:
         raise InputError(f"scale = {scale}: expected 0 or more")
+    kind = torch.promote_types(torch.promote_types(regions.dtype, words.dtype), torch.float32)
+    with torch.autocast(regions.device.type, enabled=False):  # thresholds and 20-fold softmaxes need float32
+        return _scores(regions.to(kind), words.to(kind), region_valid, word_valid, scale, focal, ignore_padding)
+
+
+def _scores(
+    regions: Tensor,
+    words: Tensor,
+    region_valid: Tensor,
+    word_valid: Tensor,
+    scale: float,
+    focal: bool,
+    ignore_padding: bool,
+) -> Tensor:
     pairs = relevance(regions, words)
 
     def one_way(queries: Tensor, context: Tensor, pairs: Tensor, asks: Tensor, there: Tensor) -> Tensor:

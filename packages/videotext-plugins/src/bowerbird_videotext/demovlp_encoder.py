@@ -120,7 +120,7 @@ class DemoVLPEncoder(TextTower):
             if found[0].ndim == 4 and found[0].shape[1] > self.config.frames:
                 chosen = torch.from_numpy(frame_indices(found[0].shape[1], self.config.frames)).to(found[0].device)
                 found = tuple(value[:, chosen] for value in found)
-            return found  # type: ignore[return-value]
+            return found
         if "video" not in batch and "image" not in batch:
             raise InputError(
                 f"the batch has none of regions, video, image and text; it has {', '.join(batch) or 'nothing'}"

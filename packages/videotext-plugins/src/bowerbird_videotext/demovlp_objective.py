@@ -28,7 +28,7 @@ from bowerbird_videotext.demovlp_encoder import DemoVLPEncoder
 from bowerbird_videotext.losses import cosine_similarity_matrix, symmetric_info_nce
 from bowerbird_videotext.region_cache import RegionCache, cache_regions
 from bowerbird_videotext.transforms import ClipTransform
-from bowerbird_videotext.video_set import captions_of, video_text_set
+from bowerbird_videotext.video_set import video_text_set
 
 UNKNOWN = -100  # label of an answer outside the vocabulary: it does not count
 
@@ -69,7 +69,7 @@ class DemoVLPObjective(Objective):
         if context.dataset is None:
             raise RecipeError("videotext:demovlp: there is no data set of videos with captions")
         if encoder.tokenizer is None:
-            encoder.open(_texts(config, context))
+            encoder.open(_texts(context))
         if config.task == "qa":
             encoder.open_answers(_answers(config, context))
         cache = None
@@ -194,12 +194,15 @@ def _cached(config: DemoVLPObjectiveConfig, encoder: DemoVLPEncoder, context: Bu
         )
 
 
-def _texts(config: DemoVLPObjectiveConfig, context: BuildContext) -> list[str]:
-    """What the vocabulary is made of."""
+def _texts(context: BuildContext) -> list[str]:
+    """What the vocabulary is made of: captions and questions, so that one run can start from another."""
     assert context.dataset is not None
-    if config.task == "qa":
-        return [question for asked in _questions(context) for question, _, _ in asked]
-    return captions_of(context.dataset)
+    videos, positions = video_text_set(context.dataset, "videotext:demovlp")
+    texts = [caption for position in positions for caption in videos.captions(position)]
+    texts += [question for position in positions for question, _, _ in videos.question(position)]
+    if not texts:
+        raise RecipeError("videotext:demovlp: the data set has neither captions nor questions to make a vocabulary of")
+    return texts
 
 
 def _questions(context: BuildContext) -> list[list[tuple[str, str, str]]]:
