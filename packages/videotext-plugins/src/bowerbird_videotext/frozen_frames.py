@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from bowerbird.data.images import Preprocessing
 from bowerbird.encoders.bundle import load_encoder
-from bowerbird.encoders.timm_encoder import TimmEncoder, create_timm_model, load_weights, preprocessing_of
+from bowerbird.encoders.timm_encoder import TimmTrunk, create_timm_model, load_weights, preprocessing_of
 from bowerbird.errors import InputError
-from bowerbird.protocols import freeze
+from bowerbird.protocols import Encoder, freeze
 
 
 class FrozenFrames(nn.Module):
@@ -103,28 +103,15 @@ class FrozenFrames(nn.Module):
                 f"backbone = {backbone!r} is an encoder with weights and a size of its own: leave out weights, "
                 "pretrained, backbone_arguments and image_size"
             )
-        loaded = load_encoder(backbone, device="cpu", dense=True)
-        encoder, config = loaded.module, loaded.spec.config
+        encoder = load_encoder(backbone, device="cpu", dense=True).module
         if encoder.preprocessing is None:
             raise InputError(f"backbone = {backbone!r} does not say how a picture is prepared; choose one that does")
-        made: nn.Module
-        if isinstance(encoder, TimmEncoder):
-            made = encoder.trunk.model  # type: ignore[assignment]
-            source = {"backbone": config["model"], "backbone_arguments": {}, "image_size": config.get("image_size")}
-        else:
-            form = encoder.timm_form()
-            if form is None:
-                raise InputError(
-                    f"backbone = {backbone!r}: blocks can be read of timm models and of encoders that can be exported "
-                    f"to timm (mim:vit and others), not of a {type(encoder).__name__}"
-                )
-            made = create_timm_model(form.architecture, **form.arguments)
-            known = made.state_dict()
-            made.load_state_dict({key: value for key, value in form.state.items() if key in known})
-            source = {
-                "backbone": form.architecture, "backbone_arguments": dict(form.arguments), "image_size": None,
-            }  # fmt: skip
-        return cls(made, blocks, preprocessing=encoder.preprocessing, chunk=chunk), source
+        prepared, size = encoder.preprocessing, encoder.preprocessing.size
+        if not isinstance(size, int):
+            raise InputError(f"backbone = {backbone!r} takes pictures of {size} pixels; take one for square ones")
+        model, architecture, known = _as_timm(encoder, backbone)
+        source = {"backbone": architecture, "backbone_arguments": known, "image_size": size}
+        return cls(model, blocks, preprocessing=prepared, chunk=chunk), source
 
     def train(self, mode: bool = True) -> Self:
         """Stays in eval mode: running means of a frozen network must not drift."""
@@ -156,3 +143,20 @@ class FrozenFrames(nn.Module):
         by_block = dict(zip(order, maps, strict=True))
         vectors = None if last is None else model.forward_head(last, pre_logits=True)
         return [by_block[block] for block in self.blocks], vectors
+
+
+def _as_timm(encoder: Encoder, name: str) -> tuple[nn.Module, str, dict[str, Any]]:
+    """An encoder as a timm model, its architecture and the other arguments of ``timm.create_model``."""
+    trunk = getattr(encoder, "trunk", None)
+    if isinstance(trunk, TimmTrunk):
+        return trunk.model, str(trunk.model.pretrained_cfg["architecture"]), {}
+    form = encoder.timm_form()
+    if form is None:
+        raise InputError(
+            f"backbone = {name!r}: blocks can be read of timm models and of encoders that can be exported to timm "
+            f"(mim:vit and others), not of a {type(encoder).__name__}"
+        )
+    model = create_timm_model(form.architecture, **form.arguments)
+    known = model.state_dict()
+    model.load_state_dict({key: value for key, value in form.state.items() if key in known})
+    return model, form.architecture, dict(form.arguments)

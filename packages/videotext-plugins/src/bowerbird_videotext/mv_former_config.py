@@ -23,7 +23,7 @@ class MVFormerConfig(BaseModel):
 
     backbone: str = Field(
         description="Never trained: name of a timm model, folder of an exported encoder or finished run, or an encoder "
-        "by name (mim:vit?preset=tiny). The papers take vit_base_patch8_224.dino."
+        "by name (core:efficientnet-lite?model=lite0). The paper takes vit_base_patch8_224.dino."
     )
     backbone_arguments: dict[str, Any] = Field(
         default={}, description="Other arguments of timm.create_model, of a timm model."
@@ -173,9 +173,7 @@ class MVFormerObjectiveConfig(BaseModel):
     @model_validator(mode="after")
     def _what_is_cached_does_not_change(self) -> Self:
         if self.cache and self.views.augment:
-            raise ValueError(
-                "cache keeps features of pictures as they are: set views.augment = false or cache = false"
-            )
+            raise ValueError("cache keeps features of pictures as they are: set views.augment = false or cache = false")
         return self
 
 

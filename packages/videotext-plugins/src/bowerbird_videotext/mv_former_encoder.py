@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bowerbird.batch import Batch
+from bowerbird.data.images import Preprocessing
 from bowerbird.errors import InputError
 from bowerbird.protocols import Encoder, Features
 from bowerbird_videotext.frozen_frames import FrozenFrames
@@ -36,6 +37,8 @@ class MVFormerEncoder(Encoder):
         config: Of everything else.
         source: Settings that build the backbone's modules again.
     """
+
+    preprocessing: Preprocessing
 
     def __init__(self, backbone: FrozenFrames, config: MVFormerConfig, source: Mapping[str, Any]) -> None:
         super().__init__()

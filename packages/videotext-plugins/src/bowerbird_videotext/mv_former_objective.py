@@ -54,7 +54,7 @@ class MVFormerObjective(Objective):
         frames, views = self.encoder.config.frames, self.config.views
         if self.cache is not None:
             return CachedViews(self.cache, frames, views)
-        return TwoViews(self.encoder.backbone.preprocessing, frames, views)
+        return TwoViews(self.encoder.preprocessing, frames, views)
 
     def forward(self, batch: Batch) -> LossOutput:
         """Of ``views`` ``(B, 2, T, 3, H, W)`` or ``patches`` ``(B, 2, T, S, C)``, with times, lengths and valid.

@@ -249,7 +249,7 @@ def _fill(encoder: MVFormerEncoder, items: list[dict[str, Any]], folder: Path) -
         for first in range(0, length, backbone.chunk):
             places = np.arange(first, min(first + backbone.chunk, length))
             try:
-                frames = prepared(read_frames(_video_of(item), places), backbone.preprocessing)
+                frames = prepared(read_frames(_video_of(item), places), encoder.preprocessing)
             except DataError as error:
                 raise _located(item, error) from error
             found, more = backbone(torch.from_numpy(frames).to(device), with_global=vectors is not None)
@@ -264,7 +264,7 @@ def _fill(encoder: MVFormerEncoder, items: list[dict[str, Any]], folder: Path) -
 
 def _key(encoder: MVFormerEncoder, items: list[dict[str, Any]]) -> str:
     digest = hashlib.sha256()
-    plain = [encoder.backbone.blocks, encoder.needs_global, encoder.backbone.preprocessing.to_dict()]
+    plain = [encoder.backbone.blocks, encoder.needs_global, encoder.preprocessing.to_dict()]
     digest.update(json.dumps(plain).encode())
     for name, tensor in sorted(encoder.backbone.state_dict().items()):
         digest.update(name.encode())
