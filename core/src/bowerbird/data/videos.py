@@ -170,7 +170,7 @@ def read_frames(source: VideoSource, indices: Sequence[int] | NDArray[np.integer
         pixels = np.asarray(open_image(picture))
         return np.repeat(pixels[None], len(wanted), axis=0)
     path, moment = _located(source)
-    return _read(path, moment, str(source), wanted, None)
+    return _read(path, moment, str(source), wanted)
 
 
 def read_clip(
@@ -194,7 +194,8 @@ def read_clip(
     index = frame_index(path)
     first, last = index.span(moment, str(source))
     wanted = frame_indices(last - first, frames, mode=mode, generator=generator, offset=offset)
-    return [Image.fromarray(pixels) for pixels in _read(path, moment, str(source), wanted, MAX_CLIP_PIXELS)]
+    # One by one: a film of 2160 lines has no room for its clip twice.
+    return [Image.fromarray(one) for one in frame_pixels(path, index, wanted + first, MAX_CLIP_PIXELS // len(wanted))]
 
 
 def prepare_clip(images: Sequence[Image.Image], preprocessing: Preprocessing, frames: int) -> NDArray[np.float32]:
@@ -303,9 +304,7 @@ def write_video(path: str | Path, frames: NDArray[np.uint8], rate: float = 8) ->
         Path(name).unlink(missing_ok=True)
 
 
-def _read(
-    path: Path, moment: Moment | None, name: str, wanted: NDArray[np.int64], max_pixels: int | None
-) -> NDArray[np.uint8]:
+def _read(path: Path, moment: Moment | None, name: str, wanted: NDArray[np.int64]) -> NDArray[np.uint8]:
     index = frame_index(path)
     first, last = index.span(moment, name)
     if wanted[0] < 0 or wanted[-1] >= last - first:
@@ -316,8 +315,7 @@ def _read(
     places, copies = np.unique(wanted + first, return_counts=True)
     clip: NDArray[np.uint8] | None = None
     row = 0
-    most = None if max_pixels is None else max_pixels // len(wanted)
-    for pixels, count in zip(frame_pixels(path, index, places, most), copies, strict=True):
+    for pixels, count in zip(frame_pixels(path, index, places, None), copies, strict=True):
         if clip is None:
             clip = np.empty((len(wanted), *pixels.shape), np.uint8)
         clip[row : row + count] = pixels
