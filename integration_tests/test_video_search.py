@@ -41,7 +41,7 @@ split = "train"
 objects = 1
 size = 16
 frames = 4
-sprite_size = [12, 14]
+sprite_size = [10, 12]
 verbs = "stays still"
 sprites = "core:digits"
 [dataset.counts]
@@ -90,7 +90,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_set(folder: Path) -> str:
     return (
-        f"videotext:moving?root={folder / 'made'}&objects=1&size=16&frames=4&sprite_size=[12,14]&sprites=core:digits&"
+        f"videotext:moving?root={folder / 'made'}&objects=1&size=16&frames=4&sprite_size=[10,12]&sprites=core:digits&"
         "verbs=stays still&counts={train=96,val=8,test=16}"
     )
 
