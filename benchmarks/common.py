@@ -7,7 +7,9 @@ import json
 import os
 import platform
 import shlex
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -35,6 +37,29 @@ def machine() -> dict[str, Any]:
         model = names[0] if names else model
     load = os.getloadavg()[0]  # a busy machine makes absolute times worthless and ratios noisy
     return {"system": platform.platform(), "processor": model, "cores": os.cpu_count(), "load_average": load}
+
+
+# What torch's tuning guide asks of an allocator, said to glibc: blocks that are freed stay with the process. By default
+# large ones go back to the system, which hands cleared pages out again a moment later.
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}  # bytes
+
+
+def start_again(*, keep_memory: bool) -> None:
+    """Start this process again where the C library, which reads its settings once, does not have these."""
+    environment = {key: value for key, value in os.environ.items() if key not in KEEP_MEMORY}
+    environment |= KEEP_MEMORY if keep_memory else {}
+    if environment != dict(os.environ):
+        os.execve(sys.executable, [sys.executable, *sys.argv], environment)
+
+
+def result_with_default_memory(script: str, *arguments: str) -> dict[str, Any]:
+    """The result of a benchmark that has ``--malloc``, where the C library is left as it is."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "result.json"
+        command = [sys.executable, script, *arguments, "--malloc", "default", "--output", str(output)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        found: dict[str, Any] = json.loads(output.read_text())["result"]
+    return found
 
 
 def write_result(name: str, result: dict[str, Any], *, out: Path | None = None) -> None:

@@ -4,7 +4,8 @@ A step is forward, cross-entropy, backward and SGD on one batch, with noise at t
 acts is a coin per step, so two cases are measured, every point acts and none does; the step with p = 0.5 takes their
 mean, since the points' costs add up. The same network is timed with and without the noise in turns on one thread, and
 with the formula written plainly (torch.var) for comparison. The ratio is that of the shortest processor times, which
-others on the machine disturb least.
+others on the machine disturb least. The C library keeps freed memory (`common.KEEP_MEMORY`) on both sides;
+``--malloc default`` leaves it as it is, and is measured, too.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bowerbird_domain.dsu import FeatureStatisticsUncertainty, insert_after
-from common import shortest, write_result
+from common import result_with_default_memory, shortest, start_again, write_result
 
 LIMIT_TRAINING = 1.05
 LIMIT_EVALUATION = 1.01  # zero, as far as a clock can tell
@@ -44,8 +45,10 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224, help="side of the pictures")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--malloc", choices=("keep", "default"), default="keep", help="see above")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
+    start_again(keep_memory=options.malloc == "keep")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = timm.create_model("resnet18", num_classes=7).to(memory_format=torch.channels_last)
@@ -84,7 +87,7 @@ def main() -> None:
             "reference_ms": round(1e3 * reference, 2),
         }
 
-    result = {
+    result: dict[str, Any] = {
         "size": options.size,
         "batch": options.batch,
         "limit_training": LIMIT_TRAINING,
@@ -96,6 +99,10 @@ def main() -> None:
         },
         "evaluation": against(evaluation["every point acts"], evaluation["none"]),
     }
+    if options.malloc == "keep":
+        asked = [f"--{name}={getattr(options, name)}" for name in ("size", "batch", "rounds")]
+        found = result_with_default_memory(__file__, *asked)["training"]
+        result["training"] |= {f"{case}, memory given back": values for case, values in found.items()}
     write_result("dsu_step", result, out=options.output)
 
 

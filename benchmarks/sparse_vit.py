@@ -8,9 +8,9 @@ zero, drawn at random. `export_sparse(shrink(model), "auto", sample)`, as `bower
 removes units without any block and chooses the form of every layer by timing it. Dense and sparse then take turns in
 one process; the ratio is that of the shortest times.
 
-The C library is told to keep freed memory (`KEEP`), for both sides: by default glibc gives every large block back to
-the system, which hands out cleared pages again a moment later. That costs both sides the same milliseconds, so it hides
-a part of the speed-up; `--malloc default` leaves it so, and the last case was measured that way.
+The C library is told to keep freed memory (`common.KEEP_MEMORY`), for both sides: by default glibc gives every large
+block back to the system, which hands out cleared pages again a moment later. `--malloc default` leaves it so, and the
+last case was measured that way.
 
 Beside it, what the speed-up consists of: the same model with its perceptrons computed chunk by chunk but dense (what is
 gained without any zero), torch's own CSR weights in a plain call, and a profile of both sides: how much of the time
@@ -21,11 +21,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import os
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -42,7 +37,7 @@ from bowerbird_sparsity.export import export_sparse, sparse_forms
 from bowerbird_sparsity.layers import RowsLinear, SparseLinear, SparseMlp
 from bowerbird_sparsity.shrink import shrink
 from bowerbird_sparsity.timing import largest_difference
-from common import write_result
+from common import result_with_default_memory, start_again, write_result
 
 LIMIT, LIMIT_ZEROS = 2.0, 0.9
 ZEROS = (0.8, 0.9, 0.95)
@@ -50,7 +45,6 @@ CASES = [
     *(("vit_small_patch16_224", side, zeros) for side in (32, 16) for zeros in ZEROS),
     ("vit_base_patch16_224", 32, 0.9),
 ]
-KEEP = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}  # bytes
 # Where time goes in a profile: (kind, words in the names of torch's operations).
 KINDS = (
     ("attention", ("scaled_dot_product", "softmax")),
@@ -174,17 +168,6 @@ def compare(name: str, zeros: float, block: int, x: Tensor, rounds: int, format:
     }
 
 
-def with_default_malloc(rounds: int, threads: int) -> dict[str, Any]:
-    """ViT-Small at 90 % zeros in blocks of 32, where the C library is left as it is."""
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "result.json"
-        asked = ["--block", "32", "--zeros", "0.9", "--rounds", str(rounds), "--threads", str(threads)]
-        command = [sys.executable, __file__, *asked, "--malloc", "default", "--output", str(output)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        found = json.loads(output.read_text())["result"]["cases"]
-    return {f"{case}, memory given back": {**values, "limit": None} for case, values in found.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="append", help="of timm; default: ViT-Small, and ViT-Base at 90 %% zeros")
@@ -197,10 +180,7 @@ def main() -> None:
     parser.add_argument("--malloc", choices=("keep", "default"), default="keep", help="see above")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    environment = {key: value for key, value in os.environ.items() if key not in KEEP}
-    environment |= KEEP if options.malloc == "keep" else {}
-    if environment != dict(os.environ):  # read once, when a process starts
-        os.execve(sys.executable, [sys.executable, *sys.argv], environment)
+    start_again(keep_memory=options.malloc == "keep")
     torch.set_num_threads(options.threads)
     x = torch.randn(options.batch, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     cases: dict[str, Any] = {}
@@ -218,7 +198,9 @@ def main() -> None:
         }
         print(case, cases[case], flush=True)
     if not chosen:
-        cases |= with_default_malloc(options.rounds, options.threads)
+        asked = ["--block", "32", "--zeros", "0.9", "--rounds", str(options.rounds), "--threads", str(options.threads)]
+        found = result_with_default_memory(__file__, *asked)["cases"]
+        cases |= {f"{case}, memory given back": {**values, "limit": None} for case, values in found.items()}
     write_result(
         "sparse_vit",
         {"limit_speed": LIMIT, "limit_zeros": LIMIT_ZEROS, "batch": options.batch, "threads": options.threads,

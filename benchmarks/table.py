@@ -161,7 +161,7 @@ def noise(r: Mapping[str, Any]) -> list[Row]:
     limit, at_evaluation = r["limit_training"], r["limit_evaluation"]
     rows: list[Row] = []
     for name, v in r["training"].items():
-        limited = name == "p = 0.5"
+        limited = name.startswith("p = 0.5")
         rows.append(
             (f"a training step with `domain:dsu`, against one without: {case}, {name}",
              f"{v['ratio']:.3f}x ({v['ms']:.0f} ms against {v['reference_ms']:.0f} ms of processor time)",
