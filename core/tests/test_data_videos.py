@@ -406,6 +406,17 @@ def test_damaged_frames_are_refused_and_no_other(made: Path, tmp_path: Path) -> 
         read_frames(path, range(COUNT))
 
 
+def test_a_stream_cut_from_a_longer_one_begins_with_its_first_keyframe(made: Path, tmp_path: Path) -> None:
+    whole = (made / "a.ts").read_bytes()
+    packets = [whole[at : at + 188] for at in range(0, len(whole), 188)]
+    path = tmp_path / "cut.ts"
+    path.write_bytes(b"".join(packets[len(packets) // 3 :]))
+    count = video_info(path).frames
+    assert 0 < count < COUNT
+    found = positions(read_frames(path, range(count)))
+    assert found == list(range(COUNT - count, COUNT))
+
+
 def test_frames_that_do_not_exist_are_refused(made: Path) -> None:
     with pytest.raises(DataError, match=r"a\.mp4: there is no frame 40; the video has 40 frames"):
         read_frames(made / "a.mp4", [1, 40])

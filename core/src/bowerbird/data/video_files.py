@@ -138,17 +138,19 @@ def _indexed(path: Path, modified: int, size: int) -> FrameIndex:
     order = np.argsort(known)
     stamps = known[order]
     keys = np.flatnonzero(np.array(keyframes)[order])
+    if len(keys) and keys[0]:  # a cut from a longer stream: what comes before the first keyframe cannot be decoded
+        order, stamps, keys = order[keys[0] :], stamps[keys[0] :], keys - keys[0]
+    keys = keys if len(keys) else np.zeros(1, np.int64)
     key_decoding = np.array([pts[i] if dts[i] is None else dts[i] for i in order[keys]], np.int64)
     times = (stamps - stamps[0]) * unit
     seconds = float(times[-1]) + (durations[order[-1]] * unit or 1 / rate)
-    return FrameIndex(stamps, times, keys, key_decoding, seconds, count / seconds)
+    return FrameIndex(stamps, times, keys, key_decoding, seconds, len(stamps) / seconds)
 
 
 def _promised(container: Any, stream: Any) -> int:
-    """How many frames the header says there are; 0 where it does not say."""
-    if "mp4" in container.format.name.split(","):  # less what an edit list leaves out
-        return len(stream.index_entries)
-    return int(stream.frames)
+    """How many frames the header says there are, less what an edit list leaves out; 0 where it is not to be relied on:
+    AVI also counts places without a frame."""
+    return len(stream.index_entries) if "mp4" in container.format.name.split(",") else 0
 
 
 @lru_cache(maxsize=4 * _INDICES_KEPT)
@@ -187,7 +189,8 @@ def decoded_frames(path: Path, index: FrameIndex, places: NDArray[np.int64]) -> 
                 if wanted:  # frames that neither are wanted nor referred to are not worth their time
                     context.skip_frame = "DEFAULT" if packet.pts in wanted or not packet.size else "NONREF"
                 for frame in packet.decode():
-                    at = at + 1 if not len(stamps) else int(np.searchsorted(stamps, frame.pts))
+                    counted = not len(stamps) or frame.pts is None
+                    at = at + 1 if counted else int(np.searchsorted(stamps, frame.pts, side="right")) - 1
                     if not todo or at < todo[0]:
                         continue
                     if at > todo[0] or frame.is_corrupt:

@@ -104,15 +104,15 @@ class SearchService:
         """
         if (images is None and texts is None and not vectors) or (images is not None and texts is not None):
             raise InputError("search needs images, or texts, or vectors by the fingerprint of their space")
-        encode: Encode | None = None
-        if images is not None:
-            encode = lambda encoder: encoder.images(images)  # noqa: E731
-        elif texts is not None:
-            encode = lambda encoder: encoder.texts(texts)  # noqa: E731
+
+        def encode(encoder: ItemEncoder) -> np.ndarray:
+            return encoder.texts(texts) if texts is not None else encoder.images(images or ())
+
+        asked = None if images is None and texts is None else encode
         try:
-            return self._search(encode, vectors, k, where)
+            return self._search(asked, vectors, k, where)
         except SnapshotGoneError:  # an upgrade was finished or rolled back between two steps of this search
-            return self._search(encode, vectors, k, where)
+            return self._search(asked, vectors, k, where)
 
     def _search(
         self, encode: Encode | None, vectors: Mapping[str, Any] | None, k: int, where: Mapping[str, Any] | None
