@@ -26,21 +26,30 @@ KINDS = {
 PAGES = {
     "adapter": "adapters",
     "detector": "torchvision-detectors",
+    "dense": "mv-former",
+    "dual-encoder": "frozen-dual-encoder",
+    "dual-softmax": "video-retrieval-evaluation",
     "dvae": "tokenizer",
     "fcn": "cdcl",
+    "frozen": "frozen-dual-encoder",
     "lift": "bict",
     "magnitude": "spartan",
     "metric-compatible": "online-backfilling",
     "miou": "cdcl",
     "mixstyle": "dsu",
+    "multiple-choice": "video-retrieval-evaluation",
+    "phases": "mv-former",
     "pspnet": "cdcl",
+    "qa": "video-retrieval-evaluation",
     "rank-merge": "online-backfilling",
     "reverse-transform": "online-backfilling",
     "segmentation": "cdcl",
     "tokenizer-quality": "tokenizer",
     "top-k": "spartan",
     "torchvision": "torchvision-detectors",
+    "videotext:retrieval": "video-retrieval-evaluation",
     "vqvae": "tokenizer",
+    "zero-shot-actions": "video-retrieval-evaluation",
 }
 # The README has what people look for first; the rest is on the page of methods.
 IN_README = {
@@ -67,7 +76,7 @@ def method_table(kinds: dict[str, str], *, with_links: str) -> str:
         lines += [f"| {title} | what it is | paper |", "|---|---|---|"]
         for record in records:
             method = record.name.split(":")[1]
-            slug = PAGES.get(method, method)
+            slug = PAGES.get(record.name) or PAGES.get(method, method)
             page = ROOT / "docs" / "methods" / f"{slug}.md"
             name = f"[`{record.name}`]({with_links}methods/{slug}.md)" if page.exists() else f"`{record.name}`"
             lines.append(f"| {name} | {record.summary} | {record.paper or ''} |")
