@@ -18,6 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from bowerbird import dist
 from bowerbird.batch import Batch
 from bowerbird.errors import InputError
 from bowerbird.protocols import BuildContext, Encoder, ItemTransform, LossOutput, Objective
@@ -64,6 +65,15 @@ def masked_feature_regression(pred: Tensor, target: Tensor, normalize: bool = Tr
         return (unit(pred) - unit(target)).square().sum(dim=1).mean()
     wide = torch.promote_types(pred.dtype, torch.float32)
     return (pred.to(wide) - target.to(wide)).square().mean()
+
+
+def share_of_processes(rows: Tensor) -> Tensor | float:
+    """How many ``rows`` this process has, over the mean of all processes: the mean of losses weighted by it is that of
+    the joint batch. 1 in one process."""
+    if not dist.is_distributed():
+        return 1.0
+    count = torch.tensor(float(len(rows)), device=rows.device)
+    return count / dist.mean_over_processes(count).clamp(min=1)
 
 
 class MaskedClips:
@@ -202,9 +212,10 @@ class MILESObjective(Objective):
         restored = encoder.video_proj(patches[mask])
         clip = encoder.video_proj(whole) if self.contrast_on == "masked" else encoder.encode_video(video)
         matches = pair_similarities(encoder.encode_text(text), clip)
+        regression = masked_feature_regression(restored, self.snapshot(video, mask), self.normalize_targets)
         parts = {
             "text_video": symmetric_info_nce(matches, self.temperature),
-            "masked_features": masked_feature_regression(restored, self.snapshot(video, mask), self.normalize_targets),
+            "masked_features": regression * share_of_processes(restored),
         }
         total = parts["text_video"] + self.weight * parts["masked_features"]
         return LossOutput(total=total, parts=parts, stats={"batch_accuracy": pair_accuracy(matches)})
