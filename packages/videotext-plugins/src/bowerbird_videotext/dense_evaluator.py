@@ -39,7 +39,7 @@ class _Videos:
     classes: NDArray[np.int64]
 
     def of(self, action: int) -> _Videos:
-        chosen = np.flatnonzero(self.classes == action)
+        chosen = np.flatnonzero(self.classes == action).tolist()
         return _Videos([self.embeddings[i] for i in chosen], [self.phases[i] for i in chosen], self.classes[chosen])
 
 

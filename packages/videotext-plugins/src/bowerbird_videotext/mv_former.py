@@ -344,7 +344,8 @@ class ProjectionHead(nn.Module):
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """``(..., P)`` to ``(..., P)``."""
-        return self.layers(embeddings.reshape(-1, embeddings.shape[-1])).view(embeddings.shape)  # type: ignore[no-any-return]
+        projected: Tensor = self.layers(embeddings.reshape(-1, embeddings.shape[-1]))
+        return projected.view(embeddings.shape)
 
 
 # tokens (B, E, T, h) -> (B, T, h)

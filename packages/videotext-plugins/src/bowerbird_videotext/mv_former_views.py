@@ -278,7 +278,7 @@ def _key(encoder: MVFormerEncoder, items: list[dict[str, Any]]) -> str:
 
 
 def _entries(item: dict[str, Any], times: NDArray[np.int64], valid: NDArray[np.bool_], length: int) -> dict[str, Any]:
-    plain = {key: item[key] for key in ("item_id", "index", "label") if key in item}
+    plain: dict[str, Any] = {key: item[key] for key in ("item_id", "index", "label") if key in item}
     return {"times": times, "valid": valid, "lengths": np.full(2, length, np.int64), **plain}
 
 

@@ -21,8 +21,8 @@ from PIL import Image
 
 from bowerbird.data.compose import scaled_to
 from bowerbird.errors import InputError, UnknownNameError, did_you_mean
-from bowerbird_videotext.moving import Sprites, cache_folder, write_once
 from bowerbird_videotext.mv_former_config import PHASE_SPLITS, PhasesConfig
+from bowerbird_videotext.sprites import Sprites, cache_folder, write_once
 from bowerbird_videotext.video_set import VideoTextSet
 
 PROGRAM = 1  # part of the folder's name: another number where the program makes other videos
