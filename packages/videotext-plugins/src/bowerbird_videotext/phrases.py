@@ -104,14 +104,21 @@ class TaggedPhrases:
 
     def __init__(self, tagger: Tagger) -> None:
         self.tagger = tagger
+        self._last: tuple[str, list[str], str] = ("", [], "")  # nouns and verbs of a caption are asked for together
 
     def nouns(self, caption: str) -> list[str]:
-        words = words_of(caption)
-        return [word for word, letter in zip(words, self.tagger(words), strict=True) if letter == "N"]
+        words, letters = self._tagged(caption)
+        return [word for word, letter in zip(words, letters, strict=True) if letter == "N"]
 
     def verbs(self, caption: str) -> list[str]:
-        words = words_of(caption)
-        return [" ".join(words[start:stop]) for start, stop in verb_spans(self.tagger(words))]
+        words, letters = self._tagged(caption)
+        return [" ".join(words[start:stop]) for start, stop in verb_spans(letters)]
+
+    def _tagged(self, caption: str) -> tuple[list[str], str]:
+        if self._last[0] != caption:
+            words = words_of(caption)
+            self._last = (caption, words, self.tagger(words))
+        return self._last[1:]
 
 
 def verb_spans(letters: str) -> list[tuple[int, int]]:
