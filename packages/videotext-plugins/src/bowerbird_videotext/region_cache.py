@@ -86,7 +86,7 @@ class RegionCache:
         if item_id not in self._places:
             raise DataError(
                 f"region cache {str(self.folder)!r} has no video {item_id!r}: it could not be read when the cache was "
-                "made, or came later. Make the cache again, or set train.skip_unreadable"
+                "made, or came later. Make the cache again, or set dataset.unreadable = 'skip'"
             )
         name, row = self._places[item_id]
         if name not in self._open:
