@@ -198,9 +198,9 @@ def add(
             if clip_seconds is not None:
                 from bowerbird.data.videos import cut_into_clips
 
-                names, (ids, sources, whence) = ids, cut_into_clips(ids, sources, clip_seconds)
-                own = rows or [None] * len(names)
-                rows = [{**(own[i] or {}), "video": names[i]} for i in whence]
+                described, names = rows or [None] * len(ids), ids
+                ids, sources, whence = cut_into_clips(ids, sources, clip_seconds)
+                rows = [{**(described[i] or {}), "video": names[i]} for i in whence]
             given: dict[str, Any] = {"ids": ids, "metadata": rows, "existing": existing or "update"}
             given |= {"on_error": on_error, "batch_size": batch_size}
             finder = None if detector is None else _finder(detector, device, chosen)
