@@ -45,7 +45,8 @@ def run(plan: Mapping[str, Any], seed: int) -> Values:
         torch.manual_seed(seed)
         model = transformer(features["fit"].shape[-1], arm, plan["network"])
         train = without_labels if arm.get("loss") == "sequence" else with_labels
-        found = train(model, features, labels, seed=seed, **plan[arm.get("loss", "labels")])
+        settings = {**plan[arm.get("loss", "labels")], **arm.get("set", {})}
+        found = train(model, features, labels, seed=seed, **settings)
         values |= {f"{arm['name']}.{key}": value for key, value in found.items()}
         values[f"{arm['name']}.accuracy + 0.03"] = found["accuracy"] + 0.03
     return values

@@ -345,3 +345,17 @@ def test_the_evaluator_refuses_sets_without_phases_and_counts_that_differ(root: 
     Path(data.video(1)).write_bytes(b"no video")  # type: ignore[attr-defined]
     with pytest.raises(DataError, match=r"000001\.mp4"):
         embed_frames(context.encoder, data.video(1))  # type: ignore[attr-defined]
+
+
+def test_frames_larger_than_needed_are_shrunk_before_a_view_is_changed(tmp_path: Path) -> None:
+    file = tmp_path / "wide.mp4"
+    write_video(file, np.random.default_rng(0).integers(0, 256, (4, 80, 160, 3), dtype=np.uint8))
+    transform = TwoViews(MVFormerEncoder.build(MVFormerConfig(**SMALL)).preprocessing, 4, ViewsConfig())
+    assert transform._read(str(file), np.arange(4)).shape == (4, 3, 64, 128)
+    item = {"video": str(file), "item_id": "wide", "where": "row 7"}
+    assert transform(item, np.random.default_rng(0))["views"].shape == (2, 4, 3, 32, 32)
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(DataError, match=r"row 7: .*wide\.mp4"):
+        transform(item, np.random.default_rng(0))
+    with pytest.raises(InputError, match="choose a data set of videos"):
+        transform({"image": None, "item_id": "a"}, np.random.default_rng(0))

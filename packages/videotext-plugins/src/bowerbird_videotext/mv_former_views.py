@@ -83,18 +83,27 @@ class TwoViews:
             length = video_info(source).frames
             times, valid = two_view_steps(length, self.frames, generator, self.config)
             wanted, places = np.unique(times, return_inverse=True)
-            shown = read_frames(source, wanted)
+            shown = torch.cat([self._read(source, part) for part in wanted_parts(wanted)])
         except DataError as error:
             raise _located(item, error) from error
-        places = places.reshape(times.shape)
-        views = torch.stack([self._view(shown[places[view]], generator) for view in range(2)])
-        return {"views": views, **_entries(item, times, valid, length)}
+        clips = shown[torch.from_numpy(places.reshape(times.shape))]
+        if self.config.augment:
+            clips = torch.stack([augmented(clip, self.preprocessing, self.config, generator) for clip in clips])
+        return {"views": clips, **_entries(item, times, valid, length)}
 
-    def _view(self, frames: NDArray[np.uint8], generator: np.random.Generator) -> Tensor:
+    def _read(self, source: Any, places: NDArray[np.int64]) -> Tensor:
+        """``(k, 3, h, w)``: as the encoder takes them, or, to be changed, uint8 and at most twice as large."""
+        frames = read_frames(source, places)
         if not self.config.augment:
             return torch.from_numpy(prepared(frames, self.preprocessing))
         clip = torch.from_numpy(frames).permute(0, 3, 1, 2)
-        return augmented(clip, self.preprocessing, self.config, generator)
+        shorter = 2 * max(self.preprocessing.height, self.preprocessing.width)
+        return TF.resize(clip, [shorter], antialias=True) if min(clip.shape[2:]) > shorter else clip
+
+
+def wanted_parts(places: NDArray[np.int64], size: int = 32) -> list[NDArray[np.int64]]:
+    """``places`` in parts: of so many frames at once the whole pictures are in memory."""
+    return [places[first : first + size] for first in range(0, len(places), size)]
 
 
 def prepared(frames: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArray[np.float32]:
