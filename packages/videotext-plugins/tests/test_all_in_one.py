@@ -147,7 +147,11 @@ def test_transport_between_words_and_patches(golden) -> None:
     distance = transport_distance(words, patches, *pads, **options)
     (distance * values["cotangent"]).sum().backward()
     cost = 1 - torch.cosine_similarity(words[:, :, None], patches[:, None], dim=-1)
-    assert_close(ipot_transport(cost, *pads, **options), values["transport_plan"])
+    plan = ipot_transport(cost, *pads, **options)
+    assert_close(plan, values["transport_plan"])
+    for pad, axis in ((pads[0], 1), (pads[1], 2)):  # of words, of patches
+        share = (~pad).double() / (~pad).sum(dim=1, keepdim=True)
+        assert close(plan.sum(dim=axis), share, 1e-12 if axis == 1 else 1e-3)
     assert_close(distance, values["distance"])
     assert_close(words.grad, values["grad_words"])
     assert_close(patches.grad, values["grad_patches"])
@@ -370,6 +374,14 @@ def test_a_text_without_words_is_no_distance_away() -> None:
     distance.sum().backward()
     assert distance[0] == 0 and distance[1] > 0
     assert words.grad.isfinite().all() and not words.grad[0].any()
+
+
+def test_half_precision_around_it_does_not_reach_the_transport() -> None:
+    words, patches = torch.randn(2, 3, 4), torch.randn(2, 5, 4)
+    pads = (torch.zeros(2, 3, dtype=torch.bool), torch.zeros(2, 5, dtype=torch.bool))
+    outside = transport_distance(words, patches, *pads)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(transport_distance(words, patches, *pads), outside)
 
 
 def test_matched_pairs_are_drawn_together_and_others_apart() -> None:

@@ -172,7 +172,7 @@ class UnifiedVideoTextTransformer(nn.Module):
             nn.init.trunc_normal_(table, std=0.02)
         for module in (*self.blocks.modules(), self.pooler, self.txt_proj, self.vid_proj):
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.xavier_uniform_(module.weight)  # fits every width; the authors start from a trained ViT
                 nn.init.zeros_(module.bias)
 
     # -------------------------------------------------------------------------------------------- embeddings

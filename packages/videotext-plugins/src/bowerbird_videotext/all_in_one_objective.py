@@ -31,7 +31,7 @@ from bowerbird_videotext.transforms import ClipTransform
 from bowerbird_videotext.video_set import Choice, Question, VideoTextSet, captions_of, video_text_set
 
 Task = Literal["mlm", "vtm", "vtc", "qa", "choice"]
-OF_CAPTIONS = ("mlm", "vtm", "vtc")
+OF_CAPTIONS: tuple[Task, ...] = ("mlm", "vtm", "vtc")
 IGNORED = -100  # label of what a loss leaves out
 Found = tuple[dict[str, Tensor], dict[str, Tensor]]  # losses of a task, and what else is logged
 

@@ -44,8 +44,14 @@ def ipot_transport(
         raise InputError(
             f"beta = {beta}, iterations = {iterations}, inner = {inner}: expected above 0, 1 or more, 1 or more"
         )
-    cost = cost.to(torch.promote_types(cost.dtype, torch.float32))
-    real_x, real_y = (~x_pad).to(cost.dtype), (~y_pad).to(cost.dtype)
+    with torch.autocast(cost.device.type, enabled=False):  # 50 products would add up the errors of half precision
+        return _transport(
+            cost.to(torch.promote_types(cost.dtype, torch.float32)), ~x_pad, ~y_pad, beta, iterations, inner
+        )
+
+
+def _transport(cost: Tensor, words: Tensor, patches: Tensor, beta: float, iterations: int, inner: int) -> Tensor:
+    real_x, real_y = words.to(cost.dtype), patches.to(cost.dtype)
     both = real_y[:, :, None] * real_x[:, None, :]  # (B, N, M)
     kernel = (cost.transpose(1, 2) / -beta).exp() * both
     plan = both
@@ -95,7 +101,8 @@ def transport_distance(
             f"words {tuple(words.shape)}, patches {tuple(patches.shape)} do not fit: expected (B, M, D) and (B, N, D)"
         )
     words, patches = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in (words, patches))
-    cost = 1 - normalize(words, dim=-1) @ normalize(patches, dim=-1).transpose(1, 2)  # (B, M, N)
+    with torch.autocast(words.device.type, enabled=False):
+        cost = 1 - normalize(words, dim=-1) @ normalize(patches, dim=-1).transpose(1, 2)  # (B, M, N)
     plan = ipot_transport(cost.detach(), word_pad, patch_pad, beta, iterations)
     return (cost * plan.transpose(1, 2)).sum(dim=(1, 2))
 
