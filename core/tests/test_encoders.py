@@ -348,6 +348,50 @@ def test_towers_of_transformers_give_one_embedding_and_survive_saving(
     torch.testing.assert_close(load_encoder(tmp_path / "e").module(batch).pooled, features.pooled)
 
 
+def test_both_towers_give_pictures_and_texts_of_one_space(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from transformers import AutoConfig, AutoModel
+
+    torch.manual_seed(0)
+    model = AutoModel.from_config(AutoConfig.for_model(**CLIP)).eval()
+    model.save_pretrained(tmp_path / "clip")
+    encoder = build("core:transformers", model=str(tmp_path / "clip"), tower="both", tokenizer=words(tmp_path)).eval()
+    pixels, texts = images(size=16), ["a red boot", "moves"]
+    text = encoder.tokenize(texts)
+    assert encoder.embed_dim == 12
+    hidden = model.vision_model(pixel_values=pixels).pooler_output
+    torch.testing.assert_close(encoder({"image": pixels}).pooled, model.visual_projection(hidden))
+    torch.testing.assert_close(
+        encoder({"text": text}).pooled, model.text_projection(model.text_model(**text).pooler_output)
+    )
+    save_encoder(encoder, tmp_path / "e", use="core:transformers", config={"architecture": CLIP, "tower": "both"})
+    loaded = load_encoder(tmp_path / "e")
+    expected = torch.nn.functional.normalize(encoder({"text": text}).pooled, dim=1).detach().numpy()
+    assert np.allclose(loaded.encode_texts(texts), expected, atol=1e-6)
+    assert loaded.encode([Image.new("RGB", (20, 20), "red")]).shape == (1, 12)
+
+
+def words(folder: Path) -> str:
+    """A folder of a tokenizer that knows four words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    known = {"[PAD]": 0, "[UNK]": 1, "a": 2, "red": 3, "boot": 4, "moves": 5}
+    tokenizer = Tokenizer(models.WordLevel(known, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+    fast.save_pretrained(folder / "words")
+    return str(folder / "words")
+
+
+def test_a_tower_that_is_not_there_is_refused() -> None:
+    pytest.importorskip("transformers")
+    with pytest.raises(InputError, match="no two towers"):
+        build("core:transformers", architecture=VIT, tower="both")
+    with pytest.raises(InputError, match=r"vision tower alone.*tower = 'both'"):
+        build("core:transformers", architecture=CLIP).tokenize(["a"])
+
+
 def test_padding_does_not_change_the_mean_of_a_text() -> None:
     pytest.importorskip("transformers")
     encoder = build("core:transformers", architecture=BERT, tower="text").eval()

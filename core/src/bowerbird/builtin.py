@@ -24,7 +24,7 @@ def bowerbird_encoders() -> Iterable[EncoderRecord]:
         name="core:transformers",
         target="bowerbird.encoders.transformers_encoder:TransformersEncoder",
         config="bowerbird.encoders.configs:TransformersConfig",
-        summary="The vision or the text tower of a transformers model, from a folder, the hub or fresh.",
+        summary="The vision tower, the text tower or both of a transformers model, from a folder, the hub or fresh.",
         inputs=(),  # image or text, as the setting tower says
         outputs=("pooled", "tokens"),
         extras={"torch": "bowerbird-core[torch]", "transformers": "bowerbird-core[transformers]"},

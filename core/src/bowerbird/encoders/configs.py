@@ -96,7 +96,9 @@ class TransformersConfig(ImageConfig):
     architecture: dict[str, Any] | None = Field(
         default=None, description="Instead of model: a configuration with model_type, for fresh weights."
     )
-    tower: Literal["vision", "text"] = Field(default="vision", description="Part of a two-tower model.")
+    tower: Literal["vision", "text", "both"] = Field(
+        default="vision", description="Part of a two-tower model; both: pictures and texts in one space."
+    )
     pooling: Literal["model", "cls", "mean"] | None = Field(
         default=None,
         description="model: the model's own pooling and projection; cls: first token; mean: over real tokens. By "

@@ -1,11 +1,12 @@
 """``core:transformers``: vision and text towers of the transformers library as encoders.
 
 B batch, L word tokens, N patch tokens, F width of the tower. A model with two towers (CLIP, SigLIP) gives the one that
-is asked for, with its own projection into the shared space.
+is asked for, with its own projection into the shared space, or both: then pictures and texts have one space.
 """
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,8 +25,10 @@ from bowerbird.protocols import Features
 
 
 class TransformersEncoder(TrunkEncoder):
-    """A tower of a transformers model, and a projection. Texts need a tokenizer."""
+    """A tower of a transformers model, or both, and a projection. Texts need a tokenizer."""
 
+    architecture: Any
+    takes_texts: bool
     tokenizer: Any = None
     max_tokens: int = 77
 
@@ -33,13 +36,15 @@ class TransformersEncoder(TrunkEncoder):
     def build(cls, config: TransformersConfig) -> Self:
         """Raises ``InputError`` for a model that cannot be loaded or has no such tower."""
         model = _load_model(config)
-        trunk = _Tower(model, config.tower, config.pooling)
+        both = config.tower == "both"
+        trunk = _TwoTowers(model, config.pooling) if both else _Tower(model, config.tower, config.pooling)
         preprocessing = None
-        if config.tower == "vision":
+        if config.tower != "text":
             preprocessing = config.prepared(_preprocessing(config, model.config))
         encoder = cls(trunk, trunk_dim=trunk.width, config=config, preprocessing=preprocessing)
-        encoder.max_tokens = config.max_tokens
-        source = config.tokenizer or (config.model if config.tower == "text" else None)
+        encoder.max_tokens, encoder.takes_texts = config.max_tokens, config.tower != "vision"
+        encoder.architecture = model.config
+        source = config.tokenizer or (config.model if encoder.takes_texts else None)
         if source is not None:
             encoder.load_tokenizer(source)
         return encoder
@@ -52,6 +57,11 @@ class TransformersEncoder(TrunkEncoder):
 
     def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
         """``input_ids`` and ``attention_mask``, int64 ``(B, L)``, padded to the longest text."""
+        if not self.takes_texts:
+            raise InputError(
+                "this is the vision tower alone, which takes no texts; where the model has a text tower too, such as "
+                "CLIP, set tower = 'both'"
+            )
         if self.tokenizer is None:
             raise InputError("this text encoder has no tokenizer; set encoder.tokenizer to a folder that holds one")
         found = self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt")
@@ -59,8 +69,8 @@ class TransformersEncoder(TrunkEncoder):
 
     def stored_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         kept = {key: value for key, value in config.items() if key not in ("model", "tokenizer")}
-        architecture = self.trunk.model.config  # type: ignore[union-attr]
-        return {**kept, "architecture": {**architecture.to_diff_dict(), "model_type": architecture.model_type}}  # type: ignore[union-attr, operator]
+        found = self.architecture
+        return {**kept, "architecture": {**found.to_diff_dict(), "model_type": found.model_type}}
 
 
 class _Tower(nn.Module):
@@ -113,6 +123,35 @@ class _Tower(nn.Module):
             return hidden.mean(dim=1)
         weight = mask.to(hidden.dtype).unsqueeze(-1)
         return (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+
+
+class _TwoTowers(nn.Module):
+    """Both towers of ``model``, each with its projection into the shared space."""
+
+    def __init__(self, model: Any, pooling: str | None) -> None:
+        super().__init__()
+        if not (hasattr(model, "vision_model") and hasattr(model, "text_model")):
+            raise InputError(
+                f"{type(model).__name__} has no two towers, of pictures and of texts; set tower to the one"
+            )
+        self.vision, self.text = (_Tower(_shallow(model), tower, pooling) for tower in ("vision", "text"))
+        if self.vision.width != self.text.width:
+            raise InputError(
+                f"the towers of {type(model).__name__} have no shared space: pictures become {self.vision.width} "
+                f"numbers, texts {self.text.width}"
+            )
+        self.width = self.vision.width
+
+    def forward(self, batch: Batch) -> Features:
+        features: Features = self.vision(batch) if "image" in batch else self.text(batch)
+        return features
+
+
+def _shallow(model: Any) -> Any:
+    """``model`` with the same parts, of which one may be left out without the other losing it."""
+    half = copy.copy(model)
+    half._modules = dict(model._modules)
+    return half
 
 
 def _load_model(config: TransformersConfig) -> Any:
