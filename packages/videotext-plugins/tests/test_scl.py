@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -150,3 +151,36 @@ def test_losses_refuse_what_does_not_fit() -> None:
         cycle_consistency_loss(*two, similarity="l1")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="regression_mse_var"):
         cycle_consistency_loss(*two, loss="mse")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("negatives", ["batch", "batch_noself", "single", "single_noself"])
+@pytest.mark.parametrize("share", [1.0, 0.6])
+def test_the_loss_is_that_of_the_formula_pair_by_pair(negatives: str, share: float) -> None:
+    b = batch(3, 4, seed=5)
+    b["lengths"] = torch.tensor([[20, 20], [30, 25], [22, 40]])
+    b["valid"] = torch.rand(3, 2, 4) < share
+    found = sequence_contrastive_loss(**b, temperature=0.5, variance=4.0, negatives=negatives)  # type: ignore[arg-type]
+    assert_close(float(found), loss_by_the_formula(b, negatives, 0.5, 4.0), rtol=1e-9, atol=1e-12)
+
+
+def loss_by_the_formula(b: dict[str, Tensor], negatives: str, temperature: float, variance: float) -> float:
+    rows = [(c, v, t) for c in range(len(b["z"])) for v in range(2) for t in range(b["z"].shape[2])]
+    total = 0.0
+    for i in rows:
+        if not b["valid"][i]:
+            continue
+        target, p, normalizer = {}, {}, 0.0
+        for j in rows:
+            power = float(torch.exp(b["z"][i] @ b["z"][j] / temperature))
+            weight = 0.0 if negatives.startswith("single") and j[0] != i[0] else 1.0
+            weight = 0.0 if negatives.endswith("noself") and j[:2] == i[:2] else weight
+            normalizer += power * (weight if b["valid"][j] else 1e-6)
+            if j[0] == i[0] and j[1] != i[1] and b["valid"][j]:
+                here, there = float(b["times"][i]), float(b["times"][j])
+                apart = here / float(b["lengths"][i[:2]]) * float(b["lengths"][j[:2]]) - there
+                target[j], p[j] = math.exp(-(apart**2) / (2 * variance)), power
+        whole = sum(target.values())
+        for j, value in target.items():
+            g = value / whole
+            total += g * (math.log(g) - math.log(p[j] / normalizer + 1e-6))
+    return total / int(b["valid"].sum())

@@ -10,6 +10,7 @@ B clips of 2 views each, N videos, T frames, P width of an embedding.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -21,7 +22,7 @@ from bowerbird.errors import InputError
 Negatives = Literal["batch", "batch_noself", "single", "single_noself"]
 NEGATIVES = ("batch", "batch_noself", "single", "single_noself")
 CycleLoss = Literal["regression_mse_var", "regression_mse", "regression_huber", "classification"]
-_MASKED = 1e-6  # weight as a negative of a frame that is not there
+_LOG_MASKED = math.log(1e-6)  # of the weight as a negative of a frame that is not there
 _EPSILON = 1e-6  # added to a probability before its logarithm
 
 
@@ -57,34 +58,42 @@ def sequence_contrastive_loss(
     if negatives not in NEGATIVES:
         raise InputError(f"negatives = {negatives!r}; accepted: {', '.join(NEGATIVES)}")
     clips, views, frames = times.shape
-    rows = clips * views * frames
-    clip = torch.arange(clips, device=z.device).repeat_interleave(views * frames)
-    view = torch.arange(clips * views, device=z.device).repeat_interleave(frames)  # numbered through the batch
-    same_clip, same_view = clip[:, None] == clip, view[:, None] == view
-    real = valid.reshape(rows).bool()
-    both_real = real[:, None] & real
+    single = negatives.startswith("single")
+    # Frames in groups that share their negatives: one of each clip (G = B, R = 2 T), or one of all (G = 1, R = 2 B T).
+    groups = (clips, views * frames) if single else (1, clips * views * frames)
+    vectors = z.reshape(*groups, -1)
+    real, time = valid.reshape(groups).bool(), times.reshape(groups).to(z.dtype)
+    length = lengths.to(z.dtype)[:, :, None].expand(-1, -1, frames).reshape(groups)
+    view = torch.arange(groups[1], device=z.device) // frames  # numbered through the group
+    same_view, same_clip = view[:, None] == view, (view // views)[:, None] == view // views
+    both_real = real[:, :, None] & real[:, None]  # (G, R, R), as everything below
 
-    time = times.reshape(rows).to(z.dtype)
-    length = lengths.to(z.dtype)[:, :, None].expand(-1, -1, frames).reshape(rows)
-    distance = (time / length)[:, None] * length - time  # in frames of j's video
+    distance = (time / length)[:, :, None] * length[:, None] - time[:, None]  # in frames of j's video
     closeness = torch.exp(-distance.square() / (2 * variance)) * (same_clip & ~same_view & both_real)
-    total = closeness.sum(dim=1, keepdim=True)
+    total = closeness.sum(dim=2, keepdim=True)
     target = closeness / total.where(total > 0, 1.0)
 
-    weight = torch.ones_like(distance)
-    if negatives.startswith("single"):
-        weight = weight * same_clip
-    if negatives.endswith("noself"):
-        weight = weight * ~same_view
-    weight = weight.where(both_real, _MASKED)
-    vectors = z.reshape(rows, -1)
-    logits = vectors @ vectors.T / temperature
-    # A sum of exponentials, without overflow: the weights go in as logarithms.
-    normalizer = torch.logsumexp(logits + weight.log(), dim=1, keepdim=True)
+    logits = vectors @ vectors.transpose(1, 2) / temperature
+    # A sum of exponentials, without overflow: weights go in as logarithms, and those of weight 0 are left out.
+    counted = logits.masked_fill(same_view, -torch.inf) if negatives.endswith("noself") else logits
+    counted = torch.where(both_real, counted, logits + _LOG_MASKED)
+    if single and clips > 1:
+        counted = torch.cat([counted, _unreal_elsewhere(vectors, real) / temperature + _LOG_MASKED], dim=2)
+    normalizer = torch.logsumexp(counted, dim=2, keepdim=True)
     # Pairs that are no target are left out before the exponential: without weight, it knows no bounds.
     p = torch.exp((logits - normalizer).where(target > 0, 0.0))
     terms = torch.xlogy(target, target) - target * torch.log(p + _EPSILON)
-    return (terms * both_real).sum() / real.sum().clamp(min=1)
+    return terms.sum() / real.sum().clamp(min=1)
+
+
+def _unreal_elsewhere(vectors: Tensor, real: Tensor) -> Tensor:
+    """``(B, R, M)``: products of ``vectors (B, R, P)`` with the M frames that are not there, -inf in their own clip.
+
+    They keep a small weight as negatives of all clips.
+    """
+    clip, _ = torch.where(~real)
+    own = torch.arange(len(vectors), device=vectors.device)[:, None, None] == clip
+    return (vectors @ vectors[~real].T).masked_fill(own, -torch.inf)
 
 
 def cycle_consistency_loss(
