@@ -273,6 +273,21 @@ def videotext(r: Mapping[str, Any]) -> list[Row]:
     return rows
 
 
+def videos(r: Mapping[str, Any]) -> list[Row]:
+    rows: list[Row] = [
+        (f"a video of 32 pixels and 8 frames: {what}", f"{r['moving'][key]:.1f} ms of processor time", "", None)
+        for what, key in (("made and written", "write_ms"), ("4 frames read for training", "read_ms"))
+        if "moving" in r
+    ]
+    rows += [
+        (f"8 frames of a film of an hour in {height} lines, most memory of the process",
+         f"{v['peak_bytes'] / 1e6:.0f} MB ({v['cpu_seconds']:.1f} s of processor time)",
+         f"below {r['memory_limit'] / 1e6:.0f} MB", v["peak_bytes"] < r["memory_limit"])
+        for height, v in r.get("memory", {}).items()
+    ]  # fmt: skip
+    return rows + waits({"limit_share": r["wait_limit"], "recipes": r.get("waiting", {})})
+
+
 ROWS: dict[str, Callable[[Mapping[str, Any]], list[Row]]] = {
     "cli_startup": startup,
     "embed": share("`embed` from JPEG files, against the bare forward pass on ready tensors", "ratio", "limit_ratio"),
@@ -304,6 +319,7 @@ ROWS: dict[str, Callable[[Mapping[str, Any]], list[Row]]] = {
     ),
     "detector_inference": detector_throughput,
     "videotext_steps": videotext,
+    "videotext_data": videos,
 }
 
 

@@ -35,7 +35,7 @@ MEMORY_LIMIT = 300e6  # bytes
 HEIGHTS = (480, 1080, 2160)
 RATE, HOUR, KEYFRAME = 25, 3600, 250  # frames a second, seconds, frames
 CLIPS = 128  # of the first part
-STEPS = 30
+STEPS, READ = 60, 6  # batches trained on; batches read beside
 
 _CHILD = """
 import json, re, sys, time
@@ -77,8 +77,12 @@ def moving_times(folder: Path) -> dict[str, float]:
 
 def waiting(file: Path, folder: Path, workers: int | None) -> dict[str, Any]:
     """What a recipe waits for its data; see the page of the module."""
+    import torch
+
     from bowerbird.recipe import load_recipe
+    from bowerbird.train.data import TrainItems, collate
     from bowerbird.train.loop import build, train
+    from bowerbird.train.run import TrainContext
 
     changes = ["train.epochs=1", "train.warmup=0", "evaluate=[]", "train.device=cpu", "train.checkpoint_every=100000"]
     if workers is not None:
@@ -94,11 +98,21 @@ def waiting(file: Path, folder: Path, workers: int | None) -> dict[str, Any]:
     after = resource.getrusage(resource.RUSAGE_SELF)
     timing = json.loads((folder / "timing.json").read_text())
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    encoder = build(recipe.encoder, "encoder")
+    context = TrainContext(dataset, total_steps=STEPS, seed=0, device=torch.device("cpu"))
+    transform = build(recipe.objective, "objective", encoder, context).item_transform()
+    items = TrainItems(dataset, encoder.preprocessing, augment="none", seed=0, transform=transform)
+    start = time.process_time()
+    for batch in range(READ):
+        collate([items[0, batch * size + i] for i in range(size)], getattr(encoder, "tokenize", None))
+    read = time.process_time() - start
     return {
         "workers": recipe.train.workers,
         "batch_size": size,
         "steps": timing["steps"],
         "wait_share": timing["data_wait_share"],
+        "read_cpu_ms": round(1000 * read / READ, 2),
         "step_cpu_ms": round(1000 * seconds / timing["steps"], 2),
     }
 
