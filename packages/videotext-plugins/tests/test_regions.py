@@ -334,6 +334,20 @@ def test_a_replaced_video_is_extracted_again_and_a_touched_one_is_not(tmp_path: 
     assert (after.features - before.features).abs().max() > 0.1
 
 
+def test_sets_with_equal_ids_can_share_a_cache(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    first, second = Clips(tmp_path / "a"), Clips(tmp_path / "b")
+    second.write(2, seed=5)
+    caches = [cached(clips, Counting(), tmp_path / "cache") for clips in (first, second)]
+    again = Counting()
+    caches.append(cached(first, again, tmp_path / "cache"))
+    assert again.seen == 0
+    found = [cache.read("clip-2").features for cache in caches]
+    assert torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], found[1])
+
+
 def test_an_interrupted_extraction_goes_on_after_the_last_whole_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

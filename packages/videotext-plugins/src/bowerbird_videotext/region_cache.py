@@ -49,28 +49,12 @@ class RegionCache:
 
     Args:
         folder: Of the cache itself, see ``cache_regions``.
-
-    Raises:
-        DataError: A file is damaged; the message names it.
+        places: File and row of every item.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._places: dict[str, tuple[str, int]] = {}
-        self._contents: dict[str, Mapping[str, Any]] = {}
+    def __init__(self, folder: Path, places: Mapping[str, tuple[str, int]]) -> None:
+        self.folder, self._places = folder, dict(places)
         self._open: dict[str, Any] = {}
-        for file in sorted(folder.glob("*.safetensors")):
-            try:
-                with safe_open(file, "pt") as found:
-                    videos = json.loads((found.metadata() or {})["videos"])
-            except (SafetensorError, OSError, ValueError, KeyError) as error:
-                raise DataError(
-                    f"region cache {str(file)!r} cannot be read ({error}); remove this file, and its videos are "
-                    "extracted again"
-                ) from error
-            for row, video in enumerate(videos):
-                self._places[video["id"]] = (file.name, row)
-                self._contents[video["id"]] = video
 
     def __len__(self) -> int:
         return len(self._places)
@@ -95,12 +79,36 @@ class RegionCache:
         parts["features"] = parts["features"].float()
         return RegionFeatures(**parts)
 
-    def same_content(self, video: _Video) -> bool:
-        """Whether the regions are those of what the file now holds. Content is read where size or time differ."""
-        known = self._contents.get(video.item_id)
-        if known is None or known["where"] != video.where:
-            return False
-        return bool(known["state"] == video.state and video.state is not None) or known["content"] == video.content()
+
+class _Stored:
+    """What the files of a cache hold. Sets that share a cache may have items of one id with other contents.
+
+    Raises ``DataError`` where a file is damaged; the message names it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._known: dict[str, list[tuple[str, int, Mapping[str, Any]]]] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            try:
+                with safe_open(file, "pt") as found:
+                    videos = json.loads((found.metadata() or {})["videos"])
+            except (SafetensorError, OSError, ValueError, KeyError) as error:
+                raise DataError(
+                    f"region cache {str(file)!r} cannot be read ({error}); remove this file, and its videos are "
+                    "extracted again"
+                ) from error
+            for row, video in enumerate(videos):
+                self._known.setdefault(video["id"], []).append((file.name, row, video))
+
+    def find(self, video: _Video) -> tuple[str, int] | None:
+        """File and row of the regions of what the video's file now holds. Its content is read where its size or time is
+        another one."""
+        known = [entry for entry in self._known.get(video.item_id, []) if entry[2]["where"] == video.where]
+        same = [entry for entry in known if video.state is not None and entry[2]["state"] == video.state]
+        if known and not same:
+            content = video.content()
+            same = [entry for entry in known if entry[2]["content"] == content]
+        return same[-1][:2] if same else None
 
 
 @dataclass(frozen=True)
@@ -182,19 +190,24 @@ def cache_regions(
             write_json(place / ABOUT, about)
         for left in place.glob(".*.safetensors.*"):  # of a process that was killed
             left.unlink()
-        cache = RegionCache(place)
+        stored = _Stored(place)
+        places: dict[str, tuple[str, int]] = {}
         number = max((int(file.stem) for file in place.glob("*.safetensors")), default=-1) + 1
         work = _Extraction(videos, extractor, preprocessing, frames, regions_per_frame, torch.device(device), on_error)
         for start in range(0, len(positions), PER_FILE):
             some = [_video(videos, index, extractor) for index in positions[start : start + PER_FILE]]
-            todo = [video for video in some if not cache.same_content(video)]
+            found = {video.item_id: stored.find(video) for video in some}
+            places |= {item_id: at for item_id, at in found.items() if at is not None}
+            todo = [video for video in some if found[video.item_id] is None]
             if progress is not None:
                 progress(len(some) - len(todo))
             made, kept = work.regions(todo, progress)
             if kept:
-                _write(place / f"{number:06d}.safetensors", made, kept)
+                file = place / f"{number:06d}.safetensors"
+                _write(file, made, kept)
+                places |= {video.item_id: (file.name, row) for row, video in enumerate(kept)}
                 number += 1
-        return RegionCache(place)
+        return RegionCache(place, places)
 
 
 @dataclass(frozen=True)
