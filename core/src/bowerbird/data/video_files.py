@@ -28,6 +28,7 @@ from bowerbird.errors import DataError, MissingExtraError
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,ogg,asf,flv,h264,hevc,m4v,ivf,gif"
 _SEEK_PAYS = 4  # frames that can be left out before a keyframe for which a seek is worth its cost
 _INDICES_KEPT = 32  # of the files read last; one of an hour takes about 3 MB
+_SMALL, _SMALL_KEPT = 2**18, 4096  # bytes of a short clip, whose index takes some KB; a set of them is read every epoch
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ def frame_index(path: Path) -> FrameIndex:
 
     Raises ``DataError``, which names the file, where it is missing, is no video, has no frame or is truncated.
     """
-    return _indexed(path, *_state(path))
+    modified, size = _state(path)
+    return (_small_indexed if size < _SMALL else _indexed)(path, modified, size)
 
 
 def frame_size(path: Path) -> tuple[int, int]:
@@ -89,8 +91,7 @@ def _state(path: Path) -> tuple[int, int]:
     return status.st_mtime_ns, status.st_size
 
 
-@lru_cache(maxsize=_INDICES_KEPT)
-def _indexed(path: Path, modified: int, size: int) -> FrameIndex:
+def _read_index(path: Path, modified: int, size: int) -> FrameIndex:
     del modified, size
     av = pyav()
     pts: list[int | None] = []
@@ -145,6 +146,10 @@ def _indexed(path: Path, modified: int, size: int) -> FrameIndex:
     times = (stamps - stamps[0]) * unit
     seconds = float(times[-1]) + (durations[order[-1]] * unit or 1 / rate)
     return FrameIndex(stamps, times, keys, key_decoding, seconds, len(stamps) / seconds)
+
+
+_indexed = lru_cache(maxsize=_INDICES_KEPT)(_read_index)
+_small_indexed = lru_cache(maxsize=_SMALL_KEPT)(_read_index)
 
 
 def _promised(container: Any, stream: Any) -> int:
