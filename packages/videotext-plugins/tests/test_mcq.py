@@ -16,12 +16,14 @@ from hypothesis import strategies as st
 from tiny_pairs import CAPTIONS, Captioned, tiny_batch, tiny_config, tiny_encoder
 
 from bowerbird.batch import Batch
+from bowerbird.data.views import Subset
 from bowerbird.encoders import load_encoder, save_encoder
 from bowerbird.errors import InputError, RecipeError
 from bowerbird.protocols import BuildContext, Encoder
 from bowerbird.testing import ObjectiveContract, SimpleBuildContext
 from bowerbird.train.data import collate
 from bowerbird_videotext.contrastive import pair_loss
+from bowerbird_videotext.data_configs import MovingConfig
 from bowerbird_videotext.mcq import (
     BridgeFormer,
     MCQConfig,
@@ -32,6 +34,7 @@ from bowerbird_videotext.mcq import (
     phrase_extractor,
     same_answers,
 )
+from bowerbird_videotext.moving import Moving
 
 WORDS = {"nouns": ["red boot", "blue boot", "red shirt", "blue shirt"], "verbs": ["moves left", "stays", "moves up"]}
 SPACE_ONLY = {"temporal_attention": False, "temporal_embedding": False}
@@ -157,6 +160,24 @@ def test_a_vocabulary_must_be_given_for_captions_that_no_program_wrote() -> None
         phrase_extractor(MCQConfig(), None)
 
 
+@pytest.mark.parametrize(
+    ("words", "nouns", "verbs"),
+    [({}, ["red boot", "white shirt"], ["moves left", "stays still"]), ({"colours": ()}, ["boot", "shirt"], None),
+     ({"verbs": ()}, ["red boot", "white shirt"], [])],
+)  # fmt: skip
+def test_moving_pictures_bring_their_vocabulary(words: Any, nouns: list[str], verbs: list[str] | None) -> None:
+    dataset = Moving(MovingConfig(**words), "train", ["boot", "shirt"])
+    extractor = phrase_extractor(MCQConfig(), Subset(dataset, [0, 1]))
+    assert extractor is not None
+    caption = "a red boot moves left while a white shirt stays still"
+    assert extractor.nouns(caption) == nouns
+    assert extractor.verbs(caption) == (["moves left", "stays still"] if verbs is None else verbs)
+    for i in range(20):
+        said = dataset.captions(i)[0]
+        assert len(extractor.nouns(said)) == 2, said
+        assert len(extractor.verbs(said)) == (2 if dataset.verbs else 0), said
+
+
 # ------------------------------------------------------------------------------------------------ loss and gradients
 
 
@@ -209,7 +230,7 @@ def test_the_question_uses_the_states_up_to_half_the_depth_and_never_the_last_on
             state.retain_grad()
         return calls[-1]
 
-    objective.encoder.text_states = recorded  # type: ignore[method-assign]
+    objective.encoder.text_states = recorded
     objective(asking_batch(objective)).total.backward()
     of_caption, of_question, of_answer = ([bool(state.grad is not None and state.grad.any()) for state in states]
                                           for states in calls)  # fmt: skip
