@@ -219,7 +219,9 @@ def test_the_question_reaches_the_pixels_and_leaves_the_embedding_of_the_clip_al
     assert torch.equal(objective(batch).parts["text_video"], bare)
 
 
-def test_the_question_uses_the_states_up_to_half_the_depth_and_never_the_last_one() -> None:
+def test_the_question_uses_the_states_up_to_half_the_depth_and_never_the_last_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     objective = made(encoder=tiny_encoder(**SPACE_ONLY, text_depth=3))  # a video encoder of 3 blocks reads states 0, 1
     calls: list[list[torch.Tensor]] = []
     states_of = objective.encoder.text_states
@@ -230,7 +232,7 @@ def test_the_question_uses_the_states_up_to_half_the_depth_and_never_the_last_on
             state.retain_grad()
         return calls[-1]
 
-    objective.encoder.text_states = recorded
+    monkeypatch.setattr(objective.encoder, "text_states", recorded)
     objective(asking_batch(objective)).total.backward()
     of_caption, of_question, of_answer = ([bool(state.grad is not None and state.grad.any()) for state in states]
                                           for states in calls)  # fmt: skip
