@@ -95,6 +95,14 @@ def test_a_table_may_be_json_lines_or_parquet_with_lists_of_captions(root: Path)
         table(root, name="t.parquet")
 
 
+def test_captions_may_be_left_out_where_they_are_optional(root: Path) -> None:
+    text = "video,caption\nclips/a.mp4,x\nclips/b.mp4,\n"
+    found = table(root, text, captions="optional")
+    assert [found.captions(i) for i in range(2)] == [["x"], []]
+    assert "text" not in found[1]
+    assert len(table(root, "video\nclips/a.mp4\n", captions="optional")) == 1
+
+
 def test_a_table_for_every_split(root: Path) -> None:
     (root / "train.csv").write_text("video,caption\nclips/a.mp4,x\n")
     config = VideoTableConfig(root=root, table="{split}.csv")
@@ -114,6 +122,8 @@ def test_without_a_table_captions_are_lines_of_a_text_beside_each_video(root: Pa
     assert [found[i]["text"] for i in range(3)] == [["it brightens", "it is grey"], "also grey", "black"]
     assert len(read_clip(found.video(2), 4)) == 1  # a picture is a video of one frame
     assert list(VideoTable.build(VideoTableConfig(root=root), "clips").item_ids) == ["a.mp4", "b.mp4", "c.png"]
+    by_split = VideoTable.build(VideoTableConfig(root=root, videos="{split}"), "clips")
+    assert list(by_split.item_ids) == ["a.mp4", "b.mp4", "c.png"]
     (root / "clips/b.txt").write_text("\n")
     with pytest.raises(DataError, match=r"b\.mp4': its captions 'b\.txt': the file is empty"):
         VideoTable.build(VideoTableConfig(root=root))

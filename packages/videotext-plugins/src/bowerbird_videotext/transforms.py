@@ -60,9 +60,9 @@ class ClipTransform:
         return entries
 
     def _images(self, item: dict[str, Any], generator: np.random.Generator) -> list[Image.Image]:
-        if "image" in item:
-            return [item["image"]]
         if "video" not in item:
+            if "image" in item:
+                return [item["image"]]
             raise InputError(f"items have no video; they have {', '.join(sorted(item))}: choose a data set of videos")
         try:
             return read_clip(item["video"], self.frames, mode=self.config.sampling, generator=generator)

@@ -34,7 +34,9 @@ class VideoTable(ClipList):
         folder = config.root / _filled(config.videos, split)
         problems = Problems(config.skip_unreadable)
         if config.table is None:
-            clips = _of_folder(folder if config.videos or split is None else folder / split, config, problems)
+            if split is not None and "{split}" not in config.videos:
+                folder /= split
+            clips = _of_folder(folder, config, problems)
         else:
             rows = _of_split(read_table(config.root / _filled(config.table, split), problems), config, split)
             clips = joined(_of_table(rows, config, VideoFiles(folder), problems), problems)
@@ -199,7 +201,7 @@ def _captions(value: Any) -> tuple[str, ...]:
 
 
 def _is_given(value: Any) -> bool:
-    return value is not None and value != []
+    return value not in (None, "", [])
 
 
 def _moment(values: Mapping[str, Any], config: VideoTableConfig) -> Moment | None:
