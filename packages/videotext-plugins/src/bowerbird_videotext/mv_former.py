@@ -92,31 +92,28 @@ class LearnableSpatialTokenPooling(nn.Module):
         keys, values = self.key(patches), self.value(patches)
         if self.normalize_keys:
             keys = F.normalize(keys, dim=-1)
-        scores = self._queries(patches, global_features, frame_valid) @ keys.transpose(-1, -2)
-        attention = (scores / math.sqrt(self.pool_channels)).softmax(dim=-1)
+        queries = self._queries(patches, global_features, frame_valid) / math.sqrt(self.pool_channels)
+        attention = (keys @ queries.mT).mT.softmax(dim=-1)  # one product where all frames share the queries
         if self.disjoint:
             owner = attention.argmax(dim=-2, keepdim=True)
             attention = attention * torch.zeros_like(attention).scatter(-2, owner, 1.0)
         return attention @ values, attention
 
     def _queries(self, patches: Tensor, global_features: Tensor | None, frame_valid: Tensor | None) -> Tensor:
-        """``(B or 1, T or 1, E, d)``"""
-        parts = []
-        if self.num_static:
-            parts.append((self.queries + self.query_bias)[None, None])
-        if self.num_dynamic:
-            clips, frames = patches.shape[:2]
-            if global_features is None or global_features.shape != (clips, frames, self.global_channels):
-                found = "none" if global_features is None else f"shape {tuple(global_features.shape)}"
-                raise InputError(
-                    f"dynamic queries need global_features of shape {(clips, frames, self.global_channels)}; "
-                    f"found {found}"
-                )
-            dynamic = self.dynamic(global_features).unflatten(-1, (self.num_dynamic, self.pool_channels))
-            parts.append(self._shared(dynamic, frame_valid).expand(-1, frames, -1, -1))
-        if len(parts) == 2:
-            parts[0] = parts[0].expand(*parts[1].shape[:2], -1, -1)
-        return torch.cat(parts, dim=2)
+        """``(E, d)``, or ``(B, T, E, d)`` where some of them are dynamic."""
+        static = self.queries + self.query_bias if self.num_static else None
+        if not self.num_dynamic:
+            assert static is not None
+            return static
+        clips, frames = patches.shape[:2]
+        if global_features is None or global_features.shape != (clips, frames, self.global_channels):
+            found = "none" if global_features is None else f"shape {tuple(global_features.shape)}"
+            raise InputError(
+                f"dynamic queries need global_features of shape {(clips, frames, self.global_channels)}; found {found}"
+            )
+        made = self.dynamic(global_features).unflatten(-1, (self.num_dynamic, self.pool_channels))
+        dynamic = self._shared(made, frame_valid).expand(-1, frames, -1, -1)
+        return dynamic if static is None else torch.cat([static.expand(clips, frames, -1, -1), dynamic], dim=2)
 
     def _shared(self, dynamic: Tensor, frame_valid: Tensor | None) -> Tensor:
         """The queries of a clip's frames ``(B, T, n, d)`` as ``dynamic_control`` says; real frames alone count."""
