@@ -102,8 +102,11 @@ def test_cosines_lie_between_minus_one_and_one_whatever_the_lengths(seed: int, s
 def test_losses_in_bfloat16_are_computed_in_float32() -> None:
     sims = matrix(6, 0)
     assert symmetric_info_nce(sims.bfloat16()).dtype == torch.float32
+    texts, videos = torch.randn(6, 32), torch.randn(6, 32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = symmetric_info_nce(sims.float())
+        cosines = cosine_similarity_matrix(texts, videos)
+    torch.testing.assert_close(cosines, cosine_similarity_matrix(texts, videos), rtol=1e-6, atol=1e-6)
     assert loss.item() == pytest.approx(symmetric_info_nce(sims).item(), rel=1e-5)
 
 

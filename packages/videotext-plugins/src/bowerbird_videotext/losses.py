@@ -22,7 +22,8 @@ def cosine_similarity_matrix(texts: Tensor, videos: Tensor, eps: float = 1e-8) -
         raise InputError(
             f"texts have shape {tuple(texts.shape)}, videos {tuple(videos.shape)}; expected (Q, P) and (G, P)"
         )
-    return unit(texts, eps) @ unit(videos, eps).T
+    with torch.autocast(texts.device.type, enabled=False):  # three digits are too few to divide by a temperature
+        return unit(texts, eps) @ unit(videos, eps).T
 
 
 def unit(vectors: Tensor, eps: float = 1e-8) -> Tensor:

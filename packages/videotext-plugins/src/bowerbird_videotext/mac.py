@@ -124,7 +124,10 @@ def masked_pieces(ids: Tensor, special_mask: Tensor, mask_id: int, ratio: float,
 
 def special_pieces(ids: Tensor, special_ids: list[int]) -> Tensor:
     """True where a piece is one of ``special_ids``, bool ``(B, L)``."""
-    return torch.isin(ids, torch.tensor(special_ids, device=ids.device))
+    found = torch.zeros_like(ids, dtype=torch.bool)
+    for special in special_ids:  # numbers rather than a tensor of them: nothing is copied to a GPU
+        found |= ids == special
+    return found
 
 
 def _check_mode(mode: str) -> None:

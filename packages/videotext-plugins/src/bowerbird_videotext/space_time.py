@@ -10,6 +10,7 @@ B batch, T frames, N patches per frame, n tokens per frame, M = 1 + T n, D width
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -70,7 +71,7 @@ def divided_attention(
         # One attention for every clip, place and head: places count as heads, so that no token moves in memory.
         shape = (batch, frames, count * heads, dim)
         joined, mask = _by_place, None if additive is None else _mask_by_place(additive, frames, heads)
-    seen = _attention(others.reshape(shape), joined(*keys, frames), joined(*values, frames), mask)
+    seen = _attention(others.reshape(shape), joined(keys, frames), joined(values, frames), mask)
     return torch.cat([of_all, seen.reshape(batch, length - 1, heads, dim)], dim=1)
 
 
@@ -80,14 +81,16 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -
     return scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
 
 
-def _by_frame(first: Tensor, others: Tensor, frames: int) -> Tensor:
+def _by_frame(tokens: Sequence[Tensor], frames: int) -> Tensor:
     """The class token before the tokens of every frame: ``(B, 1, h, d), (B, T n, h, d)`` to ``(B T, 1 + n, h, d)``."""
+    first, others = tokens
     own = others.unflatten(1, (frames, -1))
     return torch.cat([first[:, None].expand(-1, frames, -1, -1, -1), own], dim=2).flatten(0, 1)
 
 
-def _by_place(first: Tensor, others: Tensor, frames: int) -> Tensor:
+def _by_place(tokens: Sequence[Tensor], frames: int) -> Tensor:
     """The class token before the tokens of every place: ``(B, 1, h, d), (B, T n, h, d)`` to ``(B, 1 + T, n h, d)``."""
+    first, others = tokens
     own = others.unflatten(1, (frames, -1))
     return torch.cat([first[:, :, None].expand(-1, -1, own.shape[2], -1, -1), own], dim=1).flatten(2, 3)
 
@@ -220,6 +223,9 @@ class SpaceTimeTransformer(nn.Module):
     Raises:
         InputError: Sizes that do not divide each other, or values outside these ranges.
     """
+
+    temporal_embed: nn.Parameter | None
+    mask_token: nn.Parameter | None
 
     def __init__(
         self,
