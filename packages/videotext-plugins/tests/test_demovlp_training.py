@@ -266,7 +266,7 @@ def test_what_a_cache_cannot_do_is_refused(tmp_path: Path) -> None:
 
 def test_questions_are_learned_and_answered_from_the_most_frequent_answers(tmp_path: Path) -> None:
     clips = NoiseClips(tmp_path)
-    objective = made(clips, task="qa", max_answers=2)
+    objective = made(clips, tiny_encoder(qa_hidden=32, projection_dim=16), task="qa", max_answers=2)
     assert objective.encoder.answers == ("number 0", "yes")
     rows = rows_of(objective, clips, range(3)) + rows_of(objective, clips, range(3), seed=4)
     for row in rows:
@@ -275,16 +275,26 @@ def test_questions_are_learned_and_answered_from_the_most_frequent_answers(tmp_p
         else:
             assert row["answer"] == (0 if row["item_id"] == "clip-0" else -100)
     batch = batch_of(objective, clips, range(3))
-    optimizer = torch.optim.AdamW(objective.parameters(), lr=0.01)
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=0.003)
     batch["text"] = objective.encoder.tokenize(["which number is it?", "is it noise?", "is it noise?"])
     batch["answer"] = torch.tensor([0, 1, -100])
-    for _ in range(120):
+    for _ in range(80):
         total = objective(batch).total
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
     answers = objective.encoder.eval().answer(batch, ["which number is it?", "is it noise?", "is it noise?"])
     assert answers == ["number 0", "yes", "yes"]
+
+
+@pytest.mark.parametrize("task", ["retrieval", "qa"])
+def test_every_task_trains_exactly_what_is_not_frozen(tmp_path: Path, task: str) -> None:
+    clips = NoiseClips(tmp_path, 2)
+    objective = made(clips, tiny_encoder(answers=["number 0", "yes"]), task=task, max_answers=2)
+    objective(batch_of(objective, clips, range(2))).total.backward()
+    for name, parameter in objective.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+    assert any(p.requires_grad for p in objective.encoder.answer_head.parameters()) == (task == "qa")
 
 
 def test_a_batch_without_known_answers_costs_nothing(tmp_path: Path) -> None:

@@ -55,6 +55,8 @@ class DemoVLPObjective(Objective):
     ) -> None:
         super().__init__()
         self.encoder, self.config, self.views = encoder, config or DemoVLPObjectiveConfig(), views
+        if encoder.answer_head is not None:  # without questions it gets no gradient, for which DDP would wait
+            encoder.answer_head.requires_grad_(self.config.task == "qa")
 
     @classmethod
     def build(cls, config: DemoVLPObjectiveConfig, encoder: Encoder, context: BuildContext) -> Self:
