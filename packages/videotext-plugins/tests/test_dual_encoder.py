@@ -41,14 +41,14 @@ class TestDualEncoder(EncoderContract):
     name = USE
     config: ClassVar[dict[str, Any]] = tiny_config().model_dump(mode="json", exclude_defaults=True)
 
-    def build(self, seed: int = 0) -> DualEncoder:  # type: ignore[override]
+    def build(self, seed: int = 0) -> DualEncoder:
         torch.manual_seed(seed)
         encoder = DualEncoder.build(self.make_config())
         encoder.open(CAPTIONS)
         return encoder
 
     def make_batch(self, encoder: Encoder, *, batch_size: int = 4, seed: int = 0) -> Batch:
-        return {"video": tiny_batch(encoder, batch_size, seed=seed)["video"]}  # type: ignore[arg-type]
+        return {"video": tiny_batch(encoder, batch_size, seed=seed)["video"]}
 
     def wrong_batches(self, encoder: Encoder) -> Any:
         good = self.make_batch(encoder)["video"]
@@ -121,7 +121,7 @@ def test_a_saved_encoder_brings_its_tokenizer_and_gives_the_same_vectors(tmp_pat
     loaded = load_encoder(tmp_path / "encoder")
     assert loaded.fingerprint == fingerprint and loaded.module.frames == 2
     batch = tiny_batch(encoder)
-    texts = loaded.module.tokenize(CAPTIONS[:6])  # type: ignore[operator]
+    texts = loaded.module.tokenize(CAPTIONS[:6])
     assert torch.equal(texts["input_ids"], batch["text"]["input_ids"])
     with torch.no_grad():
         for key in ("video", "text"):
@@ -198,7 +198,7 @@ def test_a_run_and_what_is_no_encoder_of_this_kind_are_told_apart(tmp_path: Path
 
 
 def test_a_timm_transformer_starts_the_video_encoder(tmp_path: Path) -> None:
-    vit = timm.create_model(
+    vit: Any = timm.create_model(
         "vit_tiny_patch16_224", img_size=8, patch_size=4, embed_dim=8, depth=3, num_heads=2, num_classes=10
     ).eval()
     save_file(vit.state_dict(), tmp_path / "vit.safetensors")

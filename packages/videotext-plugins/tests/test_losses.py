@@ -82,6 +82,7 @@ def test_gradients_pull_pairs_together_push_others_apart_and_sum_to_zero(count: 
     sims = matrix(count, seed).requires_grad_()
     symmetric_info_nce(sims, 0.5).backward()
     others = ~torch.eye(count, dtype=torch.bool)
+    assert sims.grad is not None
     assert sims.grad.sum().abs() < 1e-12
     assert (sims.grad.diagonal() <= 0).all() and (sims.grad[others] >= 0).all()
 

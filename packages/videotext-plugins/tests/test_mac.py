@@ -237,7 +237,7 @@ def test_impossible_values_are_refused() -> None:
         with pytest.raises(ValueError):
             MACObjective(made().encoder, video_ratio=ratio)
     with pytest.raises(ValueError, match="mode = 'cube'"):
-        random_patch_mask(1, 1, 4, 0.5, "cube")  # type: ignore[arg-type]
+        random_patch_mask(1, 1, 4, 0.5, "cube")
     with pytest.raises(ValueError, match=r"ratio = 1\.5"):
         mask_tokens(torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.bool), 4, 1.5)
     with pytest.raises(ValueError, match="expected the same"):
