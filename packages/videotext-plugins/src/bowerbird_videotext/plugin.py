@@ -16,7 +16,7 @@ def bowerbird_encoders() -> Iterable[EncoderRecord]:
         name="videotext:all-in-one",
         target="bowerbird_videotext.all_in_one_encoder:AllInOneEncoder",
         config="bowerbird_videotext.all_in_one_config:AllInOneConfig",
-        summary="One transformer of frames and words: embeds them, scores pairs, answers questions; rolls tokens in time.",
+        summary="One transformer of frames and words: embeds, scores pairs, answers questions; rolls tokens in time.",
         presets={size: f"bowerbird_videotext.all_in_one_config:{size}" for size in ("base", "small", "tiny")},
         paper="All in One: Exploring Unified Video-Language Pre-training, CVPR 2023, arXiv:2203.07303",
         inputs=("video", "text"),
