@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, gelu, scaled_dot_product_attention
 
-from bowerbird.errors import InputError
+from bowerbird.errors import InputError, MissingExtraError
 
 
 class TextTransformer(nn.Module):
@@ -128,10 +128,9 @@ class TransformersText(nn.Module):
         """
         if not Path(folder).is_dir():
             raise InputError(f"text model {str(folder)!r}: there is no such folder")
-        from transformers import AutoModel  # slow to import: only where it is asked for
-
+        library = _transformers()
         try:
-            model = AutoModel.from_pretrained(str(folder), local_files_only=True, dtype=torch.float32)
+            model = library.AutoModel.from_pretrained(str(folder), local_files_only=True, dtype=torch.float32)
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"text model {str(folder)!r} cannot be loaded: {_first_line(error)}") from error
         return cls(_without_pooler(model))
@@ -143,10 +142,9 @@ class TransformersText(nn.Module):
         Raises:
             InputError: transformers knows no such model, or not these settings.
         """
-        from transformers import AutoConfig, AutoModel
-
+        library = _transformers()
         try:
-            model = AutoModel.from_config(AutoConfig.for_model(**architecture))
+            model = library.AutoModel.from_config(library.AutoConfig.for_model(**architecture))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"transformers could not build this text model: {_first_line(error)}") from error
         return cls(_without_pooler(model))
@@ -181,6 +179,17 @@ def check_pieces(input_ids: Tensor, attention_mask: Tensor | None, *, vocab_size
                 f"input_ids holds {low if low < 0 else high}; this text encoder knows pieces 0 to {vocab_size - 1}: "
                 "the tokenizer belongs to another one"
             )
+
+
+def _transformers() -> Any:
+    """The library, which takes seconds to import. Raises ``MissingExtraError`` where it is not installed."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingExtraError(
+            "this text model needs transformers: pip install 'bowerbird-videotext[transformers]'"
+        ) from error
+    return transformers
 
 
 def _without_pooler(model: Any) -> Any:
