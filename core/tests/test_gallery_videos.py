@@ -178,6 +178,21 @@ def test_videos_and_texts_become_vectors_of_one_space(films: Path, models: Path)
         encoder.encode([films / "gone.mp4"])
 
 
+@pytest.mark.parametrize(("batch_size", "videos"), [(1, 1), (4, 1), (11, 2), (64, 5)])
+def test_a_batch_of_videos_has_no_more_frames_than_a_batch_of_pictures_has_pictures(
+    films: Path, models: Path, batch_size: int, videos: int
+) -> None:
+    encoder = load_encoder(models / "old")  # of 4 frames
+    sources = [films / "red.mp4", films / "green.mp4", films / "flag.mp4", films / "still.png", films / "red.mp4"]
+    batches = list(encoder.encode_batches(sources, batch_size=batch_size))
+    assert [len(rows) for _, rows in batches] == [min(videos, 5 - start) for start in range(0, 5, videos)]
+    assert np.concatenate([positions for positions, _ in batches]).tolist() == list(range(5))
+    done: list[int] = []
+    whole = encoder.encode(sources, batch_size=batch_size, progress=done.append)
+    assert sum(done) == 5
+    np.testing.assert_array_equal(whole, np.concatenate([rows for _, rows in batches]))
+
+
 def test_an_encoder_without_texts_says_so(models: Path) -> None:
     with pytest.raises(InputError, match=r"pictures.*takes no texts"):
         load_encoder(models / "pictures").encode_texts(["red"])

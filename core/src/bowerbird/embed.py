@@ -58,7 +58,7 @@ def embed_to_file(
         ids: N stable ids without line breaks.
         items: N pictures (or texts); ``items[i]`` may be lazy.
         out: File to write; its ending decides the kind.
-        batch_size: Items per forward pass.
+        batch_size: Pictures (or frames of videos) or texts per forward pass.
         skip_errors: Leave out items that cannot be read, and say why in the result, instead of raising.
         progress: Called with the number of items done, first with those of an earlier start.
 

@@ -25,7 +25,9 @@ from bowerbird.cli.parts import progress_bar
 @click.option("--out", required=True, type=click.Path(dir_okay=False), help="File: .npy, .safetensors or .parquet.")
 @click.option("--split", help="Split of a data set.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A setting of the data set (TOML).")
-@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Items per forward pass.")
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Pictures, frames or texts at once."
+)
 @click.option("--skip-errors", is_flag=True, help="Leave out images and videos that cannot be read, and list them.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:0, mps.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")

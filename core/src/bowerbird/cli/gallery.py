@@ -137,7 +137,11 @@ def create(
     "--max-per-image", type=click.IntRange(min=1), help="With --detect: most objects of an image. Default: 100."
 )
 @click.option(
-    "--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Images per forward pass."
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    help="Pictures, or frames of videos, at once.",
 )
 @click.option("--lock-timeout", type=float, default=10.0, show_default=True, help="Seconds to wait for another writer.")
 @device_option

@@ -96,7 +96,7 @@ class LoadedEncoder:
 
         Args:
             items: N of them.
-            batch_size: How many go through the network at once.
+            batch_size: How many go through the network at once; of videos, how many frames, but one video at least.
             progress: Called with the number of items of every batch that is done.
 
         Returns:
@@ -184,7 +184,9 @@ class LoadedEncoder:
             raise InputError(f"batch_size = {batch_size}: expected at least 1")
         preprocessing = self.module.preprocessing
         if preprocessing is not None and self.frames is not None:
-            clips = decode_clips(items, preprocessing, self.frames, batch_size=batch_size, on_error=on_error)
+            # As many frames as there would be pictures: the memory of a batch does not grow with the length of clips.
+            videos = max(1, batch_size // self.frames)
+            clips = decode_clips(items, preprocessing, self.frames, batch_size=videos, on_error=on_error)
             for indices, rows in clips:
                 yield indices, {"video": torch.from_numpy(rows)}
             return
