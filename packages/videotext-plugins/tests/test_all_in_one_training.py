@@ -214,8 +214,21 @@ def test_rows_without_question_or_options_are_left_out() -> None:
         objective = made((task,)).eval()
         whole, part = batch_of(objective, range(8, 12)), batch_of(objective, range(8, 11))
         torch.testing.assert_close(objective(whole).total, objective(part).total)
-        with pytest.raises(InputError, match="none of the videos of a batch has"):
-            objective(batch_of(objective, range(11, 12)))
+        torch.testing.assert_close(objective(part).stats[f"{task}_known"], torch.tensor(1.0))
+        torch.testing.assert_close(objective(whole).stats[f"{task}_known"], torch.tensor(0.75))
+
+
+def test_a_batch_in_which_nothing_is_asked_has_a_loss_of_0_and_gradients_of_zeros_everywhere() -> None:
+    for task in ("qa", "choice"):
+        objective = made((task,))
+        output = objective(batch_of(objective, range(11, 12)))
+        assert output.total == 0 == output.stats[f"{task}_known"] == output.stats[f"{task}_accuracy"]
+        output.total.backward()
+        asked = objective(batch_of(made((task,), objective.encoder), range(3)))
+        for name, parameter in objective.named_parameters():
+            # Processes of one run wait for each other's gradients: none may be missing.
+            assert not parameter.requires_grad or (parameter.grad is not None and not parameter.grad.any()), name
+        assert asked.total > 0
 
 
 def test_a_choice_is_the_cross_entropy_of_the_scores_of_its_options() -> None:

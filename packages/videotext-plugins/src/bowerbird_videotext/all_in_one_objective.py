@@ -33,6 +33,7 @@ from bowerbird_videotext.video_set import Choice, Question, VideoTextSet, captio
 Task = Literal["mlm", "vtm", "vtc", "qa", "choice"]
 OF_CAPTIONS: tuple[Task, ...] = ("mlm", "vtm", "vtc")
 IGNORED = -100  # label of what a loss leaves out
+NOTHING = "?"  # stands for a text where nothing is asked
 Found = tuple[dict[str, Tensor], dict[str, Tensor]]  # losses of a task, and what else is logged
 
 
@@ -134,9 +135,12 @@ def word_padding(attention_mask: Tensor) -> Tensor:
 
 
 def mean_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over the rows of ``(M, C)``, at least in float32; 0 with a gradient of zeros where there is no row."""
+    """Mean over the rows of ``(M, C)``, at least in float32; 0 with a gradient of zeros where there is no row.
+
+    A row whose label is -100 counts as one whose loss is 0.
+    """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return cross_entropy(logits, labels, reduction="sum") / max(1, len(labels))
+    return cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED) / max(1, len(labels))
 
 
 # ------------------------------------------------------------------------------------------------ data
@@ -364,25 +368,17 @@ class AllInOneObjective(Objective):
     def _qa(self, batch: Batch) -> Found:
         video = _video(batch, "qa", ("question", "answer"))
         answers = batch["answer"]
-        rows = (answers != IGNORED).nonzero()[:, 0]
-        if not len(rows):
-            raise InputError(
-                "qa: none of the videos of a batch has a question whose answer is known; take larger batches, or leave "
-                "videos without questions out of the data"
-            )
-        text = self._tokens([batch["question"][i] for i in rows.tolist()], video.device)
+        rows, known = _rows_to_ask(answers)
+        text = self._tokens([batch["question"][i] or NOTHING for i in rows.tolist()], video.device)
         logits = self.encoder.answer_logits(video[rows], text)
-        return {"qa": mean_cross_entropy(logits, answers[rows])}, {"qa_accuracy": _accuracy(logits, answers[rows])}
+        accuracy = _accuracy(logits, answers[rows])
+        return {"qa": mean_cross_entropy(logits, answers[rows])}, {"qa_accuracy": accuracy, "qa_known": known}
 
     def _choice(self, batch: Batch) -> Found:
         video = _video(batch, "choice", ("options", "right_option"))
         right = batch["right_option"]
-        rows = (right != IGNORED).nonzero()[:, 0]
-        if not len(rows):
-            raise InputError(
-                "choice: none of the videos of a batch has options; take larger batches, or videos that have some"
-            )
-        options = [batch["options"][i] for i in rows.tolist()]
+        rows, known = _rows_to_ask(right)
+        options = [batch["options"][i] or [NOTHING] for i in rows.tolist()]
         counts = torch.tensor([len(own) for own in options], device=video.device)
         text = self._tokens([option for own in options for option in own], video.device)
         assert self.encoder.scorer is not None
@@ -390,7 +386,8 @@ class AllInOneObjective(Objective):
         # (B, K), with minus infinity where a video has fewer options than others
         there = torch.arange(int(counts.max()), device=video.device) < counts[:, None]
         logits = scores.new_full(there.shape, float("-inf")).masked_scatter(there, scores)
-        return {"choice": mean_cross_entropy(logits, right[rows])}, {"choice_accuracy": _accuracy(logits, right[rows])}
+        accuracy = _accuracy(logits, right[rows])
+        return {"choice": mean_cross_entropy(logits, right[rows])}, {"choice_accuracy": accuracy, "choice_known": known}
 
     def _tokens(self, texts: Sequence[str], device: torch.device) -> dict[str, Tensor]:
         return {key: value.to(device) for key, value in self.encoder.tokenize(texts).items()}
@@ -407,6 +404,17 @@ def _options(videos: VideoTextSet, positions: Sequence[int], config: AllInOneObj
             f'tasks has "choice", and no video of this {type(videos).__name__} has options; set options = "captions"'
         )
     return texts
+
+
+def _rows_to_ask(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows that have a label, and their share of the batch.
+
+    Where none has, the first row all the same: its loss is 0 (``mean_cross_entropy``), and the gradients of zeros are
+    what other processes of a distributed run wait for.
+    """
+    known = labels != IGNORED
+    rows = known.nonzero()[:, 0]
+    return (rows if len(rows) else rows.new_zeros(1)), known.float().mean()
 
 
 def _video(batch: Batch, task: str, needs: Sequence[str]) -> Tensor:
