@@ -174,6 +174,15 @@ def test_the_class_token_of_the_clip_is_not_looked_at_but_that_of_the_question_i
     assert not torch.allclose(bridge(videos, asked, mask, frames), before)
 
 
+def test_a_question_of_its_class_piece_alone_and_a_batch_of_no_questions_are_answered() -> None:
+    bridge, videos, questions, mask, frames = made()
+    alone = bridge(videos, [state[:, :1] for state in questions], mask[:, :1], frames)
+    padded = bridge(videos, questions, torch.zeros_like(mask).index_fill_(1, torch.tensor(0), 1), frames)
+    torch.testing.assert_close(alone, padded, **CLOSE)
+    nothing = bridge([state[:0] for state in videos], [state[:0] for state in questions], mask[:0], frames)
+    assert nothing.shape == (0, 8)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     bridge, videos, questions, mask, frames = made()
     bridge([*videos, videos[0]], questions, mask, frames)  # hidden_states has one more

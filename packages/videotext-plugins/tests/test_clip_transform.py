@@ -106,6 +106,8 @@ def test_what_cannot_be_read_is_named_by_file_and_row(tmp_path: Path) -> None:
         transform(item(truncated(tmp_path / "half.mp4")), generator)
     with pytest.raises(InputError, match=r"'t.csv', line 2: no caption"):
         transform(item(video(tmp_path / "a.mp4"), text=[]), generator)
+    with pytest.raises(InputError, match=r"'t.csv', line 2: the caption ' ' is empty"):
+        transform(item(video(tmp_path / "b.mp4"), text=" "), generator)
     with pytest.raises(InputError, match="items have no video; they have label"):
         transform({"label": 3}, generator)
 

@@ -168,7 +168,35 @@ def test_a_tokenizer_that_does_not_match_the_text_encoder_is_refused(tmp_path: P
     assert encoder.ready_tokenizer().digest() == words.digest()
 
 
+def test_captions_are_cut_to_the_shorter_of_the_limits_of_the_text_encoder_and_of_its_tokenizer() -> None:
+    words = WordPieceTokenizer.train(CAPTIONS, max_length=9)
+    video = SpaceTimeTransformer(8, 4, 8, 1, 2)
+    for longest, limit in ((6, 6), (12, 9)):
+        words.max_length = 9
+        encoder = DualEncoder(video, TextTransformer(len(words), 8, 1, 2, max_length=longest), 5, tokenizer=words)
+        words.truncated = 1  # it has warned
+        pieces = encoder.tokenize([" ".join(CAPTIONS)])
+        assert pieces["input_ids"].shape == (1, limit) and encoder.encode_text(pieces).shape == (1, 5)
+
+
+def test_a_batch_of_nothing_gives_no_vectors_and_pieces_without_ids_are_refused() -> None:
+    encoder = opened()
+    nothing = torch.zeros(0, 3, dtype=torch.int64)
+    assert encoder({"video": torch.zeros(0, 2, 3, 8, 8)}).pooled.shape == (0, 6)
+    assert encoder({"text": {"input_ids": nothing, "attention_mask": nothing}}).pooled.shape == (0, 6)
+    with pytest.raises(InputError, match="text has attention_mask; expected input_ids"):
+        encoder({"text": {"attention_mask": nothing}})
+
+
 # ------------------------------------------------------------------------------------------------ first weights
+
+
+def test_weights_that_were_trained_with_another_tokenizer_are_refused(tmp_path: Path) -> None:
+    saved(opened(), tmp_path / "encoder")
+    other = WordPieceTokenizer.train([caption.replace("boot", "toob") for caption in CAPTIONS])  # as many pieces
+    other.save_pretrained(tmp_path / "words")
+    with pytest.raises(DataError, match=r"weights '.*encoder': the tokenizer is not the one"):
+        tiny_encoder(weights=str(tmp_path / "encoder"), tokenizer=str(tmp_path / "words"))
 
 
 def test_a_trained_encoder_starts_one_of_more_frames(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from bowerbird_videotext.mac import (
     kept_count,
     kept_patches,
     mask_tokens,
+    masked_pieces,
     patch_ranks,
     random_patch_mask,
     special_pieces,
@@ -242,6 +243,8 @@ def test_impossible_values_are_refused() -> None:
         mask_tokens(torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.bool), 4, 1.5)
     with pytest.raises(ValueError, match="expected the same"):
         mask_tokens(torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 3, dtype=torch.bool), 4, 0.5)
+    with pytest.raises(ValueError, match=r"the noise \(1, 1\)"):
+        masked_pieces(torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2).bool(), 4, 0.5, torch.zeros(1, 1))
     objective = made()
     batch = clips(objective)
     with pytest.raises(InputError, match=r"patch_noise has shape \(6, 2, 15\)"):

@@ -18,8 +18,8 @@ from tiny_pairs import CAPTIONS, Captioned, tiny_batch, tiny_config, tiny_encode
 from bowerbird.batch import Batch
 from bowerbird.data.views import Subset
 from bowerbird.encoders import load_encoder, save_encoder
-from bowerbird.errors import InputError, RecipeError
-from bowerbird.protocols import BuildContext, Encoder
+from bowerbird.errors import DataError, InputError, RecipeError
+from bowerbird.protocols import BuildContext, Encoder, TrainedRun
 from bowerbird.testing import ObjectiveContract, SimpleBuildContext
 from bowerbird.train.data import collate
 from bowerbird_videotext.contrastive import pair_loss
@@ -306,6 +306,24 @@ def test_what_is_exported_is_the_dual_encoder_and_gives_the_same_numbers(tmp_pat
     with torch.no_grad():
         assert torch.equal(loaded({"video": batch["video"]}).pooled, wanted[0])
         assert torch.equal(loaded({"text": batch["text"]}).pooled, wanted[1])
+
+
+def test_the_bridge_of_the_stage_before_goes_on() -> None:
+    first = made()
+    state = {key: value for key, value in first.state_dict().items() if not key.startswith("encoder.")}
+    run = TrainedRun(Path("first"), first.encoder, state, (), {})
+    none = TrainedRun(Path("plain"), first.encoder, {}, (), {})
+    context = SimpleBuildContext(dataset=Captioned(), runs={"first": run, "plain": none})
+
+    def second(**settings: Any) -> MCQObjective:
+        return MCQObjective.build(MCQConfig(**WORDS, **settings), tiny_encoder(**SPACE_ONLY), context)
+
+    found = second(bridge_run="first", question="verb").state_dict()
+    assert all(torch.equal(found[key], value) for key, value in state.items()) and len(state) > 20
+    with pytest.raises(RecipeError, match="bridge_run 'plain' holds no bridge"):
+        second(bridge_run="plain")
+    with pytest.raises(DataError, match=r"weights 'first' do not fit .* of another shape"):
+        second(bridge_run="first", bridge_mlp_ratio=2.0)
 
 
 def test_attention_over_time_is_allowed() -> None:

@@ -122,18 +122,20 @@ def test_a_snapshot_moves_by_its_momentum_every_so_many_steps() -> None:
 
 
 def test_momentum_one_never_moves_zero_copies_and_equals_stay_equal() -> None:
-    layer = nn.BatchNorm1d(3)
-    still, copied, middle = (SnapshotEncoder(layer, momentum) for momentum in (1.0, 0.0, 0.9))
+    layer = nn.BatchNorm1d(300)
+    nn.init.normal_(layer.weight)
+    start = layer.weight.detach().clone()
+    still, copied, middle = (SnapshotEncoder(layer, momentum) for momentum in (1.0, 0.0, 0.99))
     middle.update(1)
     assert all(
         torch.equal(ours, theirs) for ours, theirs in zip(middle.module.parameters(), layer.parameters(), strict=True)
     )
     with torch.no_grad():
         layer.weight.add_(1)
-        layer(torch.randn(4, 3))  # moves its buffers
+        layer(torch.randn(4, 300))  # moves its buffers
     for snapshot in (still, copied):
         snapshot.update(1)
-    assert torch.equal(still.module.weight, torch.ones(3))
+    assert torch.equal(still.module.weight, start)
     for name, tensor in layer.state_dict().items():
         assert torch.equal(copied.module.state_dict()[name], tensor), name
 

@@ -80,6 +80,15 @@ def test_frame_positions_for_more_or_fewer_frames_are_those_of_the_released_code
     torch.testing.assert_close(found, values[f"out_{mode}"], rtol=1e-6, atol=1e-6)
 
 
+def test_frame_positions_in_half_precision_are_those_of_full_precision_rounded() -> None:
+    table = torch.randn(1, 300, 2).bfloat16()  # bfloat16 cannot count to 300
+    found = inflate_temporal_embedding(table, 1000, "bilinear")
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(
+        found.float(), inflate_temporal_embedding(table.float(), 1000, "bilinear"), rtol=0.02, atol=0.02
+    )
+
+
 # ------------------------------------------------------------------------------------------------ attention
 
 
@@ -275,6 +284,19 @@ def test_bfloat16_agrees_with_float32_as_far_as_it_can() -> None:
 def test_clips_of_another_shape_are_refused(shape: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()(torch.zeros(shape, dtype=torch.float64))
+
+
+def test_pixels_that_are_whole_numbers_are_refused() -> None:
+    with pytest.raises(InputError, match=r"video is torch\.uint8"):
+        make()(torch.zeros(2, 3, 3, 12, 12, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("attention", ["divided", "joint"])
+def test_a_batch_of_no_clips_gives_no_vectors(attention: Any) -> None:
+    encoder, video = make(attention=attention), clip(batch=0)
+    whole, patches = encoder(video, return_tokens=True)
+    assert whole.shape == (0, 8) and patches.shape == (0, 3, 9, 8)
+    assert encoder(video, keep=torch.zeros(0, 3, 2, dtype=torch.int64)).shape == (0, 8)
 
 
 def test_patches_that_do_not_exist_cannot_be_kept() -> None:

@@ -173,6 +173,9 @@ def test_a_distilbert_folder_gives_its_own_hidden_states_and_a_missing_one_says_
     fresh = TransformersText.from_architecture(encoder.architecture())
     fresh.load_state_dict(encoder.state_dict())
     assert torch.equal(fresh.eval()(**pieces)[-1], states[-1])
+    for wrong in ({"model_type": "distilbert", "dim": "wide"}, {"model_type": "none"}, {"model_type": "vit"}):
+        with pytest.raises(InputError, match=r"could not build this text model|vit is no text model"):
+            TransformersText.from_architecture(wrong)
     shutil.rmtree(tmp_path)
     tmp_path.mkdir()
     with pytest.raises(InputError, match="cannot be loaded"):

@@ -255,7 +255,7 @@ def _load_all_in_one(encoder: AllInOneEncoder, folder: Path) -> None:
     frames = "transformer.temporal_embed"
     if frames in state:
         state[frames] = inflate_temporal_embedding(state[frames], encoder.transformer.num_frames)
-    load_strictly(encoder, state, source=str(folder))
+    encoder.load_trained(state, folder)
 
 
 def load_bert_embeddings(encoder: AllInOneEncoder, folder: Path) -> None:

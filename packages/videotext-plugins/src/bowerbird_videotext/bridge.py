@@ -34,13 +34,16 @@ class QuestionAttention(nn.Module):
 
     def forward(self, patches: Tensor, question: Tensor, frames: int) -> Tensor:
         """``patches (B, T N, D)`` without the class token, ``question (B, Lq, D)``; returns ``(B, M, D)``."""
-        query = self.q_question(question).unflatten(2, (self.heads, -1))  # (B, Lq, h, d)
-        key, value = self.kv_video(patches).unflatten(2, (2, self.heads, -1)).unbind(2)  # (B, T N, h, d)
+        batch, length, dim = question.shape
+        wide = (self.heads, dim // self.heads)
+        query = self.q_question(question).unflatten(2, wide)  # (B, Lq, h, d)
+        key, value = self.kv_video(patches).unflatten(2, (2, *wide)).unbind(2)  # (B, T N, h, d)
         first = scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query[:, :1], key, value)))
         asked = query[:, None, 1:].expand(-1, frames, -1, -1, -1)  # the same pieces in every frame
-        by_frame = (asked, key.unflatten(1, (frames, -1)), value.unflatten(1, (frames, -1)))  # (B, T, ., h, d)
+        per_frame = (frames, patches.shape[1] // frames)
+        by_frame = (asked, key.unflatten(1, per_frame), value.unflatten(1, per_frame))  # (B, T, ., h, d)
         others = scaled_dot_product_attention(*(x.flatten(0, 1).transpose(1, 2) for x in by_frame))
-        others = others.transpose(1, 2).unflatten(0, (-1, frames)).flatten(1, 2)
+        others = others.transpose(1, 2).reshape(batch, frames * (length - 1), *wide)
         return self.proj(torch.cat([first.transpose(1, 2), others], dim=1).flatten(2))
 
 

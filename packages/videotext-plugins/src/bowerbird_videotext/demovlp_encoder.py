@@ -177,12 +177,12 @@ class DemoVLPEncoder(TextTower):
             raise InputError(f"chunk = {chunk}: expected 1 or more")
         videos, texts = self.video_parts(video), self.text_parts(text.get("text", text))
         scores = cosine_similarity_matrix(texts.whole, videos.whole)
-        parts = [
-            torch.cat([self.region_word_scores(_rows(videos, v, chunk), _rows(texts, t, chunk)).T for t in t_starts])
-            for v in range(0, len(videos.whole), chunk)
-            for t_starts in [range(0, len(texts.whole), chunk)]
-        ]
-        return scores + torch.cat(parts, dim=1)
+        columns = []
+        for v in range(0, len(videos.whole), chunk):
+            some = _rows(videos, v, chunk)
+            starts = range(0, len(texts.whole), chunk)
+            columns.append(torch.cat([self.region_word_scores(some, _rows(texts, t, chunk)).T for t in starts]))
+        return scores + torch.cat(columns, dim=1)
 
     # -------------------------------------------------------------------------------------------- questions
 
@@ -250,7 +250,7 @@ def _load_first_weights(encoder: DemoVLPEncoder, path: Path, inflate: Any) -> No
             state[key] = inflate_temporal_embedding(state[key], encoder.config.frames, inflate)
         if encoder.answer_head is None:  # retrieval from an encoder that answers questions, and the other way round
             state = {name: value for name, value in state.items() if not name.startswith("answer_head.")}
-        load_strictly(encoder, state, source=str(folder))
+        encoder.load_trained(state, folder)
         return
     load_vit_blocks(encoder.region_encoder, path)
 

@@ -94,7 +94,7 @@ class TextTower(Encoder):
         if bool(self.vocabulary.any()) and not torch.equal(self.vocabulary, digest):
             raise InputError("the tokenizer is not the one that this text encoder was trained with")
         self.vocabulary.copy_(digest)
-        tokenizer.max_length = self._max_tokens()
+        tokenizer.max_length = min(tokenizer.max_length, self._max_tokens())
         self.tokenizer = tokenizer
 
     def load_tokenizer(self, folder: str | Path) -> None:
@@ -103,6 +103,18 @@ class TextTower(Encoder):
             self.use_tokenizer(WordPieceTokenizer.from_folder(folder, max_length=self._max_tokens()))
         except InputError as error:
             raise DataError(f"{str(folder)!r}: {error}") from error
+
+    def load_trained(self, state: Mapping[str, Tensor], folder: Path) -> None:
+        """Take the weights ``state`` of an exported folder, as training goes on from them.
+
+        Raises:
+            DataError: They do not fit, or were trained with another tokenizer than the one that is set.
+        """
+        load_strictly(self, state, source=str(folder))
+        try:
+            self.use_tokenizer(self.ready_tokenizer())  # compares it with the vocabulary that came with the weights
+        except InputError as error:
+            raise DataError(f"weights {str(folder)!r}: {error}") from error
 
     def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """``input_ids`` and ``attention_mask``, int64 ``(B, L)``. Raises ``InputError`` for empty texts."""
@@ -132,9 +144,8 @@ class TextTower(Encoder):
         )
 
     def _max_tokens(self) -> int:
-        if isinstance(self.text_encoder, TransformersText):
-            return min(self.text_config.max_tokens, self.text_encoder.max_length)
-        return self.text_config.max_tokens
+        longest = getattr(self.text_encoder, "max_length", None)
+        return self.text_config.max_tokens if longest is None else min(self.text_config.max_tokens, int(longest))
 
 
 class DualEncoder(TextTower):
@@ -218,6 +229,8 @@ class DualEncoder(TextTower):
         """Hidden states ``(B, L, D)`` of every layer of the text encoder, the embeddings first."""
         if self.text_encoder is None:
             self.ready_tokenizer()  # says what to do
+        if "input_ids" not in text:
+            raise InputError(f"text has {', '.join(text) or 'nothing'}; expected input_ids, as tokenize gives them")
         states: list[Tensor] = self.text_encoder(text["input_ids"], text.get("attention_mask"))  # type: ignore[misc]
         return states
 
@@ -290,16 +303,19 @@ def load_first_weights(encoder: DualEncoder, path: Path, *, inflate: Any = "zero
 
 
 def _load_dual_encoder(encoder: DualEncoder, folder: Path, inflate: Any) -> None:
-    use = read_manifest(folder)["use"]
+    manifest = read_manifest(folder)
+    use = manifest["use"]
     if use != "videotext:dual-encoder":
         raise DataError(f"weights {str(folder)!r} are of {use}; expected a videotext:dual-encoder, or a ViT's file")
+    if encoder.text_encoder is None and "text_architecture" in manifest["config"]:
+        raise DataError(f"weights {str(folder)!r} have a text encoder of transformers: set text_model to its folder")
     if encoder.tokenizer is None:
         encoder.load_tokenizer(folder / TOKENIZER)
     state = read_weights(folder / WEIGHTS)
     key = "video_encoder.temporal_embed"
     if key in state:
         state[key] = inflate_temporal_embedding(state[key], encoder.video_encoder.max_frames, inflate)
-    load_strictly(encoder, state, source=str(folder))
+    encoder.load_trained(state, folder)
 
 
 def load_vit_weights(encoder: SpaceTimeTransformer, path: str | Path) -> None:

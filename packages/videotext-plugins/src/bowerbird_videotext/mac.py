@@ -116,7 +116,8 @@ def masked_pieces(ids: Tensor, special_mask: Tensor, mask_id: int, ratio: float,
         raise InputError(f"ratio = {ratio}: expected 0 to 1")
     if special_mask.shape != ids.shape or noise.shape != ids.shape:
         raise InputError(
-            f"ids have shape {tuple(ids.shape)}, special_mask {tuple(special_mask.shape)}; expected the same"
+            f"ids have shape {tuple(ids.shape)}, special_mask {tuple(special_mask.shape)}, the noise "
+            f"{tuple(noise.shape)}; expected the same"
         )
     hidden = (noise.to(ids.device) < ratio) & ~special_mask.bool()
     return torch.where(hidden, mask_id, ids)

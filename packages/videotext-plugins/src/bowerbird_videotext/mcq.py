@@ -10,7 +10,7 @@ B pairs, T frames.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self, get_args
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from bowerbird.batch import Batch
 from bowerbird.data.dataset import Dataset
+from bowerbird.encoders.weights import load_strictly
 from bowerbird.errors import InputError, RecipeError
 from bowerbird.protocols import BuildContext, Encoder, ItemTransform, LossOutput, Objective
 from bowerbird_videotext.bridge import BridgeFormer
@@ -181,6 +182,11 @@ class MCQConfig(ContrastiveConfig):
     spacy_model: str = Field(
         default="en_core_web_sm", description="Of phrases = 'spacy': a model that is installed, or its folder."
     )
+    bridge_run: str | None = Field(
+        default=None,
+        description="Finished run of videotext:mcq whose bridge goes on: the stage before this one. Its encoder is for "
+        "encoder.weights.",
+    )
     bridge_mlp_ratio: float = Field(
         default=4.0, gt=0, description="Hidden width of the bridge's perceptrons, over the width of the video encoder."
     )
@@ -238,11 +244,12 @@ class MCQObjective(Objective):
 
     @classmethod
     def build(cls, config: MCQConfig, encoder: Encoder, context: BuildContext) -> Self:
-        """Raises ``RecipeError`` for an encoder that does not fit, and where there are no phrases or no captions."""
+        """Raises ``RecipeError`` for an encoder that does not fit, and where there are no phrases or no captions; for
+        ``bridge_run`` what ``load_bridge`` raises."""
         dual = opened(encoder, context, "videotext:mcq")
         _check_sizes(dual)
         video = dual.video_encoder
-        return cls(
+        objective = cls(
             dual,
             BridgeFormer(video.embed_dim, video.depth, video.num_heads, config.bridge_mlp_ratio),
             temperature=config.temperature,
@@ -251,6 +258,22 @@ class MCQObjective(Objective):
             ignore_duplicate_answers=config.ignore_duplicate_answers,
             clips=ClipTransform(dual.preprocessing, dual.frames, config.clips),
         )
+        if config.bridge_run is not None:
+            objective.load_bridge(context.load_run(config.bridge_run).objective_state, source=config.bridge_run)
+        return objective
+
+    def load_bridge(self, state: Mapping[str, Tensor], *, source: str) -> None:
+        """Take the bridge of another run from the state of its objective.
+
+        Raises:
+            RecipeError: The run has none.
+            DataError: It has other sizes.
+        """
+        parts = nn.ModuleDict({"bridge": self.bridge, "bridge_proj": self.bridge_proj})
+        found = {key: value for key, value in state.items() if key.startswith(("bridge.", "bridge_proj."))}
+        if not found:
+            raise RecipeError(f"bridge_run {source!r} holds no bridge: expected the folder of a run of videotext:mcq")
+        load_strictly(parts, found, source=source)
 
     def item_transform(self) -> ItemTransform | None:
         if self.clips is None:

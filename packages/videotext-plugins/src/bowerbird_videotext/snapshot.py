@@ -54,7 +54,7 @@ class SnapshotEncoder(nn.Module):
             return
         (followed,) = self._followed
         for name, ours in self.module.named_parameters():
-            ours.mul_(self.momentum).add_(_tensor(followed, name), alpha=1 - self.momentum)
+            ours.lerp_(_tensor(followed, name), 1 - self.momentum)  # equal tensors stay equal to the bit
         buffers = dict(followed.named_buffers())
         for name, ours in self.module.named_buffers():
             if name in buffers:

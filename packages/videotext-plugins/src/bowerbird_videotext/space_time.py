@@ -84,26 +84,26 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -
 def _by_frame(tokens: Sequence[Tensor], frames: int) -> Tensor:
     """The class token before the tokens of every frame: ``(B, 1, h, d), (B, T n, h, d)`` to ``(B T, 1 + n, h, d)``."""
     first, others = tokens
-    own = others.unflatten(1, (frames, -1))
+    own = others.unflatten(1, (frames, others.shape[1] // frames))
     return torch.cat([first[:, None].expand(-1, frames, -1, -1, -1), own], dim=2).flatten(0, 1)
 
 
 def _by_place(tokens: Sequence[Tensor], frames: int) -> Tensor:
     """The class token before the tokens of every place: ``(B, 1, h, d), (B, T n, h, d)`` to ``(B, 1 + T, n h, d)``."""
     first, others = tokens
-    own = others.unflatten(1, (frames, -1))
+    own = others.unflatten(1, (frames, others.shape[1] // frames))
     return torch.cat([first[:, :, None].expand(-1, -1, own.shape[2], -1, -1), own], dim=1).flatten(2, 3)
 
 
 def _mask_by_frame(mask: Tensor, frames: int) -> Tensor:
     """``(B, 1 + T n)`` to ``(B T, 1, 1, 1 + n)``."""
-    own = mask[:, 1:].unflatten(1, (frames, -1))
+    own = mask[:, 1:].unflatten(1, (frames, (mask.shape[1] - 1) // frames))
     return torch.cat([mask[:, :1, None].expand(-1, frames, -1), own], dim=2).flatten(0, 1)[:, None, None]
 
 
 def _mask_by_place(mask: Tensor, frames: int, heads: int) -> Tensor:
     """``(B, 1 + T n)`` to ``(B, n h, 1, 1 + T)``."""
-    own = mask[:, 1:].unflatten(1, (frames, -1)).transpose(1, 2)
+    own = mask[:, 1:].unflatten(1, (frames, (mask.shape[1] - 1) // frames)).transpose(1, 2)
     joined = torch.cat([mask[:, :1, None].expand(-1, own.shape[1], -1), own], dim=2)
     return joined.repeat_interleave(heads, dim=1)[:, :, None]
 
@@ -119,7 +119,7 @@ class DividedAttention(nn.Module):
 
     def forward(self, x: Tensor, frames: int, key_mask: Tensor | None = None) -> Tensor:
         batch, length, dim = x.shape
-        query, key, value = self.qkv(x).reshape(batch, length, 3, self.heads, -1).unbind(2)
+        query, key, value = self.qkv(x).reshape(batch, length, 3, self.heads, dim // self.heads).unbind(2)
         out = divided_attention(query, key, value, frames=frames, axis=self.axis, key_mask=key_mask)
         return self.proj(out.reshape(batch, length, dim))
 
@@ -287,12 +287,14 @@ class SpaceTimeTransformer(nn.Module):
     # -------------------------------------------------------------------------------------------- tokens
 
     def check_video(self, video: Tensor) -> None:
-        """Raises ``InputError`` for a wrong shape."""
+        """Raises ``InputError`` for a wrong shape, and for pixels that are whole numbers."""
         side = self.image_size
         if video.ndim != 5 or video.shape[2:] != (self.in_channels, side, side):
             raise InputError(
                 f"video has shape {tuple(video.shape)}; this encoder needs (B, T, {self.in_channels}, {side}, {side})"
             )
+        if not video.is_floating_point():
+            raise InputError(f"video is {video.dtype}; this encoder needs normalised floating point numbers")
         if not 1 <= video.shape[1] <= self.max_frames:
             raise InputError(f"clips of {video.shape[1]} frames; this encoder takes 1 to {self.max_frames}")
 
@@ -334,7 +336,7 @@ class SpaceTimeTransformer(nn.Module):
                 f"({tokens.shape[0]}, {tokens.shape[1]}, 1 to {self.num_patches})"
             )
         # On a GPU looking at the values would wait for it; there gather itself refuses them.
-        if keep.device.type == "cpu" and not torch.compiler.is_compiling():
+        if keep.device.type == "cpu" and not torch.compiler.is_compiling() and len(keep):
             low, high = int(keep.min()), int(keep.max())
             if low < 0 or high >= self.num_patches:
                 raise InputError(f"keep holds patch {low if low < 0 else high}; there are 0 to {self.num_patches - 1}")
@@ -374,7 +376,8 @@ class SpaceTimeTransformer(nn.Module):
         if not return_tokens:
             return self.norm(tokens[:, 0])
         tokens = self.norm(tokens)
-        return tokens[:, 0], tokens[:, 1:].unflatten(1, (video.shape[1], -1))
+        frames = video.shape[1]
+        return tokens[:, 0], tokens[:, 1:].unflatten(1, (frames, (tokens.shape[1] - 1) // frames))
 
 
 def inflate_temporal_embedding(
@@ -408,8 +411,9 @@ def inflate_temporal_embedding(
     rows = torch.arange(num_frames, device=weight.device)
     if mode == "interp":
         return weight[:, rows * old // num_frames]
-    place = ((rows.to(weight.dtype) + 0.5) * old / num_frames - 0.5).clamp(0, old - 1)
+    wide = torch.promote_types(weight.dtype, torch.float32)  # half precision cannot count to 300
+    place = ((rows.to(wide) + 0.5) * old / num_frames - 0.5).clamp(0, old - 1)
     low = place.floor().long()
     high = (low + 1).clamp(max=old - 1)
-    share = (place - low)[None, :, None]
+    share = (place - low).to(weight.dtype)[None, :, None]
     return weight[:, low] * (1 - share) + weight[:, high] * share

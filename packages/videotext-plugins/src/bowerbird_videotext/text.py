@@ -97,7 +97,8 @@ class TextBlock(nn.Module):
 
     def forward(self, x: Tensor, keys: Tensor | None) -> Tensor:
         """``keys``: bool ``(B, 1, 1, L)``, true where a piece may be looked at."""
-        query, key, value = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        shape = (3, self.heads, x.shape[2] // self.heads)
+        query, key, value = self.qkv(self.norm1(x)).unflatten(2, shape).permute(2, 0, 3, 1, 4)
         seen = scaled_dot_product_attention(query, key, value, attn_mask=keys).transpose(1, 2).flatten(2)
         x = x + dropout(self.proj(seen), self.dropout, self.training)
         return x + dropout(self.fc2(gelu(self.fc1(self.norm2(x)))), self.dropout, self.training)
@@ -108,12 +109,17 @@ class TransformersText(nn.Module):
 
     Args:
         model: The model; ``from_folder`` and ``from_architecture`` make it.
+
+    Raises:
+        InputError: It is no encoder of texts.
     """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
         config = model.config
+        if not hasattr(config, "vocab_size") or not hasattr(config, "max_position_embeddings"):
+            raise InputError(f"{config.model_type} is no text model of the kind of DistilBERT or BERT")
         self.vocab_size = int(config.vocab_size)
         self.embed_dim = int(getattr(config, "dim", None) or config.hidden_size)
         self.depth = int(getattr(config, "n_layers", None) or config.num_hidden_layers)
@@ -145,7 +151,7 @@ class TransformersText(nn.Module):
         library = _transformers()
         try:
             model = library.AutoModel.from_config(library.AutoConfig.for_model(**architecture))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # the library checks settings with exceptions of its own
             raise InputError(f"transformers could not build this text model: {_first_line(error)}") from error
         return cls(_without_pooler(model))
 

@@ -80,7 +80,10 @@ class ClipTransform:
                 f"{item.get('where', 'an item')}: no caption (text), and this method learns from captions; choose "
                 "videos with captions"
             )
-        return str(captions[int(generator.integers(len(captions)))])
+        caption = str(captions[int(generator.integers(len(captions)))])
+        if not caption.strip():
+            raise InputError(f"{item.get('where', 'an item')}: the caption {caption!r} is empty")
+        return caption
 
     def augmented(self, images: Sequence[Image.Image], generator: np.random.Generator) -> Sequence[Image.Image]:
         """The frames of one clip after one crop and one mirroring, as far as the settings say so."""
