@@ -16,6 +16,9 @@ from bowerbird.testing import load_golden
 from bowerbird_videotext.dense_evaluation import (
     frame_retrieval_ap,
     kendalls_tau,
+    labelled,
+    linear_classification,
+    linear_classifier,
     pair_taus,
     phase_classification,
     phase_progression,
@@ -94,6 +97,60 @@ def test_progression_counts_from_the_last_frame_of_a_phase() -> None:
     assert_allclose(progression_targets([0, 1, 0, 1, 2], 3).T, np.array([[-2, -1, 0, 1, 2], [-3, -2, -1, 0, 1]]) / 5)
 
 
+def test_frames_without_a_phase_count_nowhere() -> None:
+    embeddings, labels = random_videos(4)
+    generator = np.random.default_rng(1)
+    with_more: tuple[list[Any], list[Any]] = ([], [])
+    for video, phases in zip(embeddings, labels, strict=True):
+        places = np.sort(generator.integers(0, len(video) + 1, size=5))
+        with_more[0].append(np.insert(video, places, 50 * generator.normal(size=(5, 4)), axis=0))
+        with_more[1].append(np.insert(phases, places, generator.integers(-3, 0, size=5)))
+    kept = labelled(*with_more)
+    for found, wanted in zip((*kept[0], *kept[1]), (*embeddings, *labels), strict=True):
+        assert np.array_equal(found, wanted)
+
+    def halves(videos: Any) -> tuple[Any, ...]:
+        return videos[0][:2], videos[1][:2], videos[0][2:], videos[1][2:]
+
+    for measure in (phase_classification, phase_progression, linear_classification):
+        assert measure(*halves(with_more)) == measure(*halves((embeddings, labels)))
+    ap = frame_retrieval_ap(*with_more, (1, 3), stride=2)
+    assert ap == frame_retrieval_ap(embeddings, labels, (1, 3), stride=2)
+    assert kendalls_tau(kept[0]) == kendalls_tau(embeddings) != kendalls_tau(with_more[0])
+    with pytest.raises(InputError, match="video 1 of the measured videos has no frame with a phase"):
+        frame_retrieval_ap(embeddings, [labels[0], -1 - labels[1], *labels[2:]], (1,))
+
+
+def test_the_linear_layer_is_trained_by_momentum_and_a_cosine_over_epochs() -> None:
+    """Two steps by hand, of one batch each: all videos fit into it."""
+    embeddings, labels = random_videos(3)
+    x, y = np.concatenate(embeddings), np.eye(3)[np.concatenate(labels)]
+    weight, bias = np.zeros((3, 4)), np.zeros(3)
+    moved = [np.zeros_like(weight), np.zeros_like(bias)]
+    for lr in (0.5, 0.25):  # half a cosine in two epochs: (1 + cos(pi / 2)) / 2
+        powers = np.exp(x @ weight.T + bias)
+        error = (powers / powers.sum(axis=1, keepdims=True) - y) / len(x)
+        gradients = error.T @ x + 0.1 * weight, error.sum(axis=0) + 0.1 * bias
+        moved = [0.9 * old + new for old, new in zip(moved, gradients, strict=True)]
+        weight, bias = weight - lr * moved[0], bias - lr * moved[1]
+    points = np.random.default_rng(5).normal(size=(200, 4)) * 3
+    classify = linear_classifier(embeddings, labels, epochs=2, lr=0.5, weight_decay=0.1)
+    assert np.array_equal(classify(points), (points @ weight.T + bias).argmax(axis=1))
+
+
+def test_the_linear_layer_finds_phases_that_lie_apart_by_their_own_numbers() -> None:
+    _, labels = random_videos(25)
+    apart, numbers = [np.eye(3)[one] for one in labels], [7 * one + 2 for one in labels]  # 2, 9, 16
+    scores = linear_classification(apart[:23], numbers[:23], apart[23:], numbers[23:])
+    assert scores == (1, 1)
+    again = linear_classifier(apart, numbers, epochs=1, batch_videos=4, seed=3)
+    assert set(again(np.eye(3)).tolist()) <= {2, 9, 16}
+    with pytest.raises(InputError, match="one phase only"):
+        linear_classifier(apart, [0 * one for one in labels])
+    with pytest.raises(InputError, match="epochs = 0"):
+        linear_classifier(apart, labels, epochs=0)
+
+
 def test_measures_refuse_what_does_not_fit() -> None:
     embeddings, labels = random_videos(3)
     with pytest.raises(ValueError, match="expected 2 or more, found 1"):
@@ -112,5 +169,9 @@ def test_measures_refuse_what_does_not_fit() -> None:
         phase_classification(embeddings, [labels[0], labels[1][:-1], labels[2]], embeddings, labels)
     with pytest.raises(InputError, match="no finite numbers"):
         phase_classification([one * np.nan for one in embeddings], labels, embeddings, labels)
+    with pytest.raises(InputError, match="video 1 of the compared videos has embeddings that are no finite"):
+        kendalls_tau([embeddings[0], embeddings[1] * np.nan])
+    with pytest.raises(InputError, match="P the same in all"):
+        kendalls_tau([embeddings[0], embeddings[1][:, :2]])
     with pytest.raises(InputError, match="stride = 0"):
         kendalls_tau(embeddings, stride=0)

@@ -18,6 +18,7 @@ from bowerbird.errors import DataError, InputError, RecipeError, UnknownNameErro
 from bowerbird.evaluate import Evaluation
 from bowerbird.recipe import resolve_recipe
 from bowerbird.train.loop import train
+from bowerbird_videotext.dense_evaluation import linear_classifier
 from bowerbird_videotext.dense_evaluator import DenseEvaluation, embed_frames
 from bowerbird_videotext.frozen_frames import FrozenFrames
 from bowerbird_videotext.mv_former_config import (
@@ -313,6 +314,38 @@ def test_frames_are_measured_by_action_with_any_encoder(root: str, tmp_path: Pat
     rows = np.arange(6) % 2
     by_action = [np.mean(metrics.per_query["AP@5"][rows == action]) for action in (0, 1)]
     assert metrics.summary["AP@5"] == pytest.approx(np.mean(by_action))
+
+
+def test_frames_are_classified_by_a_layer_trained_as_on_finegym_and_those_without_a_phase_left_out(
+    root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = Phases.frame_labels
+
+    def some(self: Phases, index: int) -> Any:
+        found = labels(self, index).copy()
+        found[:: index + 2] = -1
+        return found
+
+    monkeypatch.setattr(Phases, "frame_labels", some)
+    more: dict[str, Any] = {"classifier": "sgd", "epochs": 3, "lr": 0.5, "batch_videos": 2, "seed": 1}
+    config = DenseConfig(
+        dataset="videotext:phases", settings={"root": root, **DIGITS}, measures=("classification",), **more
+    )
+    encoder = load_encoder("core:timm?model=test_resnet&image_size=32", device="cpu")
+    metrics = DenseEvaluation.build(config).run(Evaluation(encoder))
+    sets = {split: Phases.build(PhasesConfig(root=Path(root), **DIGITS), split) for split in ("train", "test")}
+    by_hand = []
+    for action in (0, 1):
+        parts: list[Any] = []
+        for phases in sets.values():
+            rows = range(action, len(phases), 2)
+            parts += [[embed_frames(encoder.module, phases.video(i)) for i in rows]]
+            parts += [[phases.frame_labels(i) for i in rows]]
+        classify = linear_classifier(*parts[:2], epochs=3, lr=0.5, batch_videos=2, seed=1)
+        pairs = zip(*parts[2:], strict=True)
+        by_hand.append([100 * (classify(video[known >= 0]) == known[known >= 0]).mean() for video, known in pairs])
+    assert metrics.summary["accuracy"] == pytest.approx(np.mean(by_hand))
+    assert metrics.per_query["accuracy"].tolist() == pytest.approx(np.array(by_hand).T.ravel().tolist())
 
 
 def test_an_encoder_of_videos_embeds_the_frames_of_a_video_together(phases: Phases, encoder: MVFormerEncoder) -> None:

@@ -4,12 +4,14 @@ The four measures of CARL and MV-Former (arXiv 2203.14957, section 4.2; arXiv 23
 al., arXiv 1904.07846, section 4). All are of one kind of action; a data set with several is measured one by one.
 
 A video is an array of embeddings ``(T_i, P)``, one row per frame, and its phases are whole numbers ``(T_i,)``. Frames
-with a phase below 0 are left out by whoever has one.
+with a phase below 0 have none: all measures that are given phases leave them out first, as if they were not in the
+video. ``labelled`` does so for Kendall's tau, which is given none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +24,7 @@ from sklearn.metrics import r2_score
 from bowerbird.errors import InputError
 
 Floats = NDArray[np.floating[Any]]
+Classify = Callable[[ArrayLike], NDArray[np.int64]]  # embeddings (n, P) to phases (n,)
 
 
 class Scores(NamedTuple):
@@ -50,19 +53,96 @@ def phase_classification(
     Raises:
         InputError: No videos, shapes that do not fit, or only one phase to learn.
     """
-    model = phase_classifier(train_embeddings, train_labels, c=c, max_iter=max_iter)
+    classify = phase_classifier(train_embeddings, train_labels, c=c, max_iter=max_iter)
     parts = ((train_embeddings, train_labels, "training"), (val_embeddings, val_labels, "validation"))
-    return Scores(*(float(model.score(*_frames(*part))) for part in parts))
+    return Scores(*(_share_right(classify, *part) for part in parts))
 
 
 def phase_classifier(
     embeddings: Sequence[ArrayLike], labels: Sequence[ArrayLike], *, c: float = 1.0, max_iter: int = 10_000
-) -> LogisticRegression:
-    """The regression of ``phase_classification``, fitted. Raises as that does."""
-    frames, phases = _frames(embeddings, labels, "training")
-    if len(np.unique(phases)) < 2:
-        raise InputError("phase classification: the training videos have one phase only; there is nothing to learn")
-    return LogisticRegression(C=c, max_iter=max_iter).fit(frames, phases)
+) -> Classify:
+    """The fitted regression of ``phase_classification``. Raises as that does."""
+    videos, phases = _several_phases(embeddings, labels)
+    model = LogisticRegression(C=c, max_iter=max_iter).fit(np.concatenate(videos), np.concatenate(phases))
+    predict: Classify = model.predict
+    return predict
+
+
+def linear_classification(
+    train_embeddings: Sequence[ArrayLike],
+    train_labels: Sequence[ArrayLike],
+    val_embeddings: Sequence[ArrayLike],
+    val_labels: Sequence[ArrayLike],
+    **settings: Any,
+) -> Scores:
+    """Accuracies in 0..1 of ``linear_classifier``, the protocol of FineGym, whose ``settings`` it takes.
+
+    Raises:
+        InputError: As ``phase_classification``, or settings out of range.
+    """
+    classify = linear_classifier(train_embeddings, train_labels, **settings)
+    parts = ((train_embeddings, train_labels, "training"), (val_embeddings, val_labels, "validation"))
+    return Scores(*(_share_right(classify, *part) for part in parts))
+
+
+def linear_classifier(
+    embeddings: Sequence[ArrayLike],
+    labels: Sequence[ArrayLike],
+    *,
+    epochs: int = 50,
+    lr: float = 1.0,
+    momentum: float = 0.9,
+    weight_decay: float = 1e-6,
+    batch_videos: int = 10,
+    seed: int = 0,
+) -> Classify:
+    """A linear layer, trained with stochastic gradient descent on the cross-entropy of all frames of some videos.
+
+    Momentum, decay and batch are those of MV-Former's evaluation on FineGym; ``epochs`` and ``lr`` are ours. It starts
+    from zeros.
+
+    Args:
+        embeddings, labels: Of the videos that it is trained on.
+        epochs: Passes over the videos, each in another order.
+        lr: In the first epoch; it falls to 0 along half a cosine, epoch by epoch.
+        batch_videos: Videos of a step.
+        seed: Of the order of the videos.
+
+    Raises:
+        InputError: As ``phase_classifier``, or settings out of range.
+    """
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    if epochs < 1 or batch_videos < 1 or not lr > 0 or not 0 <= momentum < 1 or weight_decay < 0:
+        raise InputError(
+            f"epochs = {epochs}, batch_videos = {batch_videos}, lr = {lr}, momentum = {momentum}, weight_decay = "
+            f"{weight_decay}: expected twice 1 or more, above 0, 0 to below 1, and 0 or more"
+        )
+    videos, phases = _several_phases(embeddings, labels)
+    classes = np.unique(np.concatenate(phases))
+    frames = [torch.from_numpy(np.asarray(video, np.float32)) for video in videos]
+    targets = [torch.from_numpy(np.searchsorted(classes, one)) for one in phases]
+    weight = torch.zeros(len(classes), frames[0].shape[1], requires_grad=True)
+    bias = torch.zeros(len(classes), requires_grad=True)
+    optimizer = torch.optim.SGD([weight, bias], lr, momentum=momentum, weight_decay=weight_decay)
+    generator = np.random.default_rng(seed)
+    for epoch in range(epochs):
+        optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * epoch / epochs)) / 2
+        order = generator.permutation(len(frames)).tolist()
+        for first in range(0, len(order), batch_videos):
+            chosen = order[first : first + batch_videos]
+            logits = torch.cat([frames[i] for i in chosen]) @ weight.T + bias
+            optimizer.zero_grad()
+            cross_entropy(logits, torch.cat([targets[i] for i in chosen])).backward()
+            optimizer.step()
+    fitted, offset = weight.detach().numpy(), bias.detach().numpy()
+
+    def classify(embeddings: ArrayLike) -> NDArray[np.int64]:
+        found: NDArray[np.int64] = classes[(np.asarray(embeddings) @ fitted.T + offset).argmax(axis=1)]
+        return found
+
+    return classify
 
 
 def phase_progression(
@@ -83,23 +163,23 @@ def phase_progression(
     Raises:
         InputError: As ``phase_classification``, a video that lacks a phase, or fewer than two phases.
     """
-    _frames(train_embeddings, train_labels, "training")
-    _frames(val_embeddings, val_labels, "validation")
-    labels = [np.asarray(one) for one in (*train_labels, *val_labels)]
-    phases = phases if phases is not None else 1 + max(int(one.max()) for one in labels)
+    train, train_phases = labelled(train_embeddings, train_labels, "training")
+    val, val_phases = labelled(val_embeddings, val_labels, "validation")
+    phases = phases if phases is not None else 1 + max(int(one.max()) for one in (*train_phases, *val_phases))
     if phases < 2:
         raise InputError(f"phase progression needs 2 phases or more; there are {phases}")
-    targets = [progression_targets(one, phases) for one in labels]
-    fitted, measured = np.concatenate(targets[: len(train_labels)]), np.concatenate(targets[len(train_labels) :])
-    train, val = (np.concatenate([np.asarray(one) for one in videos]) for videos in (train_embeddings, val_embeddings))
-    model = LinearRegression().fit(train, fitted)
-    return Scores(float(r2_score(fitted, model.predict(train))), float(r2_score(measured, model.predict(val))))
+    fitted, measured = (
+        np.concatenate([progression_targets(one, phases) for one in labels]) for labels in (train_phases, val_phases)
+    )
+    frames, others = np.concatenate(train), np.concatenate(val)
+    model = LinearRegression().fit(frames, fitted)
+    return Scores(float(r2_score(fitted, model.predict(frames))), float(r2_score(measured, model.predict(others))))
 
 
 def progression_targets(labels: ArrayLike, phases: int) -> NDArray[np.float64]:
     """``(T, K - 1)``: frames since the last frame of every phase but the last (below 0 before it), over T.
 
-    Raises ``InputError`` where a video lacks a phase.
+    ``labels (T,)`` are of frames that have a phase, all of them. Raises ``InputError`` where a video lacks a phase.
     """
     labels = np.asarray(labels)
     columns = []
@@ -122,7 +202,7 @@ def kendalls_tau(embeddings: Sequence[ArrayLike], *, stride: int = 1) -> float:
     is left.
 
     Args:
-        embeddings: Of two videos or more.
+        embeddings: Of two videos or more; where frames without a phase shall not count, of ``labelled``.
         stride: Every how many frames are compared.
 
     Raises:
@@ -134,7 +214,7 @@ def kendalls_tau(embeddings: Sequence[ArrayLike], *, stride: int = 1) -> float:
 
 def pair_taus(embeddings: Sequence[ArrayLike], *, stride: int = 1) -> NDArray[np.float64]:
     """``(N, N)``: tau-b of video i looked up in video j; NaN where there is none, and of a video with itself."""
-    videos = [video[::stride] for video in _several(embeddings, stride, "Kendall's tau")]
+    videos = _strided(_checked(embeddings, "compared"), stride, "Kendall's tau")
     taus = np.full((len(videos), len(videos)), np.nan)
     for i, video in enumerate(videos):
         for j, other in enumerate(videos):
@@ -172,9 +252,7 @@ def retrieval_shares(
     embeddings: Sequence[ArrayLike], labels: Sequence[ArrayLike], ks: Sequence[int] = (5, 10, 15), *, stride: int = 1
 ) -> Mapping[int, NDArray[np.float64]]:
     """AP@K of every video ``(N,)``, by K."""
-    _frames(embeddings, labels, "the")
-    videos = [video[::stride] for video in _several(embeddings, stride, "frame retrieval")]
-    phases = [np.asarray(one)[::stride] for one in labels]
+    videos, phases = (_strided(one, stride, "frame retrieval") for one in labelled(embeddings, labels, "measured"))
     total = sum(map(len, videos))
     fewest = total - max(map(len, videos))
     if not ks or min(ks) < 1 or max(ks) > fewest:
@@ -193,28 +271,70 @@ def retrieval_shares(
     return {k: np.asarray(values) for k, values in shares.items()}
 
 
-def _frames(embeddings: Sequence[ArrayLike], labels: Sequence[ArrayLike], which: str) -> tuple[Floats, NDArray[Any]]:
-    """All frames of all videos with their phases."""
-    if len(embeddings) == 0 or len(embeddings) != len(labels):
+def labelled(
+    embeddings: Sequence[ArrayLike], labels: Sequence[ArrayLike], which: str = "given"
+) -> tuple[list[Floats], list[NDArray[Any]]]:
+    """The videos and their phases without the frames whose phase is below 0.
+
+    Args:
+        which: Of the videos, for messages.
+
+    Raises:
+        InputError: No videos, shapes that do not fit, numbers that are not finite, or a video of which no frame has a
+            phase.
+    """
+    if len(embeddings) != len(labels):
         raise InputError(f"{len(embeddings)} {which} videos and labels of {len(labels)}: expected one or more of both")
-    for i, (video, phases) in enumerate(zip(embeddings, labels, strict=True)):
-        found, shape = np.shape(video), np.shape(phases)
-        if len(found) != 2 or not found[0] or shape != found[:1] or found[1] != np.shape(embeddings[0])[1]:
+    videos, phases = _checked(embeddings, which), [np.asarray(one) for one in labels]
+    for i, (video, one) in enumerate(zip(videos, phases, strict=True)):
+        if one.shape != video.shape[:1]:
             raise InputError(
-                f"video {i} of the {which} videos has embeddings of shape {found} and phases of shape {shape}; "
-                f"expected (frames, {np.shape(embeddings[0])[-1]}) and (frames,)"
+                f"video {i} of the {which} videos has embeddings of shape {video.shape} and phases of shape "
+                f"{one.shape}; expected (frames, P) and (frames,)"
+            )
+        if not (one >= 0).any():
+            raise InputError(f"video {i} of the {which} videos has no frame with a phase; leave it out")
+    kept = [one >= 0 for one in phases]
+    return (
+        [video[known] for video, known in zip(videos, kept, strict=True)],
+        [one[known] for one, known in zip(phases, kept, strict=True)],
+    )
+
+
+def _checked(embeddings: Sequence[ArrayLike], which: str) -> list[Floats]:
+    """Videos ``(T_i, P)`` of finite numbers, one or more."""
+    videos = [np.asarray(one) for one in embeddings]
+    if not videos:
+        raise InputError(f"there are no {which} videos: expected one or more")
+    for i, video in enumerate(videos):
+        if video.ndim != 2 or not len(video) or video.shape[1] != videos[0].shape[-1]:
+            raise InputError(
+                f"video {i} of the {which} videos has embeddings of shape {video.shape}; expected (frames, P), and P "
+                "the same in all"
             )
         if not np.isfinite(video).all():
             raise InputError(f"video {i} of the {which} videos has embeddings that are no finite numbers")
-    return np.concatenate([np.asarray(one) for one in embeddings]), np.concatenate([np.asarray(one) for one in labels])
+    return videos
 
 
-def _several(embeddings: Sequence[ArrayLike], stride: int, measure: str) -> list[Floats]:
-    videos = [np.asarray(one) for one in embeddings]
+def _several_phases(
+    embeddings: Sequence[ArrayLike], labels: Sequence[ArrayLike]
+) -> tuple[list[Floats], list[NDArray[Any]]]:
+    videos, phases = labelled(embeddings, labels, "training")
+    if len(np.unique(np.concatenate(phases))) < 2:
+        raise InputError("phase classification: the training videos have one phase only; there is nothing to learn")
+    return videos, phases
+
+
+def _share_right(classify: Classify, embeddings: Sequence[ArrayLike], labels: Sequence[ArrayLike], which: str) -> float:
+    videos, phases = labelled(embeddings, labels, which)
+    return float((classify(np.concatenate(videos)) == np.concatenate(phases)).mean())
+
+
+def _strided(videos: Sequence[NDArray[Any]], stride: int, measure: str) -> list[NDArray[Any]]:
+    """Every ``stride``-th frame of two videos or more."""
     if len(videos) < 2:
         raise InputError(f"{measure} compares videos with each other: expected 2 or more, found {len(videos)}")
     if stride < 1:
         raise InputError(f"stride = {stride}: expected 1 or more")
-    if any(one.ndim != 2 or not len(one) or one.shape[1] != videos[0].shape[-1] for one in videos):
-        raise InputError(f"{measure}: embeddings of shapes {[one.shape for one in videos]}; expected (frames, P)")
-    return videos
+    return [one[::stride] for one in videos]

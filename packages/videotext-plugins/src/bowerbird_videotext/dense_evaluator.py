@@ -19,6 +19,8 @@ from bowerbird.data.videos import read_frames, video_info
 from bowerbird.errors import InputError
 from bowerbird.protocols import Dataset, Encoder, EvalContext, Evaluator, Metrics
 from bowerbird_videotext.dense_evaluation import (
+    labelled,
+    linear_classifier,
     pair_taus,
     phase_classifier,
     phase_progression,
@@ -46,7 +48,7 @@ class _Videos:
 class DenseEvaluation(Evaluator):
     """Every action (class of the videos) by itself; a number is the mean over actions.
 
-    ``accuracy`` (percent of the frames whose phase logistic regression finds), ``progression`` (R^2), ``tau``
+    ``accuracy`` (percent of the frames whose phase a linear classifier finds), ``progression`` (R^2), ``tau``
     (Kendall's, -1 to 1), ``AP@K`` (percent of the K nearest frames of other videos that are of the same phase);
     ``actions`` and ``videos`` count. Videos that lack a phase have no progression; ``without_progression`` counts them.
     Per query, that is per video of ``split``: ``accuracy``, ``tau`` (mean over the other videos) and ``AP@K``.
@@ -111,10 +113,16 @@ class DenseEvaluation(Evaluator):
         return found
 
     def _accuracy(self, train: _Videos, test: _Videos) -> NDArray[np.float64]:
-        model = phase_classifier(train.embeddings, train.phases, c=self.config.c)
-        return np.array(
-            [100 * model.score(x, y) for x, y in zip(test.embeddings, test.phases, strict=True)], np.float64
-        )
+        c = self.config
+        if c.classifier == "sgd":
+            classify = linear_classifier(
+                train.embeddings, train.phases, epochs=c.epochs, lr=c.lr, weight_decay=c.weight_decay,
+                batch_videos=c.batch_videos, seed=c.seed,
+            )  # fmt: skip
+        else:
+            classify = phase_classifier(train.embeddings, train.phases, c=c.c)
+        right = [classify(x) == y for x, y in zip(test.embeddings, test.phases, strict=True)]
+        return np.array([100 * one.mean() for one in right])
 
     def _videos(self, context: EvalContext, split: str) -> _Videos:
         c = self.config
@@ -130,10 +138,9 @@ class DenseEvaluation(Evaluator):
                 raise InputError(
                     f"{videos.where(position)}: {source!r} has {length} frames, and phases of {len(of_frames)}"
                 )
-            embedded = embed_frames(context.encoder, source, chunk=c.chunk)
-            kept = of_frames >= 0
-            embeddings.append(embedded[kept])
-            phases.append(of_frames[kept])
+            embeddings.append(embed_frames(context.encoder, source, chunk=c.chunk))
+            phases.append(of_frames)
+        embeddings, phases = labelled(embeddings, phases, split)
         return _Videos(embeddings, phases, np.asarray([labels[i] for i in positions], np.int64))
 
 

@@ -266,7 +266,20 @@ class DenseConfig(BaseModel):
     """Every how many frames videos are compared, by tau and retrieval: 2 on Penn Action, 5 on Pouring and FineGym."""
     ks: Annotated[tuple[Whole, ...], Field(min_length=1)] = (5, 10, 15)
     """Numbers of neighbours of a frame, K of AP@K."""
+    classifier: Literal["logistic", "sgd"] = "logistic"
+    """Of classification. logistic: regression with an L2 penalty; sgd: a linear layer trained as on FineGym, with a
+    momentum of 0.9 and a learning rate that falls to 0 along a cosine."""
     c: float = Field(1.0, gt=0)
-    """Inverse strength of the classifier's penalty."""
+    """Inverse strength of the penalty, of logistic."""
+    epochs: int = Field(50, ge=1)
+    """Of sgd."""
+    lr: float = Field(1.0, gt=0)
+    """Learning rate of the first epoch, of sgd."""
+    weight_decay: float = Field(1e-6, ge=0)
+    """Of sgd."""
+    batch_videos: int = Field(10, ge=1)
+    """Videos of a step, of sgd."""
+    seed: int = Field(0, ge=0)
+    """Of the order of the videos, of sgd."""
     chunk: int = Field(40, ge=1)
     """Frames that are decoded and encoded at once."""
