@@ -276,6 +276,18 @@ def test_without_one_hot_rows_entities_can_be_exchanged(reduction: str) -> None:
     assert_close(model(x), out)
 
 
+@pytest.mark.parametrize("entities", [1, 3])
+def test_the_last_layer_gives_entity_0_what_it_gives_among_all(entities: int) -> None:
+    whole, one = small("avg", entities=entities), small("one", entities=entities)
+    one.load_state_dict(whole.state_dict())
+    x, valid = torch.randn(2, 7, 6, 5).double(), torch.tensor([[1, 1, 1, 1, 0, 0, 0], [1, 0, 1, 1, 1, 1, 1]])
+    of_all: list[torch.Tensor] = []
+    whole.transformer.layers[-1].register_forward_hook(lambda _m, _i, out: of_all.append(out))
+    with torch.enable_grad():
+        whole(x, valid)
+        assert_close(one(x, valid), one.to_embedding(of_all[0].view(2, entities, 7, 16)[:, 0]))
+
+
 def test_layers_start_as_copies_of_one() -> None:
     first, second = small().transformer.layers
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
@@ -296,5 +308,7 @@ def test_the_transformer_refuses_what_does_not_fit() -> None:
         small("mean")
     with pytest.raises(InputError, match="divided among"):
         MultiEntityVideoTransformer(LearnableSpatialTokenPooling(5), 10, heads=4)
+    with pytest.raises(InputError, match="layers = 0"):
+        MultiEntityVideoTransformer(LearnableSpatialTokenPooling(5), layers=0)
     with pytest.raises(InputError, match=r"expected \(2, 5\)"):
         small()(torch.zeros(2, 5, 6, 5).double(), torch.ones(2, 4))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -241,6 +241,8 @@ class MultiEntityVideoTransformer(nn.Module):
             raise InputError(f"hidden = {hidden} cannot be divided among {heads} heads")
         self.pooling, self.entity_one_hot, self.reduction = pooling, entity_one_hot, reduction
         self.hidden, self.embedding_dim, self.train_frames = hidden, embedding_dim, train_frames
+        if layers < 1:
+            raise InputError(f"layers = {layers}: expected 1 or more")
         entities = self.num_tokens = int(pooling.num_tokens)  # type: ignore[arg-type]
         if entity_one_hot == "enc" and hidden <= entities:
             raise InputError(f"hidden = {hidden} leaves no channel beside the one-hot rows of {entities} entities")
@@ -291,8 +293,12 @@ class MultiEntityVideoTransformer(nn.Module):
             tokens = self._told_apart(tokens)
         tokens = tokens.transpose(1, 2).flatten(1, 2)  # entity by entity
         hidden_keys = None if frame_valid is None else ~frame_valid.repeat(1, entities)
-        tokens = self.transformer(tokens, src_key_padding_mask=hidden_keys)
-        tokens = tokens.view(clips, entities, frames, self.hidden)
+        layers = self.transformer.layers
+        for layer in layers[:-1]:
+            tokens = layer(tokens, src_key_padding_mask=hidden_keys)
+        # Where entity 0 alone becomes the embedding, the last layer is not asked about the others.
+        tokens = _of_first(layers[-1], tokens, frames * (1 if self.reduction == "one" else entities), hidden_keys)
+        tokens = tokens.view(clips, -1, frames, self.hidden)
         if self.reduce is not None:
             return self.to_embedding(self.reduce(tokens.transpose(1, 2).flatten(2)))
         return self.to_embedding(_REDUCTIONS[self.reduction](tokens))
@@ -343,6 +349,18 @@ class ProjectionHead(nn.Module):
         """``(..., P)`` to ``(..., P)``."""
         projected: Tensor = self.layers(embeddings.reshape(-1, embeddings.shape[-1]))
         return projected.view(embeddings.shape)
+
+
+def _of_first(layer: nn.Module, tokens: Tensor, count: int, hidden_keys: Tensor | None) -> Tensor:
+    """What a pre-norm ``layer`` gives for the first ``count`` of ``tokens (B, E T, h)``, which see all of them."""
+    if count == tokens.shape[1]:
+        return layer(tokens, src_key_padding_mask=hidden_keys)
+    parts: Any = layer
+    keys = parts.norm1(tokens)
+    seen, _ = parts.self_attn(keys[:, :count], keys, keys, key_padding_mask=hidden_keys, need_weights=False)
+    tokens = tokens[:, :count] + parts.dropout1(seen)
+    hidden = parts.dropout(parts.activation(parts.linear1(parts.norm2(tokens))))
+    return tokens + parts.dropout2(parts.linear2(hidden))
 
 
 # tokens (B, E, T, h) -> (B, T, h)
