@@ -28,10 +28,11 @@ from bowerbird_videotext.mv_former_config import (
     PhasesConfig,
     ViewsConfig,
 )
-from bowerbird_videotext.mv_former_encoder import MVFormerEncoder, real_frames
+from bowerbird_videotext.mv_former_encoder import MVFormerEncoder
 from bowerbird_videotext.mv_former_objective import MVFormerObjective
 from bowerbird_videotext.mv_former_views import CachedViews, TwoViews, augmented, cache_frames, two_view_steps
 from bowerbird_videotext.phases import Phases
+from bowerbird_videotext.sampling import real_frames
 
 SMALL: dict[str, Any] = {
     "backbone": "test_resnet", "image_size": 32, "blocks": [2], "frames": 6, "pool_channels": 8, "mlp_width": 12,

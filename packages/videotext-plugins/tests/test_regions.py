@@ -126,9 +126,10 @@ def test_pixel_features_are_the_pixels_of_the_region() -> None:
     assert_close(found.view(3, 4, 4), 2 * expected - 1)
 
 
-def test_frames_of_zeros_have_no_regions() -> None:
+def test_frames_of_zeros_behind_a_clip_have_no_regions_and_black_ones_within_it_have() -> None:
     video = torch.rand(2, 3, 3, 8, 8)
     video[0, 2] = 0
+    video[1, 1] = 0
     found = video_regions(GridRegions(2, 2, PixelFeatures(2)), video, 5)
     assert found.valid[0, 2].any().item() is False
     assert found.valid[1].sum().item() == 3 * 4

@@ -24,6 +24,7 @@ from bowerbird_videotext.mv_former import (
     MultiEntityVideoTransformer,
 )
 from bowerbird_videotext.mv_former_config import MVFormerConfig
+from bowerbird_videotext.sampling import real_frames
 
 
 class MVFormerEncoder(Encoder):
@@ -121,10 +122,3 @@ class MVFormerEncoder(Encoder):
         """``config`` with the backbone's architecture in the place of where its weights came from."""
         kept = {key: value for key, value in config.items() if key not in ("weights", "pretrained", *self.source)}
         return kept | {key: value for key, value in self.source.items() if value not in (None, {})}
-
-
-def real_frames(video: Tensor) -> Tensor:
-    """bool ``(B, T)``: up to the last frame of ``video (B, T, 3, H, W)`` that is not all zeros; the first always."""
-    shown = video.flatten(2).any(dim=2)
-    shown[:, 0] = True
-    return shown.flip(1).cummax(dim=1).values.flip(1)

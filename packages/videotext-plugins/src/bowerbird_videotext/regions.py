@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bowerbird.errors import InputError
+from bowerbird_videotext.sampling import real_frames
 
 REGION_KEYS = ("regions", "region_geometry", "region_valid")  # of a batch
 
@@ -170,7 +171,7 @@ class RegionExtractor(Protocol):
 def video_regions(
     extractor: RegionExtractor, video: Tensor, regions_per_frame: int, boxes: Sequence[Tensor] | None = None
 ) -> RegionFeatures:
-    """The regions of clips; frames of zeros, which fill up short clips, have none.
+    """The regions of clips; frames of zeros at the end, which fill up short clips, have none.
 
     Args:
         extractor: What finds them.
@@ -189,7 +190,7 @@ def video_regions(
     if extractor.takes_boxes:
         per_frame = _boxes_of_frames(boxes, video)
     found = extractor(video.flatten(0, 1), per_frame).best(regions_per_frame)
-    there = video.flatten(2).any(dim=2)
+    there = real_frames(video)
 
     def whole(values: Tensor) -> Tensor:
         return values.unflatten(0, (batch, frames))

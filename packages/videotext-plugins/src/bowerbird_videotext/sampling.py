@@ -1,4 +1,7 @@
-"""Which frames stand for a video, with torch's generators; the rule is core's (``bowerbird.data.videos``)."""
+"""Which frames stand for a video, with torch's generators, and which frames of a clip are real.
+
+The rule is core's (``bowerbird.data.videos``). B clips, T frames.
+"""
 
 from __future__ import annotations
 
@@ -32,5 +35,13 @@ def sample_frame_indices(
     """
     draws = None
     if mode == "random" and offset is None:
-        draws = np.random.default_rng(int(torch.randint(2**63 - 1, (), generator=generator)))
+        device = "cpu" if generator is None else generator.device
+        draws = np.random.default_rng(int(torch.randint(2**63 - 1, (), generator=generator, device=device)))
     return torch.from_numpy(frame_indices(video_length, num_frames, mode=mode, generator=draws, offset=offset))
+
+
+def real_frames(video: Tensor) -> Tensor:
+    """bool ``(B, T)``: up to the last frame of ``video (B, T, 3, H, W)`` that is not all zeros; the first always."""
+    shown = video.flatten(2).any(dim=2)
+    shown[:, 0] = True
+    return shown.flip(1).cummax(dim=1).values.flip(1)
