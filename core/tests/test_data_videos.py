@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from video_files_world import STEP, grey_frames, positions, turned, write, write_sound
 
 from bowerbird.data import uris, video_files, videos
 from bowerbird.data.dataset import Dataset
@@ -37,9 +38,6 @@ from bowerbird.gallery.images import content_hash, uri_of
 from bowerbird.hookspecs import hookimpl
 from bowerbird.records import DatasetRecord
 from bowerbird.registry import get_registry
-
-pytest.importorskip("av")
-from video_files_world import STEP, grey_frames, positions, turned, write, write_sound
 
 COUNT = 40
 BOWERBIRD_API = "1.0"
@@ -281,6 +279,19 @@ def test_clips_cover_a_video_without_gap_or_overlap(seconds: float, length: floa
     assert all(a.end == b.start for a, b in itertools.pairwise(clips))
     if len(clips) > 1:
         assert all(0.5 - 1e-6 <= ((clip.end or 0) - clip.start) / length <= 1.5 + 1e-6 for clip in clips)
+
+
+@pytest.mark.parametrize("length", [0.0, -1.0, 1e-9, 0.0009, float("inf"), float("nan")])
+def test_a_video_is_cut_into_clips_that_an_address_can_name(length: float) -> None:
+    with pytest.raises(DataError, match=r"clips of .* s; expected a number from 0\.001"):
+        next(clips_of(5.0, length))
+    assert next(clips_of(5.0, 0.001)) == Moment(0.0, 0.001)
+
+
+@pytest.mark.parametrize("times", [(0.0, float("inf")), (float("inf"), None), (float("nan"), 1.0), (0.0, float("nan"))])
+def test_a_moment_that_no_address_can_name_is_refused(times: tuple[float, float | None]) -> None:
+    with pytest.raises(DataError, match="is empty"):
+        Moment(*times)
 
 
 def test_frames_are_counted_from_the_start_of_the_moment(made: Path) -> None:

@@ -311,6 +311,9 @@ def test_encoders_of_pictures_refuse_texts_and_videos(films: Path, models: Path,
     assert "not videos" in run("gallery", "search", path, "--video", films / "red.mp4", code=2).output
     said = run("gallery", "add", path, "--folder", films, "--clip-seconds", 1, code=2).output
     assert "takes pictures" in said
+    for asked in (("add", path, films / "red.mp4"), ("search", path, "--image", films / "red.mp4")):
+        said = run("gallery", *asked, code=2).output
+        assert "red.mp4: it is a video, and pictures are asked for" in said
     said = run("gallery", "search", path, "--text", "red", "--image", films / "still.png", code=2).output
     assert "one of: --image, --text, --video" in said
 

@@ -368,7 +368,7 @@ def test_questions_are_answered_by_kind(clips: Path) -> None:
 def test_videos_are_classified_by_prompts_of_their_classes(clips: Path, scores: str) -> None:
     dataset = ColourVideos(clips, ["blue", "red", "blue", "yellow"], [[]] * 4, labels=True)
     context = context_of(dataset, PairEncoder())
-    metrics = run("zero-shot-actions", context, scores=scores, ks=(1, 3), templates=("{}", "a {} square"))
+    metrics = run("zero-shot-actions", context, scores=scores, ks=(1, 3), templates=("{}", "a {} {square}"))
     assert metrics.summary["top1"] == metrics.summary["top3"] == 100
     wrong = PairEncoder(scale=-1.0)
     wrong.table.weight.data.neg_()  # texts point to their colours again, videos away from theirs

@@ -202,11 +202,14 @@ def test_bad_moments_and_nothing_left_are_named(root: Path) -> None:
         ("2,1", "line 2: the moment t=2,1 is empty"),
         ("x,1", "line 2: a = 'x' is no time in seconds"),
         ("90,91", "line 2: .*starts at 90 s"),
+        ("0,inf", "line 2: the moment .* is empty"),
+        ("0.1001,0.1002", "line 2: .*the moment .* is empty"),  # both 0.1 in an address
     ):
         with pytest.raises(DataError, match=message):
             table(root, f"{head}{times}\n", start="a", end="b")
-    with pytest.raises(DataError, match=r"no video can be used \(.*line 2: .*is empty"):
-        table(root, f"{head}2,1\n", start="a", end="b", skip_unreadable=True)
+    for times in ("2,1", "0.1001,0.1002"):
+        with pytest.raises(DataError, match=r"no video can be used \(.*line 2: .*is empty"):
+            table(root, f"{head}{times}\n", start="a", end="b", skip_unreadable=True)
     with pytest.raises(InputError, match=r"report = .*expected a file in a folder that is there"):
         table(root, f"{head}0,1\n", report=root / "no" / "report.jsonl")
     with pytest.raises(DataError, match="there is no folder of videos"):

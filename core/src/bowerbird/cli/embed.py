@@ -64,7 +64,7 @@ def command(
     else:
         ids, items = _dataset_items(source, split, overrides)
         loaded = load_encoder(encoder, device=device)
-    with progress_bar("embedding", len(ids), "images", as_json) as advance:
+    with progress_bar("embedding", len(ids), "images" if loaded.frames is None else "videos", as_json) as advance:
         result = embed_to_file(
             loaded, ids, items, out, batch_size=batch_size, skip_errors=skip_errors, progress=advance
         )

@@ -125,7 +125,7 @@ def create(
 @click.option(
     "--on-error", type=click.Choice(["raise", "skip"]), default="raise", show_default=True, help="Unreadable images."
 )
-@click.option("--clip-seconds", type=click.FloatRange(min=0, min_open=True), help="Of longer videos, a vector for "
+@click.option("--clip-seconds", type=click.FloatRange(min=0.001), help="Of longer videos, a vector for "
               "every so many seconds; ids are VIDEO#t=start,end. Default: one vector per video.")  # fmt: skip
 @click.option("--detect", "detector", metavar="MODEL", help="Add the objects that this detector finds, a vector each; "
               "ids are IMAGE#xywh=x,y,w,h, metadata label, score, box, image.")  # fmt: skip

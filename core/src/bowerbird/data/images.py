@@ -276,6 +276,13 @@ def _opened(source: Any, name: str, max_pixels: int, max_bytes: int) -> Image.Im
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(f"Image {name} is too large: {error} The limit is max_pixels={max_pixels:,}.") from error
     except UnidentifiedImageError as error:
+        from bowerbird.data.videos import VIDEO_SUFFIXES  # which imports this module
+
+        if isinstance(file, Path) and file.suffix.lower() in VIDEO_SUFFIXES:
+            raise DataError(
+                f"Cannot read image {name}: it is a video, and pictures are asked for. Videos are for encoders that "
+                "take them, such as videotext:dual-encoder."
+            ) from error
         raise DataError(
             f"Cannot read image {name} ({found:,} bytes): not an image in a known format ({', '.join(_formats())})."
         ) from error

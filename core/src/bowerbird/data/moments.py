@@ -2,7 +2,7 @@
 
     clips/match.mp4#t=12.5,20
     clips/match.mp4#t=1:02:00
-    dataset:videotext:moving?split=test#clip-7#t=0,0.5
+    dataset:videotext:moving?split=test#test/000007#t=0,0.5
 
 The form is that of the W3C recommendation "Media Fragments URI 1.0 (basic)", section 4.2.1 (normal play time): start
 and end in seconds, or as ``mm:ss`` or ``hh:mm:ss``, from the first frame; the start belongs to the moment, the end does
@@ -12,6 +12,7 @@ clip of a longer video, so that the clip is read again when an upgrade encodes i
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from urllib.parse import unquote
 from bowerbird.errors import DataError
 
 MARK = "#t="
+SHORTEST = 0.001  # seconds: addresses are in milliseconds
 _TIME = re.compile(r"(?:(?:([0-9]+):)?([0-5]?[0-9]):(?=[0-5]?[0-9](?![0-9])))?([0-9]+(?:\.[0-9]*)?)")
 
 
@@ -32,7 +34,7 @@ class Moment:
     end: float | None = None
 
     def __post_init__(self) -> None:
-        if not self.start >= 0 or (self.end is not None and not self.end > self.start):
+        if not 0 <= self.start < math.inf or (self.end is not None and not self.start < self.end < math.inf):
             raise DataError(f"the moment {self} is empty: a moment starts at 0 or later, and ends after its start")
 
     def __str__(self) -> str:
@@ -89,10 +91,10 @@ def clips_of(seconds: float, length: float) -> Iterator[Moment]:
     The last reaches to the end; where less than half a length would be left, the one before takes it in.
 
     Raises:
-        DataError: ``length`` is not above 0.
+        DataError: ``length`` is below a millisecond, the resolution of addresses, or not finite.
     """
-    if not length > 0:
-        raise DataError(f"a video cannot be cut into clips of {length} s; expected more than 0")
+    if not SHORTEST <= length < math.inf:
+        raise DataError(f"a video cannot be cut into clips of {length} s; expected a number from {SHORTEST}")
     count = max(1, int(seconds / length + 0.5))
     for number in range(count):
         yield Moment(number * length, seconds if number == count - 1 else (number + 1) * length)

@@ -211,8 +211,8 @@ def usable(
 
 
 def _unreadable(source: str) -> str | None:
-    path, _ = split_moment(source)
     try:
+        path, _ = split_moment(source)
         if Path(path).suffix.lower() in SUFFIXES:
             image_size(path)
         else:

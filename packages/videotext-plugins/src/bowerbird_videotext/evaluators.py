@@ -196,7 +196,7 @@ class ZeroShotActions(Evaluator):
             )
         labels = torch.as_tensor(np.asarray(dataset.labels(), np.int64))
         names = [str(name).replace("_", " ") for name in dataset.classes]
-        prompts = [template.format(name) for name in names for template in c.templates]
+        prompts = [template.replace("{}", name) for name in names for template in c.templates]
         if c.scores == "pair":
             pairs = torch.as_tensor(similarities(context, dataset, prompts, c))
             scores = pairs.reshape(len(names), len(c.templates), -1).mean(dim=1).T
