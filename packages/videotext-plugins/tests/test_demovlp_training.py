@@ -32,6 +32,7 @@ from bowerbird_videotext.demovlp_encoder import DemoVLPEncoder, load_vit_blocks
 from bowerbird_videotext.demovlp_objective import DemoVLPObjective
 from bowerbird_videotext.losses import cosine_similarity_matrix, symmetric_info_nce
 from bowerbird_videotext.regions import REGION_KEYS, video_regions
+from bowerbird_videotext.video_set import Question
 
 TINY: dict[str, Any] = {
     "image_size": 8, "frames": 2, "regions_per_frame": 4, "extractor": {"grid": [2, 2], "cell": 2}, "embed_dim": 8,
@@ -285,6 +286,22 @@ def test_questions_are_learned_and_answered_from_the_most_frequent_answers(tmp_p
         optimizer.step()
     answers = objective.encoder.eval().answer(batch, ["which number is it?", "is it noise?", "is it noise?"])
     assert answers == ["number 0", "yes", "yes"]
+
+
+def test_videos_without_a_question_cost_nothing_and_are_counted(tmp_path: Path) -> None:
+    class Silent(NoiseClips):
+        def question(self, index: int) -> list[Question]:
+            return [] if index == 1 else super().question(index)
+
+    clips = Silent(tmp_path)
+    objective = made(clips, task="qa", max_answers=2).eval()
+    batch = batch_of(objective, clips, range(2))
+    batch["answer"][0] = 1
+    assert batch["answer"].tolist() == [1, -100]
+    output = objective(batch)
+    torch.testing.assert_close(output.stats["known_answers"], torch.tensor(0.5))
+    logits = objective.encoder.answer_logits(batch, batch["text"])
+    torch.testing.assert_close(output.total, -logits[0].log_softmax(0)[1])
 
 
 @pytest.mark.parametrize("task", ["retrieval", "qa"])

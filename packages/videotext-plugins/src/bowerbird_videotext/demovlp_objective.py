@@ -116,7 +116,8 @@ class DemoVLPObjective(Objective):
         # A sum, so that a batch without any known answer has a loss of 0, with gradients.
         total = cross_entropy(logits.float(), answer, ignore_index=UNKNOWN, reduction="sum") / known.sum().clamp(min=1)
         right = ((logits.argmax(dim=1) == answer) & known).float().mean()
-        return LossOutput(total=total, parts={"answer": total}, stats={"batch_accuracy": right})
+        stats = {"batch_accuracy": right, "known_answers": known.float().mean()}
+        return LossOutput(total=total, parts={"answer": total}, stats=stats)
 
 
 class VideoEntries:
@@ -152,9 +153,7 @@ class VideoEntries:
             if self.questions is None:
                 entries["text"] = entries["caption"] = self.clip.caption(item, generator)
         if self.questions is not None:
-            asked = self.questions[item["index"]]
-            if not asked:
-                raise InputError(f"{item.get('where', item['item_id'])}: the data set has no question about this video")
+            asked = self.questions[item["index"]] or [("?", UNKNOWN)]  # about this video nothing is asked
             entries["text"], entries["answer"] = asked[int(generator.integers(len(asked)))]
         return entries
 
