@@ -17,9 +17,9 @@ from bowerbird.protocols import BuildContext, Encoder
 from bowerbird.testing import ObjectiveContract, SimpleBuildContext, run_two_ranks
 from bowerbird.testing.training import TinyEncoder
 from bowerbird.train.data import collate
-from bowerbird_videotext.contrastive import pair_accuracy, pair_loss
+from bowerbird_videotext.contrastive import pair_accuracy, pair_similarities
 from bowerbird_videotext.frozen import FrozenConfig, FrozenObjective
-from bowerbird_videotext.losses import max_margin_loss
+from bowerbird_videotext.losses import max_margin_loss, symmetric_info_nce
 
 
 def made(**settings: Any) -> FrozenObjective:
@@ -66,7 +66,7 @@ def test_the_loss_is_that_of_the_cosines_of_the_two_encoders() -> None:
 
 
 def test_equal_vectors_give_the_loss_of_chance() -> None:
-    loss = pair_loss(torch.ones(5, 3), torch.ones(5, 3))
+    loss = symmetric_info_nce(pair_similarities(torch.ones(5, 3), torch.ones(5, 3)))
     assert loss.item() == pytest.approx(2 * math.log(5), rel=1e-6)
     assert pair_accuracy(torch.eye(4)) == 1
 

@@ -22,8 +22,9 @@ from bowerbird.errors import DataError, InputError, RecipeError
 from bowerbird.protocols import BuildContext, Encoder, TrainedRun
 from bowerbird.testing import ObjectiveContract, SimpleBuildContext
 from bowerbird.train.data import collate
-from bowerbird_videotext.contrastive import pair_loss
+from bowerbird_videotext.contrastive import pair_similarities
 from bowerbird_videotext.data_configs import MovingConfig
+from bowerbird_videotext.losses import symmetric_info_nce
 from bowerbird_videotext.mcq import (
     BridgeFormer,
     MCQConfig,
@@ -100,7 +101,8 @@ def test_a_phrase_without_a_word_is_refused() -> None:
         ([], ["moves"], "noun", {"moves"}),
         (["red boot"], ["moves"], "alternate", {"red boot", "moves"}),
         ([], [], "noun", {"A", "red", "boot", "moves", "shirt"}),
-        (["hat"], ["Moves"], "noun", {"Moves"}),  # of another caption of the same video
+        (["hat"], ["Moves"], "noun", {"moves"}),  # a hat is in another caption of the same video
+        (["a RED Boot"], [], "noun", {"A red boot"}),
     ],
 )
 def test_a_phrase_is_drawn_of_the_wanted_kind_else_of_the_other_else_any_word(
@@ -185,7 +187,10 @@ def test_the_loss_and_its_gradients_are_the_authors(golden: Callable[[str], dict
     values = golden("mcq/mcq_loss")
     names = ("text", "video", "answer", "bridge")
     text, video, answer, bridge = (values[name].requires_grad_() for name in names)
-    parts = [pair_loss(text, video, values["temperature"]), pair_loss(answer, bridge, values["temperature"])]
+    parts = [
+        symmetric_info_nce(pair_similarities(*pair), values["temperature"])
+        for pair in ((text, video), (answer, bridge))
+    ]
     assert parts[0].item() == pytest.approx(values["loss_video_text"], rel=1e-12)
     assert parts[1].item() == pytest.approx(values["loss_mcq"], rel=1e-12)
     (parts[0] + parts[1]).backward()
@@ -215,7 +220,8 @@ def test_the_question_reaches_the_pixels_and_leaves_the_embedding_of_the_clip_al
     assert objective.encoder.video_proj.weight.grad is None, "answers are compared with the bridge, not with the clip"
 
     # The first term knows nothing of the bridge: it is that of the bare encoder.
-    bare = pair_loss(objective.encoder.encode_text(batch["text"]), objective.encoder.encode_video(batch["video"]))
+    vectors = objective.encoder.encode_text(batch["text"]), objective.encoder.encode_video(batch["video"])
+    bare = symmetric_info_nce(pair_similarities(*vectors))
     assert torch.equal(objective(batch).parts["text_video"], bare)
 
 

@@ -25,9 +25,10 @@ from bowerbird.protocols import BuildContext, Encoder
 from bowerbird.testing import ObjectiveContract, SimpleBuildContext
 from bowerbird.testing.training import TinyEncoder
 from bowerbird.train.data import collate
-from bowerbird_videotext.contrastive import pair_loss
+from bowerbird_videotext.contrastive import pair_similarities
 from bowerbird_videotext.dual_encoder import DualEncoder
 from bowerbird_videotext.frozen import FrozenObjective
+from bowerbird_videotext.losses import symmetric_info_nce
 from bowerbird_videotext.miles import (
     MILESConfig,
     MILESObjective,
@@ -338,7 +339,9 @@ def test_the_contrast_may_be_on_the_whole_clip() -> None:
     full = made(contrast_on="full", weight=0.5)
     batch = masked_batch(full)
     output, encoder = full(batch), full.encoder
-    bare = pair_loss(encoder.encode_text(batch["text"]), encoder.encode_video(batch["video"]))
+    bare = symmetric_info_nce(
+        pair_similarities(encoder.encode_text(batch["text"]), encoder.encode_video(batch["video"]))
+    )
     assert torch.equal(output.parts["text_video"], bare)
     torch.testing.assert_close(output.total, bare + 0.5 * output.parts["masked_features"])
     masked = made(contrast_on="masked")

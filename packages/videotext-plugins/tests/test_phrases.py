@@ -32,6 +32,7 @@ def test_words_lose_the_punctuation_around_them_and_keep_what_is_inside() -> Non
         "falls",
     ]
     assert words_of(" , . ") == []
+    assert words_of("a red,white boot") == ["a", "red", "white", "boot"]
 
 
 def test_a_closed_vocabulary_takes_the_longest_phrase_and_gives_it_as_it_is_written() -> None:

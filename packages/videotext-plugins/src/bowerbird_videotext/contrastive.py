@@ -17,7 +17,7 @@ from bowerbird.errors import InputError, RecipeError
 from bowerbird.protocols import BuildContext, Encoder
 from bowerbird_videotext.data_configs import ClipAugmentation
 from bowerbird_videotext.dual_encoder import DualEncoder
-from bowerbird_videotext.losses import cosine_similarity_matrix, symmetric_info_nce
+from bowerbird_videotext.losses import cosine_similarity_matrix
 from bowerbird_videotext.video_set import captions_of
 
 
@@ -71,11 +71,6 @@ def pair_similarities(texts: Tensor, videos: Tensor) -> Tensor:
     if len(texts) != len(videos):
         raise InputError(f"{len(texts)} texts and {len(videos)} videos are no pairs")
     return cosine_similarity_matrix(gathered(texts), gathered(videos))
-
-
-def pair_loss(texts: Tensor, videos: Tensor, temperature: float = 0.05) -> Tensor:
-    """``symmetric_info_nce`` of the pairs ``(B, P)`` of all processes."""
-    return symmetric_info_nce(pair_similarities(texts, videos), temperature)
 
 
 @torch.no_grad()

@@ -98,8 +98,8 @@ def draw_phrase(
 ) -> str:
     """A phrase to ask for: of the wanted kind, else of the other, else any word.
 
-    Phrases without a word of the caption (those of another of the video's captions) are left out. ``alternate`` wants
-    nouns half of the time.
+    Phrases without a word of the caption (those of another of the video's captions) are left out, and the others are
+    spelled as the caption spells them, so that the question finds them. ``alternate`` wants nouns half of the time.
 
     Args:
         words: Of the caption, at least one.
@@ -107,12 +107,13 @@ def draw_phrase(
         question: What is wanted.
         generator: Of the item.
     """
-    lower = {word.lower() for word in words}
-    kinds = [[phrase for phrase in found if lower & set(phrase.lower().split())] for found in (nouns, verbs)]
+    spelled = {word.lower(): word for word in sorted(words)}  # of several spellings that in small letters, the last
+    kinds = [[phrase for phrase in found if spelled.keys() & set(phrase.lower().split())] for found in (nouns, verbs)]
     wants_verb = question == "verb" or (question == "alternate" and generator.random() < 0.5)
     first, second = reversed(kinds) if wants_verb else kinds
     candidates = first or second or list(words)
-    return candidates[int(generator.integers(len(candidates)))]
+    drawn = candidates[int(generator.integers(len(candidates)))]
+    return " ".join(spelled.get(word.lower(), word) for word in drawn.split())
 
 
 class QuestionedClips:

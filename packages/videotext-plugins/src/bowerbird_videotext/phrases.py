@@ -30,8 +30,8 @@ class PhraseExtractor(Protocol):
 
 
 def words_of(caption: str) -> list[str]:
-    """The words between spaces without the punctuation around them: ``"A cat's toy (red)."`` has A, cat's, toy, red."""
-    return [word for word in (part.strip(_OUTER) for part in caption.split()) if word]
+    """The words between spaces or commas without the punctuation around them: A, cat's and toy of ``"A cat's (toy)."``."""
+    return [word for word in (part.strip(_OUTER) for part in caption.replace(",", " ").split()) if word]
 
 
 # ------------------------------------------------------------------------------------------------ a closed vocabulary
