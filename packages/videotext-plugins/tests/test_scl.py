@@ -184,3 +184,16 @@ def loss_by_the_formula(b: dict[str, Tensor], negatives: str, temperature: float
             g = value / whole
             total += g * (math.log(g) - math.log(p[j] / normalizer + 1e-6))
     return total / int(b["valid"].sum())
+
+
+@pytest.mark.parametrize("loss", ["regression_mse_var", "regression_mse", "regression_huber", "classification"])
+def test_videos_without_a_real_frame_count_in_no_cycle(loss: Any) -> None:
+    z = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
+    times, lengths = torch.arange(4).expand(3, 4), torch.tensor([9, 8, 7])
+    valid = torch.tensor([[1, 1, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
+    found = cycle_consistency_loss(z, times, lengths, valid, loss=loss)
+    there = [0, 2]
+    assert_close(found, cycle_consistency_loss(z[there], times[there], lengths[there], valid[there], loss=loss))
+    found.backward()
+    assert z.grad is not None and z.grad.isfinite().all() and not z.grad[1].any()
+    assert cycle_consistency_loss(z, times, lengths, 0 * valid, loss=loss) == 0

@@ -112,10 +112,11 @@ def cycle_consistency_loss(
 ) -> Tensor:
     """The scalar loss: from each frame to its soft nearest neighbour in another video, and back to where it came from.
 
-    The mean over all frames of all ordered pairs of videos. ``regression_*`` compare the expected time of the return
-    with that of the label (squared error, ``_huber`` the Huber loss; ``_var`` divides the squared error by the variance
-    of the return and adds ``variance_lambda`` times its logarithm), ``classification`` is the cross-entropy of return
-    and label. The label is the frame itself; smoothed, it is shared with the video's other frames in equal parts.
+    The mean over all real frames of all ordered pairs of videos that have some. ``regression_*`` compare the expected
+    time of the return with that of the label (squared error, ``_huber`` the Huber loss; ``_var`` divides the squared
+    error by the variance of the return and adds ``variance_lambda`` times its logarithm), ``classification`` is the
+    cross-entropy of return and label. The label is the frame itself; smoothed, it is shared with the video's other
+    frames in equal parts.
 
     Args:
         z: ``(N, T, P)``.
@@ -142,15 +143,17 @@ def cycle_consistency_loss(
     here, there = z[first], z[second]
     scale = z.shape[-1] * temperature
     out = _similarity(here, there, similarity) / scale  # (pairs, T, T)
-    out = out.masked_fill(~real[second][:, None], -torch.inf)
+    seen = real | ~real.any(dim=1, keepdim=True)  # a softmax over nothing is no number; such videos count nowhere
+    out = out.masked_fill(~seen[second][:, None], -torch.inf)
     neighbours = out.softmax(dim=-1) @ there
     back = _similarity(neighbours, here, similarity) / scale
-    back = back.masked_fill(~real[first][:, None], -torch.inf)
-    chosen = real[first]
+    back = back.masked_fill(~seen[first][:, None], -torch.inf)
+    chosen = real[first] & real[second].any(dim=1)[:, None]
+    count = chosen.sum().clamp(min=1)
     label = _smoothed_labels(real, label_smoothing, z.dtype)[first]
     if loss == "classification":
         log_p = back.log_softmax(dim=-1).where(chosen[:, None], 0.0)
-        return -((label * log_p).sum(dim=-1) * chosen).sum() / chosen.sum()
+        return -((label * log_p).sum(dim=-1) * chosen).sum() / count
     place = times.to(z.dtype) / lengths.to(z.dtype)[:, None] if normalize_indices else times.to(z.dtype)
     place = place[first]
     probability = back.softmax(dim=-1)
@@ -169,7 +172,7 @@ def cycle_consistency_loss(
         raise InputError(
             f"loss = {loss!r}; accepted: regression_mse_var, regression_mse, regression_huber, classification"
         )
-    return values.where(chosen, 0.0).sum() / chosen.sum()
+    return values.where(chosen, 0.0).sum() / count
 
 
 def _similarity(a: Tensor, b: Tensor, kind: str) -> Tensor:
