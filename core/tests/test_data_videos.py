@@ -360,6 +360,8 @@ def test_a_video_of_a_data_set_is_read_by_its_address(films: str, made: Path) ->
     assert positions(read_frames(f"{films}#second", [0, 15])) == [8, 23]
     assert positions(read_frames(f"{films}#second#t=1,1.5", range(4))) == [16, 17, 18, 19]  # a moment of the part
     assert positions(read_frames(f"{films}#second#t=1,99", [7])) == [23]
+    assert video_times(f"{films}#second") == (1.0, 3.0)  # in the file, where they can be played
+    assert video_times(f"{films}#second#t=1,1.5") == (2.0, 2.5)
     assert len(read_clip(f"{films}#still", 4)) == 1
     with pytest.raises(DataError, match=r"t=2,3 lies outside the clip t=1,3"):
         read_frames(f"{films}#second#t=2,3", [0])

@@ -327,7 +327,10 @@ def test_a_gallery_of_videos_moves_to_another_encoder_by_its_uris(filled: Path, 
         assert len([part for part in gallery.snapshot().parts if part.count]) == 2
     for text in COLOURS:
         found = json.loads(run("upgrade", "serve", filled, "--text", text, "-k", 3, "--json").output)[0]["results"]
-        assert f"{text}.mp4" in {hit["id"] for hit in found}
+        assert {(hit["start"], hit["end"]) for hit in found if hit["id"] == f"{text}.mp4"} == {(0, 1)}
+    said = run("upgrade", "serve", filled, "--text", "red", "--where", "label=none").output
+    assert "nothing found" in said
+    assert "red.mp4  0-1 s" in run("upgrade", "serve", filled, "--text", "red", "-k", 3).output
     run("upgrade", "run", filled)
     run("upgrade", "finish", filled)
     assert hits(filled, "--text", "red", "-k", 1)[0]["id"] == "red.mp4"

@@ -11,7 +11,7 @@ import click
 
 from bowerbird.cli import examples
 from bowerbird.cli.matrix import matrix
-from bowerbird.cli.parts import class_names, images_from, progress_bar
+from bowerbird.cli.parts import class_names, images_from, progress_bar, shown_times, times_of
 
 if TYPE_CHECKING:
     from bowerbird.gallery import Gallery
@@ -333,8 +333,7 @@ def search(
         click.echo(str(result["query"]))
         for rank, hit in enumerate(result["hits"], 1):
             label = f"  {hit['label']}" if "label" in hit else ""
-            times = f"  {hit['start']:g}-{hit['end']:g} s" if "start" in hit else ""
-            click.echo(f"  {rank:>3}  {hit['distance']:.4f}  {hit['id']}{times}{label}")
+            click.echo(f"  {rank:>3}  {hit['distance']:.4f}  {hit['id']}{shown_times(hit)}{label}")
         if not result["hits"]:
             click.echo("  nothing found" + (": no item matches --where" if where else ": the gallery is empty"))
 
@@ -525,9 +524,7 @@ def _hit(name: str, distance: float, item: Any) -> dict[str, Any]:
     hit = {"id": name, "distance": round(float(distance), 6), "uri": None if item is None else item.uri}
     if item is not None and "box" in item.metadata:
         hit |= {key: item.metadata[key] for key in ("image", "label", "box") if key in item.metadata}
-    if item is not None and item.uri and "start" in item.metadata and "end" in item.metadata:
-        hit |= {key: item.metadata[key] for key in ("start", "end")}
-    return hit
+    return hit | times_of(item)
 
 
 def _finder(ref: str, device: str, chosen: Mapping[str, Any]) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,18 @@ def images_from(
 def class_names(ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
     """A callback: names given one by one or with commas between them."""
     return tuple(name.strip() for value in values for name in value.split(",") if name.strip())
+
+
+def times_of(item: Any) -> dict[str, Any]:
+    """``start`` and ``end`` in seconds of the item of a gallery that is a video or a clip; of others nothing."""
+    if item is None or not item.uri or not {"start", "end"} <= set(item.metadata):
+        return {}
+    return {key: item.metadata[key] for key in ("start", "end")}
+
+
+def shown_times(hit: Mapping[str, Any]) -> str:
+    """From where to where a result reaches, behind its id; empty where it has no times."""
+    return f"  {hit['start']:g}-{hit['end']:g} s" if "start" in hit else ""
 
 
 @contextmanager

@@ -197,7 +197,7 @@ def serve(gallery: str, images: tuple[str, ...], texts: tuple[str, ...], videos:
             if state.epoch != seen:
                 names, what = ask()
                 found = service.search(**what, k=k, where=filters)
-                print_results(names, found, state, as_json)
+                print_results(opened, names, found, state, as_json)
                 seen = state.epoch
             if not follow:
                 return

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from bowerbird.cli.parts import shown_times, times_of
+
 if TYPE_CHECKING:
     from bowerbird.gallery import Gallery, Space
     from bowerbird.upgrade import ItemEncoder, QuerySet, RunReport, UpgradeStatus
@@ -265,18 +267,22 @@ def settings_of(overrides: tuple[str, ...]) -> dict[str, Any]:
     return settings
 
 
-def print_results(images: tuple[str, ...], found: Any, state: Any, as_json: bool) -> None:
+def print_results(gallery: Gallery, queries: tuple[str, ...], found: Any, state: Any, as_json: bool) -> None:
     sides = {0: "old", 1: "new"}
+    items = {
+        name: item for names in found.ids for name, item in zip(names, gallery.get_many(names), strict=True) if item
+    }
     results = [
         {
-            "image": image,
+            "query": query,
+            "image": query,  # its name before there were queries of other kinds
             "share": state.share,
             "results": [
-                {"id": item, "distance": float(distance), "side": sides[int(side)]}
-                for item, distance, side in zip(ids, distances, row, strict=False)
+                {"id": name, "distance": float(distance), "side": sides[int(side)], **times_of(items.get(name))}
+                for name, distance, side in zip(ids, distances, row, strict=False)
             ],
         }
-        for image, ids, distances, row in zip(images, found.ids, found.distances, found.sides, strict=True)
+        for query, ids, distances, row in zip(queries, found.ids, found.distances, found.sides, strict=True)
     ]
     if as_json:
         click.echo(json.dumps(results))
@@ -284,9 +290,9 @@ def print_results(images: tuple[str, ...], found: Any, state: Any, as_json: bool
     under_way = f"{state.share:.1%} of the gallery is new, strategy {state.strategy}"
     click.echo(under_way if state.strategy else "no upgrade is under way")
     for result in results:
-        click.echo(result["image"])
+        click.echo(result["query"])
         for rank, hit in enumerate(result["results"], start=1):
-            click.echo(f"  {rank:>3}  {hit['distance']:.4f}  {hit['side']}  {hit['id']}")
+            click.echo(f"  {rank:>3}  {hit['distance']:.4f}  {hit['side']}  {hit['id']}{shown_times(hit)}")
         if not result["results"]:
             click.echo("  nothing found")
 

@@ -69,13 +69,14 @@ def video_info(source: VideoSource) -> VideoInfo:
 
 
 def video_times(source: VideoSource) -> tuple[float, float] | None:
-    """Start and end of a video, or of the moment of it, in seconds from its first frame; ``None`` of a picture.
+    """Start and end of a video, or of the moment of it, in seconds from the first frame of its file; ``None`` of a
+    picture. An item of a data set that is itself a moment of a file starts where that starts.
 
     Raises ``DataError`` as ``video_info``.
     """
     if _picture(source) is not None:
         return None
-    moment = split_moment(str(source))[1] or Moment()
+    moment = _located(source)[1] or Moment()
     return round(moment.start, 3), round(moment.start + video_info(source).seconds, 3)
 
 
