@@ -322,7 +322,8 @@ def test_the_bridge_of_the_stage_before_goes_on() -> None:
     context = SimpleBuildContext(dataset=Captioned(), runs={"first": run, "plain": none})
 
     def second(**settings: Any) -> MCQObjective:
-        return MCQObjective.build(MCQConfig(**WORDS, **settings), tiny_encoder(**SPACE_ONLY), context)
+        config = MCQConfig(**{**WORDS, **settings})
+        return MCQObjective.build(config, tiny_encoder(**SPACE_ONLY), context)
 
     found = second(bridge_run="first", question="verb").state_dict()
     assert all(torch.equal(found[key], value) for key, value in state.items()) and len(state) > 20
