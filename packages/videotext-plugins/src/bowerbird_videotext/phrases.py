@@ -30,7 +30,7 @@ class PhraseExtractor(Protocol):
 
 
 def words_of(caption: str) -> list[str]:
-    """The words between spaces or commas, without other punctuation around them: ``"A cat's (toy)."`` has A, cat's, toy."""
+    """The words between spaces or commas, without punctuation around them: A, cat's, toy of ``"A cat's (toy)."``."""
     return [word for word in (part.strip(_OUTER) for part in caption.replace(",", " ").split()) if word]
 
 
