@@ -29,7 +29,11 @@ PACKAGES = {
     "emoji": ("./packages/emoji-plugins", "", f"{CORE}[testing]"),
     "scale": ("./packages/scale-plugins", "[ray,testing]", f"{CORE}[faiss-cpu,testing]"),
     "sparsity": ("./packages/sparsity-plugins", "[onnx,report]", f"{CORE}[torch,digits,testing]"),
-    "videotext": ("./packages/videotext-plugins", "[parquet,tagger,transformers]", f"{CORE}[torch,video,digits,testing]"),
+    "videotext": (
+        "./packages/videotext-plugins",
+        "[parquet,tagger,transformers]",
+        f"{CORE}[torch,video,digits,testing]",
+    ),
 }
 EVERYTHING = [PACKAGES["core"][2], *(folder for name, (folder, _, _) in PACKAGES.items() if name != "core")]
 # One thread per test process: the tests run in parallel, and results do not depend on the number of cores.

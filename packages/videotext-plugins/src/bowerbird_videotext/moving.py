@@ -255,7 +255,7 @@ class Moving(VideoTextSet):
         """
         sprites = np.stack([boxes for _, boxes in self._tracks(index)], axis=1)
         generator = np.random.default_rng([*self._key(index), 3])
-        taken = [tuple(box) for box in sprites.reshape(-1, 4).tolist()]
+        taken = [(x1, y1, x2, y2) for x1, y1, x2, y2 in sprites.reshape(-1, 4).tolist()]
         side, others = self.config.size, []
         for _ in range(self.config.distractor_boxes):
             low, high = self.config.sprite_size

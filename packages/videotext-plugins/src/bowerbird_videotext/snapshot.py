@@ -56,9 +56,9 @@ class SnapshotEncoder(nn.Module):
         for name, ours in self.module.named_parameters():
             ours.lerp_(_tensor(followed, name), 1 - self.momentum)  # equal tensors stay equal to the bit
         buffers = dict(followed.named_buffers())
-        for name, ours in self.module.named_buffers():
+        for name, copied in self.module.named_buffers():
             if name in buffers:
-                ours.copy_(buffers[name])
+                copied.copy_(buffers[name])
 
 
 def _tensor(module: nn.Module, name: str) -> Tensor:
