@@ -198,6 +198,17 @@ def test_an_encoder_without_texts_says_so(models: Path) -> None:
         load_encoder(models / "pictures").encode_texts(["red"])
 
 
+def test_one_sentence_is_not_searched_letter_by_letter(filled: Path, models: Path) -> None:
+    encoder = load_encoder(models / "old")
+    with Gallery.open(filled, readonly=True) as gallery:
+        for ask in (
+            lambda: search_texts(gallery, encoder, "red"),
+            lambda: serve(gallery, [encoder]).search(texts="red"),
+        ):
+            with pytest.raises(InputError, match=r"\['red'\] is a list of it"):
+                ask()
+
+
 def test_a_data_set_of_videos_is_encoded_in_order(films: Path, models: Path) -> None:
     encoder = load_encoder(models / "old")
     assert encoder.encode_dataset(Strips()).argmax(axis=1).tolist() == [0, 1, 2]

@@ -131,8 +131,10 @@ class LoadedEncoder:
         """Unit vectors of N texts, in the space of its pictures or videos if it takes these too: float32 ``(N, dim)``.
 
         Raises:
-            InputError: The encoder takes no texts, or a text is empty.
+            InputError: The encoder takes no texts, a text is empty, or there is one string instead of a list.
         """
+        if isinstance(texts, str):
+            raise InputError(f"texts must be a list of texts, found one: [{texts!r}] is a list of it")
         tokenize = getattr(self.module, "tokenize", None)
         if tokenize is None:
             raise InputError(

@@ -232,7 +232,7 @@ def search_texts(
         InputError: If the encoder takes no texts, or one is empty.
     """
     check_encoder(gallery, encoder, fingerprint=encoder.fingerprint if _serves(gallery, encoder) else None)
-    return gallery.search({encoder.fingerprint: encoder.encode_texts(list(texts))}, k, where=where)
+    return gallery.search({encoder.fingerprint: encoder.encode_texts(texts)}, k, where=where)
 
 
 def _serves(gallery: Gallery, encoder: Any) -> bool:

@@ -112,7 +112,7 @@ class ItemEncoder:
         """``(Q, D)`` unit vectors of sentences. Raises ``InputError`` where the encoder takes no texts."""
         if not hasattr(self.encoder, "encode_texts"):
             raise InputError(f"the encoder of space {self.space} takes no texts; search with images, or with vectors")
-        vectors = self.encoder.encode_texts(list(texts), batch_size=self.batch_size)
+        vectors = self.encoder.encode_texts(texts, batch_size=self.batch_size)
         return unit_rows(self._checked(vectors, len(texts)))
 
     def _encode(self, items: Sequence[Item], progress: Callable[[int], None] | None) -> np.ndarray:
