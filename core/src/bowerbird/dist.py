@@ -71,6 +71,33 @@ def barrier() -> None:
         distributed.barrier()
 
 
+def gathered(values: Tensor) -> Tensor:
+    """``values (B, ...)`` of all W processes by rank, ``(W B, ...)``; themselves where there is one process.
+
+    With gradient: a process gets the sum of those that all processes have for its part. So a loss of the joined values,
+    which is the same in every process, has the gradient of the joint batch.
+    """
+    if not is_distributed():
+        return values
+    joined: Tensor = _Gather.apply(values)
+    return joined
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        ctx.size = len(values)
+        parts = [torch.empty_like(values) for _ in range(world_size())]
+        distributed.all_gather(parts, values.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].contiguous().clone()
+        distributed.all_reduce(total)
+        return total[rank() * ctx.size :][: ctx.size]
+
+
 def any_process(flag: bool) -> bool:
     """Whether ``flag`` is set in any process."""
     if not is_distributed():

@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from bowerbird import dist
 from bowerbird.errors import InputError
@@ -68,11 +68,11 @@ class _PairwiseLoss(nn.Module):
             u, o = F.normalize(new), F.normalize(old.detach().to(new.dtype))
             old_keys, key_labels = o, labels
             if self.gather:
-                old_keys, key_labels = _gathered(o), _gathered(labels)
+                old_keys, key_labels = dist.gathered(o), dist.gathered(labels)
             blocks = [old_keys]
             if self.new_to_new:
                 keys = u.detach() if self.detach_keys else u
-                blocks.append(_gathered(keys) if self.gather else keys)
+                blocks.append(dist.gathered(keys) if self.gather else keys)
             excluded = labels.unsqueeze(1) == key_labels
             if excluded.all():
                 self._warn_once(len(key_labels))
@@ -251,28 +251,3 @@ def _checked_pair(new: Tensor, old: Tensor, labels: Tensor) -> Tensor:
             "This method compares them entry by entry: give the new encoder the size of the old one."
         )
     return integer_labels(labels, len(new))
-
-
-def _gathered(values: Tensor) -> Tensor:
-    """``values`` of all processes, joined; differentiable where ``values`` are."""
-    if not dist.is_distributed():
-        return values
-    joined: Tensor = _AllGather.apply(values)
-    return joined
-
-
-class _AllGather(torch.autograd.Function):
-    """``distributed.all_gather`` with a gradient: each process gets the sum of all gradients for its own part."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:
-        ctx.size = len(values)
-        parts = [torch.empty_like(values) for _ in range(dist.world_size())]
-        distributed.all_gather(parts, values.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        gradient = gradients[0].clone()
-        distributed.all_reduce(gradient)
-        return gradient[dist.rank() * ctx.size :][: ctx.size]

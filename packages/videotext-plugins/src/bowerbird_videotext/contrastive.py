@@ -5,11 +5,9 @@ B pairs of one process, W processes, P width of the shared space.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor, distributed
+from torch import Tensor
 
 from bowerbird import dist
 from bowerbird.batch import Batch
@@ -70,35 +68,10 @@ def pair_similarities(texts: Tensor, videos: Tensor) -> Tensor:
     """
     if len(texts) != len(videos):
         raise InputError(f"{len(texts)} texts and {len(videos)} videos are no pairs")
-    return cosine_similarity_matrix(gathered(texts), gathered(videos))
+    return cosine_similarity_matrix(dist.gathered(texts), dist.gathered(videos))
 
 
 @torch.no_grad()
 def pair_accuracy(similarity: Tensor) -> Tensor:
     """Share of texts whose nearest video of the batch is their own."""
     return (similarity.argmax(dim=1) == torch.arange(len(similarity), device=similarity.device)).float().mean()
-
-
-def gathered(values: Tensor) -> Tensor:
-    """``values (B, ...)`` of all processes by rank ``(W B, ...)``, with gradient; themselves in one process."""
-    if not dist.is_distributed():
-        return values
-    joined: Tensor = _Gather.apply(values)
-    return joined
-
-
-class _Gather(torch.autograd.Function):
-    """All-gather whose gradient is the sum of those that all processes have for a part."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:
-        ctx.size = len(values)
-        parts = [torch.empty_like(values) for _ in range(dist.world_size())]
-        distributed.all_gather(parts, values.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        total = gradients[0].contiguous().clone()
-        distributed.all_reduce(total)
-        return total[dist.rank() * ctx.size :][: ctx.size]

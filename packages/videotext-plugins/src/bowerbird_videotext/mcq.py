@@ -18,6 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from bowerbird import dist
 from bowerbird.batch import Batch
 from bowerbird.data.dataset import Dataset
 from bowerbird.encoders.weights import load_strictly
@@ -26,7 +27,6 @@ from bowerbird.protocols import BuildContext, Encoder, ItemTransform, LossOutput
 from bowerbird_videotext.bridge import BridgeFormer
 from bowerbird_videotext.contrastive import (
     ContrastiveConfig,
-    gathered,
     opened,
     pair_accuracy,
     pair_entries,
@@ -328,7 +328,9 @@ class MCQObjective(Objective):
 def same_answers(answers: Sequence[str], device: torch.device) -> Tensor:
     """bool ``(W B, W B)`` over the pairs of all W processes: whether two different pairs have the same answer."""
     digests = [hashlib.blake2b(answer.lower().encode(), digest_size=8).digest() for answer in answers]
-    keys = gathered(torch.tensor([int.from_bytes(digest, "big", signed=True) for digest in digests], device=device))
+    keys = dist.gathered(
+        torch.tensor([int.from_bytes(digest, "big", signed=True) for digest in digests], device=device)
+    )
     return (keys[:, None] == keys[None, :]).fill_diagonal_(False)
 
 

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bowerbird import dist
 from bowerbird.batch import Batch
 from bowerbird.errors import InputError, RecipeError
 from bowerbird.protocols import BuildContext, Encoder, ItemTransform, LossOutput, Objective
-from bowerbird_videotext.contrastive import gathered
 from bowerbird_videotext.mv_former import ProjectionHead
 from bowerbird_videotext.mv_former_config import MVFormerObjectiveConfig
 from bowerbird_videotext.mv_former_encoder import MVFormerEncoder
@@ -89,5 +89,10 @@ class MVFormerObjective(Objective):
             ]
             return torch.stack(losses).mean()
         if c.negatives.startswith("batch"):  # the frames of all processes
-            z, times, lengths, valid = gathered(z), gathered(times), gathered(lengths), gathered(valid.to(torch.uint8))
+            z, times, lengths, valid = (
+                dist.gathered(z),
+                dist.gathered(times),
+                dist.gathered(lengths),
+                dist.gathered(valid.to(torch.uint8)),
+            )
         return sequence_contrastive_loss(z, times, lengths, valid, c.temperature, c.variance, c.negatives)
