@@ -135,6 +135,7 @@ class ColourEncoder:
 
     fingerprint = "colour" * 8
     name = "tests:colour"
+    frames = None
 
     def encode_batches(self, items, *, batch_size: int = 64, on_error="raise"):
         from bowerbird.data.images import open_image

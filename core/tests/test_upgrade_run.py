@@ -126,7 +126,7 @@ class TestServing:
     def test_a_missing_encoder_is_named(self, gallery):
         with pytest.raises(SpaceError, match="fake:old"):
             serve(gallery).search(["query.png"])
-        with pytest.raises(InputError, match="images, or vectors"):
+        with pytest.raises(InputError, match="images, or texts, or vectors"):
             serve(gallery).search()
 
     def test_two_processes_of_a_gallery_agree_because_serving_follows_commits(self, gallery):
