@@ -22,6 +22,7 @@ from PIL import Image, UnidentifiedImageError
 
 from bowerbird.data.regions import split_region
 from bowerbird.data.uris import is_dataset_uri, open_dataset_item
+from bowerbird.data.video_files import VIDEO_SUFFIXES
 from bowerbird.errors import DataError, InputError, did_you_mean
 
 ImageSource = str | Path | bytes | Image.Image
@@ -276,8 +277,6 @@ def _opened(source: Any, name: str, max_pixels: int, max_bytes: int) -> Image.Im
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(f"Image {name} is too large: {error} The limit is max_pixels={max_pixels:,}.") from error
     except UnidentifiedImageError as error:
-        from bowerbird.data.videos import VIDEO_SUFFIXES  # which imports this module
-
         if isinstance(file, Path) and file.suffix.lower() in VIDEO_SUFFIXES:
             raise DataError(
                 f"Cannot read image {name}: it is a video, and pictures are asked for. Videos are for encoders that "

@@ -26,6 +26,9 @@ from bowerbird.errors import DataError, MissingExtraError
 
 # What is opened. Left out on purpose: play lists, which open other files, and texts, which FFmpeg draws as terminals.
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,ogg,asf,flv,h264,hevc,m4v,ivf,gif"
+VIDEO_SUFFIXES = (
+    ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".ogv", ".wmv", ".flv", ".3gp",
+)  # fmt: skip
 _SEEK_PAYS = 4  # frames that can be left out before a keyframe for which a seek is worth its cost
 _INDICES_KEPT = 32  # of the files read last; one of an hour takes about 3 MB
 _SMALL, _SMALL_KEPT = 2**18, 4096  # bytes of a short clip, whose index takes some KB; a set of them is read every epoch

@@ -24,12 +24,9 @@ from bowerbird.data.images import SUFFIXES, ImageSource, OnError, Preprocessing,
 from bowerbird.data.moments import Moment, clips_of, moment_uri, split_moment
 from bowerbird.data.regions import split_region
 from bowerbird.data.uris import dataset_item, is_dataset_uri
-from bowerbird.data.video_files import frame_index, frame_pixels, frame_size, pyav
+from bowerbird.data.video_files import VIDEO_SUFFIXES, frame_index, frame_pixels, frame_size, pyav
 from bowerbird.errors import DataError, InputError
 
-VIDEO_SUFFIXES = (
-    ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".ogv", ".wmv", ".flv", ".3gp",
-)  # fmt: skip
 VideoSource = ImageSource  # a path or address with or without a moment, or a picture
 
 MAX_CLIP_PIXELS = 2**23  # eight frames of 1366 x 768; 34 MB as pictures of Pillow

@@ -17,7 +17,8 @@ from typing import Any, Literal, Self
 
 from bowerbird.data.images import SUFFIXES, image_size
 from bowerbird.data.moments import split_moment
-from bowerbird.data.videos import VIDEO_SUFFIXES, video_info
+from bowerbird.data.video_files import VIDEO_SUFFIXES
+from bowerbird.data.videos import video_info
 from bowerbird.errors import DataError, InputError
 from bowerbird.files import write_atomically
 from bowerbird_videotext.video_set import VideoTextSet
