@@ -213,12 +213,14 @@ def test_a_data_set_of_videos_is_encoded_in_order(films: Path, models: Path) -> 
     encoder = load_encoder(models / "old")
     assert encoder.encode_dataset(Strips()).argmax(axis=1).tolist() == [0, 1, 2]
     device = torch.device("cpu")
-    (batch,) = ordered_batches(encoder.module, Strips(), keys=("video", "label"), batch_size=4, device=device)
+    (batch,) = ordered_batches(encoder.module, Strips(), keys=("video", "label"), batch_size=12, device=device)
     assert torch.equal(batch["video"][1], torch.from_numpy(_clip(films / "green.mp4")))
     assert batch["label"].tolist() == [0, 1, 2]
-    (both,) = ordered_batches(encoder.module, Strips(), keys=("video", "text"), batch_size=4, device=device)
+    (both,) = ordered_batches(encoder.module, Strips(), keys=("video", "text"), batch_size=12, device=device)
     assert torch.equal(both["video"], batch["video"])
     assert both["text"]["input_ids"].argmax(dim=1).tolist() == [0, 1, 2]  # of several captions the first
+    few = ordered_batches(encoder.module, Strips(), keys=("video",), batch_size=9, device=device)
+    assert [len(batch["video"]) for batch in few] == [2, 1]  # 9 frames are two clips of 4
 
 
 def _clip(path: Path) -> Any:

@@ -343,7 +343,10 @@ def cache_trunk(
 def ordered_batches(
     encoder: Encoder, dataset: Dataset, *, keys: Sequence[str], batch_size: int, device: torch.device
 ) -> Iterator[Batch]:
-    """One pass in order of position with the encoder's own preparation of pictures and videos, without augmentation."""
+    """One pass in order of position with the encoder's own preparation of pictures and videos, without augmentation.
+
+    ``batch_size`` counts pictures: of videos a batch has as many as have that many frames, one at least.
+    """
     labels = np.asarray(dataset.labels()) if "label" in keys else None
     ids = dataset.item_ids
 
@@ -354,6 +357,7 @@ def ordered_batches(
         return batch
 
     preprocessing, frames = encoder.preprocessing, encoder.frames
+    batch_size = max(1, batch_size // (frames or 1))
     others = set(keys) - {"label", "index", "item_id"}
     if preprocessing is not None and frames is not None and others <= {"video"}:
         for index, clips in decode_clips(images_of(dataset), preprocessing, frames, batch_size=batch_size):
