@@ -24,7 +24,7 @@ from bowerbird.data.images import SUFFIXES, ImageSource, OnError, Preprocessing,
 from bowerbird.data.moments import Moment, clips_of, moment_uri, split_moment
 from bowerbird.data.regions import split_region
 from bowerbird.data.uris import dataset_item, is_dataset_uri
-from bowerbird.data.video_files import VIDEO_SUFFIXES, frame_index, frame_pixels, frame_size, pyav
+from bowerbird.data.video_files import VIDEO_SUFFIXES, FrameIndex, frame_index, frame_pixels, frame_size, pyav
 from bowerbird.errors import DataError, InputError
 
 VideoSource = ImageSource  # a path or address with or without a moment, or a picture
@@ -59,22 +59,34 @@ def video_info(source: VideoSource) -> VideoInfo:
     path, moment = _located(source)
     index = frame_index(path)
     first, last = index.span(moment, str(source))
-    seconds = index.seconds
-    if moment is not None:
-        seconds = min(seconds, seconds if moment.end is None else moment.end) - moment.start
-    return VideoInfo(last - first, seconds, index.rate, *frame_size(path))
+    return VideoInfo(last - first, _length(index, moment), index.rate, *frame_size(path))
+
+
+def _length(index: FrameIndex, moment: Moment | None) -> float:
+    """Seconds of a moment of a video, of which what lies past the end is cut off."""
+    if moment is None:
+        return index.seconds
+    return min(index.seconds, index.seconds if moment.end is None else moment.end) - moment.start
 
 
 def video_times(source: VideoSource) -> tuple[float, float] | None:
     """Start and end of a video, or of the moment of it, in seconds from the first frame of its file; ``None`` of a
     picture. An item of a data set that is itself a moment of a file starts where that starts.
 
-    Raises ``DataError`` as ``video_info``.
+    Raises ``DataError`` as ``video_info``; no frame is decoded.
     """
     if _picture(source) is not None:
         return None
-    moment = _located(source)[1] or Moment()
-    return round(moment.start, 3), round(moment.start + video_info(source).seconds, 3)
+    start, length = _span_of(source)
+    return round(start, 3), round(start + length, 3)
+
+
+def _span_of(source: VideoSource) -> tuple[float, float]:
+    """Start and length in seconds of a video or a moment of one, from its packets."""
+    path, moment = _located(source)
+    index = frame_index(path)
+    index.span(moment, str(source))  # refuses a moment past the end
+    return 0.0 if moment is None else moment.start, _length(index, moment)
 
 
 def cut_into_clips(
@@ -92,7 +104,7 @@ def cut_into_clips(
     for position, (name, source) in enumerate(zip(ids, sources, strict=True)):
         try:
             whole = _picture(source) is None and split_moment(str(source))[1] is None
-            length = video_info(source).seconds if whole else 0.0
+            length = _span_of(source)[1] if whole else 0.0
         except DataError:
             length = 0.0
         moments = list(clips_of(length, seconds)) if length else []

@@ -89,6 +89,14 @@ def subset(dataset: Dataset, indices: Sequence[int]) -> Subset:
     return Subset(dataset, indices)
 
 
+def unwrapped(dataset: Dataset) -> tuple[Dataset, list[int]]:
+    """The data set that ``dataset`` is a subset of (itself, if it is none), and the positions that belong to it."""
+    if not isinstance(dataset, Subset):
+        return dataset, list(range(len(dataset)))
+    whole, positions = unwrapped(dataset.dataset)
+    return whole, [positions[i] for i in dataset.indices]
+
+
 class _Images(Sequence[Any]):
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset

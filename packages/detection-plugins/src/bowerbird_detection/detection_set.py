@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from bowerbird.data.dataset import Dataset
-from bowerbird.data.views import Subset
+from bowerbird.data.views import unwrapped
 from bowerbird.errors import InputError
 from bowerbird.protocols import Objects
 
@@ -141,14 +141,12 @@ def detection_set(dataset: Dataset, asked_by: str) -> tuple[DetectionSet, list[i
     Raises:
         InputError: Its pictures have no objects; ``asked_by`` names who needs them.
     """
-    if isinstance(dataset, DetectionSet):
-        return dataset, list(range(len(dataset)))
-    if isinstance(dataset, Subset):
-        whole, positions = detection_set(dataset.dataset, asked_by)
-        return whole, [positions[i] for i in dataset.indices]
+    whole, positions = unwrapped(dataset)
+    if isinstance(whole, DetectionSet):
+        return whole, positions
     raise InputError(
         f"{asked_by} needs a data set whose pictures have annotated objects, such as detection:coco or "
-        f"detection:canvases; {type(dataset).__name__} has none"
+        f"detection:canvases; {type(whole).__name__} has none"
     )
 
 

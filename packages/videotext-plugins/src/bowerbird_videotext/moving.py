@@ -10,7 +10,7 @@ F frames of a video, K sprites of it.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self
@@ -22,8 +22,8 @@ from PIL import Image
 from bowerbird.data.compose import free_place, scaled_to, texture
 from bowerbird.errors import InputError, UnknownNameError, did_you_mean
 from bowerbird_videotext.data_configs import SPLITS, MovingConfig
-from bowerbird_videotext.sprites import Sprites, cache_folder, performed, write_once
-from bowerbird_videotext.video_set import Choice, Question, VideoTextSet
+from bowerbird_videotext.sprites import MadeVideos, Sprites, cache_folder, performed, write_once
+from bowerbird_videotext.video_set import Choice, Question
 
 PROGRAM = 1  # part of the folder's name: another number where the program makes other videos
 _MOVES = {"moves left": (-1, 0), "moves right": (1, 0), "moves up": (0, -1), "moves down": (0, 1)}
@@ -54,7 +54,7 @@ def caption(actors: Sequence[Actor]) -> str:
     return (" while " if actors[0].verb else " and ").join(actor.said for actor in actors)
 
 
-class Moving(VideoTextSet):
+class Moving(MadeVideos):
     """Video i of a split is a function of the settings, the split and i, whatever the number of videos.
 
     The sprites of a video have different nouns. No two videos of ``val``, and none of ``test``, say the same, in either
@@ -67,12 +67,11 @@ class Moving(VideoTextSet):
 
     def __init__(self, config: MovingConfig, split: str, nouns: Sequence[str]) -> None:
         """``nouns``: of the classes of the sprites, in order."""
-        self.config, self.split, self.nouns = config, split, tuple(nouns)
+        kept = cache_folder("moving", config.root, config.sprites.source, _settings(config))
+        super().__init__(config.sprites, kept / split, split, config.counts[split])
+        self.config, self.nouns = config, tuple(nouns)
         self.colours, self.verbs = config.colours, config.verbs
         self.classes = config.verbs if config.objects == 1 else ()
-        kept = cache_folder("moving", config.root, config.sprites.source, _settings(config))
-        self.folder = kept / split
-        self._ids = [f"{split}/{i:06d}" for i in range(config.counts[split])]
         sayings = self._sayings()
         if split != "train" and len(self._ids) > sayings:
             raise InputError(
@@ -97,22 +96,8 @@ class Moving(VideoTextSet):
             )
         sprites = Sprites(config.sprites, split)
         made = cls(config, split, sprites.nouns)
-        made.__dict__["_sprites"] = sprites
+        made.__dict__["sprites"] = sprites
         return made
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Processes that read data need the pictures only where they write videos: they open them again then.
-        return {key: value for key, value in self.__dict__.items() if key != "_sprites"}
-
-    def __setstate__(self, state: Mapping[str, Any]) -> None:
-        self.__dict__.update(state)
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    @property
-    def item_ids(self) -> Sequence[str]:
-        return self._ids
 
     def labels(self) -> Sequence[int]:
         if not self.classes:
@@ -272,7 +257,7 @@ class Moving(VideoTextSet):
         low, high = self.config.sprite_size
         tracks: list[tuple[list[Image.Image], NDArray[np.int64]]] = []
         for actor in self.actors(index):
-            sprite = self._sprites.picture(self.nouns.index(actor.noun), actor.colour, generator)
+            sprite = self.sprites.picture(self.nouns.index(actor.noun), actor.colour, generator)
             sprite = scaled_to(sprite, int(generator.integers(low, high + 1)))
             shown = performed(sprite, actor.verb, self.config.frames, self.config.size)
             tracks.append((shown, self._placed(shown, actor.verb, [boxes for _, boxes in tracks], generator)))
@@ -307,10 +292,6 @@ class Moving(VideoTextSet):
 
     def _key(self, index: int) -> list[int]:
         return [self.config.seed, zlib.crc32(self.split.encode()), index]
-
-    @cached_property
-    def _sprites(self) -> Sprites:
-        return Sprites(self.config.sprites, self.split)
 
 
 def _shared(boxes: NDArray[np.int64], others: NDArray[np.int64]) -> int:

@@ -11,8 +11,7 @@ F frames of a video.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -22,7 +21,7 @@ from PIL import Image
 from bowerbird.data.compose import scaled_to
 from bowerbird.errors import InputError, UnknownNameError, did_you_mean
 from bowerbird_videotext.mv_former_config import PHASE_SPLITS, PhasesConfig
-from bowerbird_videotext.sprites import Sprites, cache_folder, write_once
+from bowerbird_videotext.sprites import MadeVideos, cache_folder, write_once
 from bowerbird_videotext.video_set import VideoTextSet
 
 PROGRAM = 1  # part of the folder's name: another number where the program makes other videos
@@ -31,7 +30,7 @@ _NOT_PICTURES = ("root", "counts")  # settings that change no pixel
 _TRIES = 30  # places tried for a sprite that shall not cover the other
 
 
-class Phases(VideoTextSet):
+class Phases(MadeVideos):
     """Video i of a split is a function of the settings, the split and i. No picture moves in two splits.
 
     The class of a video is its action: which two things move.
@@ -40,10 +39,10 @@ class Phases(VideoTextSet):
     phases = PHASES
 
     def __init__(self, config: PhasesConfig, split: str) -> None:
-        self.config, self.split = config, split
+        kept = cache_folder("phases", config.root, config.sprites.source, _settings(config))
+        super().__init__(config.sprites, kept / split, split, config.counts[split])
+        self.config = config
         self.classes = tuple(" and ".join(pair) for pair in config.pairs)
-        self.folder = cache_folder("phases", config.root, config.sprites.source, _settings(config)) / split
-        self._ids = [f"{split}/{i:06d}" for i in range(config.counts[split])]
 
     @classmethod
     def build(cls, config: PhasesConfig | None = None, split: str | None = None) -> Self:
@@ -61,7 +60,7 @@ class Phases(VideoTextSet):
                 f"{did_you_mean(split, PHASE_SPLITS)}"
             )
         made = cls(config, split)
-        nouns = made._sprites.nouns
+        nouns = made.sprites.nouns
         for noun in (noun for pair in config.pairs for noun in pair):
             if noun not in nouns:
                 raise UnknownNameError(
@@ -69,20 +68,6 @@ class Phases(VideoTextSet):
                     f"{did_you_mean(noun, nouns)}"
                 )
         return made
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Processes that read data need the pictures only where they write videos: they open them again then.
-        return {key: value for key, value in self.__dict__.items() if key != "_sprites"}
-
-    def __setstate__(self, state: Mapping[str, Any]) -> None:
-        self.__dict__.update(state)
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    @property
-    def item_ids(self) -> Sequence[str]:
-        return self._ids
 
     def labels(self) -> Sequence[int]:
         return [i % len(self.classes) for i in range(len(self))]
@@ -123,7 +108,7 @@ class Phases(VideoTextSet):
         low, high = self.config.sprite_size
         shown = []
         for noun in self._pair(index):
-            sprite = self._sprites.picture(self._sprites.nouns.index(noun), "", generator)
+            sprite = self.sprites.picture(self.sprites.nouns.index(noun), "", generator)
             shown.append(scaled_to(sprite, int(generator.integers(low, high + 1))))
         return shown
 
@@ -170,10 +155,6 @@ class Phases(VideoTextSet):
         if not 0 <= index < len(self):
             raise IndexError(f"position {index} of {len(self)}")
         return [self.config.seed, zlib.crc32(self.split.encode()), index]
-
-    @cached_property
-    def _sprites(self) -> Sprites:
-        return Sprites(self.config.sprites, self.split)
 
 
 def frame_labels(dataset: VideoTextSet, index: int, asked_by: str) -> NDArray[np.int64]:

@@ -6,7 +6,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from bowerbird.data.videos import write_video
 from bowerbird.errors import DataError, InputError, did_you_mean
 from bowerbird.files import write_json
 from bowerbird_videotext.data_configs import COLOURS, SpritesConfig
+from bowerbird_videotext.video_set import VideoTextSet
 
 _DARKEST = 60  # of 255: the darkest part of a coloured sprite, so that its colour is seen
 
@@ -60,6 +62,37 @@ class Sprites:
             found = found.copy()
         found.putalpha(mask.convert("L"))
         return found.crop(mask.getbbox())
+
+
+class MadeVideos(VideoTextSet):
+    """Videos that a program writes when they are first asked for.
+
+    Args:
+        sprites: Where their pictures come from.
+        folder: Of the split's files.
+        split: Name of the split.
+        count: How many videos it has.
+    """
+
+    def __init__(self, sprites: SpritesConfig, folder: Path, split: str, count: int) -> None:
+        self.folder, self.split = folder, split
+        self._ids = [f"{split}/{i:06d}" for i in range(count)]
+        self._of_sprites = sprites
+
+    @cached_property
+    def sprites(self) -> Sprites:
+        return Sprites(self._of_sprites, self.split)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Processes that read data need the pictures only where they write videos: they open them again then.
+        return {key: value for key, value in self.__dict__.items() if key != "sprites"}
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    @property
+    def item_ids(self) -> Sequence[str]:
+        return self._ids
 
 
 def _part(positions: NDArray[np.int64], split: str) -> NDArray[np.int64]:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bowerbird.data.dataset import Dataset
-from bowerbird.data.views import Subset
+from bowerbird.data.views import unwrapped
 from bowerbird.errors import InputError
 
 Choice = tuple[list[str], int]  # options, and the position of the right one
@@ -82,14 +82,12 @@ def video_text_set(dataset: Dataset, asked_by: str) -> tuple[VideoTextSet, list[
     Raises:
         InputError: It is another kind of data set; ``asked_by`` names who needs videos with captions.
     """
-    if isinstance(dataset, VideoTextSet):
-        return dataset, list(range(len(dataset)))
-    if isinstance(dataset, Subset):
-        whole, positions = video_text_set(dataset.dataset, asked_by)
-        return whole, [positions[i] for i in dataset.indices]
+    whole, positions = unwrapped(dataset)
+    if isinstance(whole, VideoTextSet):
+        return whole, positions
     raise InputError(
         f"{asked_by} needs a data set of videos with captions, such as videotext:moving or videotext:table; "
-        f"{type(dataset).__name__} is none"
+        f"{type(whole).__name__} is none"
     )
 
 
