@@ -32,6 +32,7 @@ COMMANDS = {
     "detect": "Find the objects in images, draw them, write COCO results.",
     "gallery": "Create, fill and search a gallery.",
     "upgrade": "Move a gallery to another model while it serves.",
+    "serve": "Serve a gallery: an HTTP interface, and a page to search and upgrade it.",
     "benchmark": "Compare methods and strategies of an upgrade.",
     "report": "Look into a trained encoder: which weights are kept, what that saves.",
     "new-plugin": "Start a plugin of your own.",
@@ -50,6 +51,11 @@ EXTRA_OF_MODULE = {
     "matplotlib": "report",
     "jinja2": "report",
     "pyarrow": "tables",
+    "fastapi": "serve",
+    "uvicorn": "serve",
+    "prometheus_client": "serve",
+    "limits": "serve",
+    "pebble": "serve",
 }
 
 

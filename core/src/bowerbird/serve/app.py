@@ -1,0 +1,60 @@
+"""``create_app``: the ASGI application of one gallery."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+import bowerbird
+from bowerbird.serve import problems
+from bowerbird.serve.access import guard
+from bowerbird.serve.page import mount_page
+from bowerbird.serve.routes import events, health, items, look, search, upgrade
+from bowerbird.serve.schemas import Problem
+from bowerbird.serve.server import Server
+from bowerbird.serve.settings import ServeSettings
+
+DESCRIPTION = "Search a gallery by pictures, texts, items and vectors, and move it to a better model while it serves."
+PROBLEMS = {
+    status: {"model": Problem, "description": text, "content": {problems.MEDIA_TYPE: {}}}
+    for status, text in {
+        400: "Not a request that this service understands.",
+        401: "No token, or one that is not known.",
+        403: "A token that may not do this, or a request of another site.",
+        404: "Not there.",
+        409: "Not possible in the present state.",
+        413: "Too large.",
+        415: "Of a type that is not taken.",
+        422: "A value that cannot be used.",
+        429: "Too many requests.",
+        503: "Not possible at the moment; try again.",
+    }.items()
+}
+
+
+def create_app(settings: ServeSettings) -> FastAPI:
+    """The application. Opens the gallery when it starts, closes it when it stops."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with Server(settings) as server:
+            app.state.server = server
+            yield
+
+    app = FastAPI(
+        title="Bowerbird",
+        version=bowerbird.__version__,
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        docs_url=None,  # it would load scripts of a foreign host
+        redoc_url=None,
+        responses=PROBLEMS,  # type: ignore[arg-type]
+    )
+    problems.install(app)
+    for part in (health, look, search, items, upgrade, events):
+        app.include_router(part.router)
+    mount_page(app)
+    guard(app, settings)
+    return app

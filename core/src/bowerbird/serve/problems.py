@@ -1,0 +1,88 @@
+"""Errors over HTTP: RFC 9457 problems. What a client did wrong is a 4xx that says what to do; nothing shows the inside.
+
+The text of an error may name files of the server (an item whose picture is gone). Clients see no paths of the server;
+the log has them.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from bowerbird.errors import (
+    BowerbirdError,
+    GalleryError,
+    GalleryLockedError,
+    InputError,
+    StoreUnavailableError,
+    UnknownNameError,
+    UpgradeError,
+)
+
+log = logging.getLogger("bowerbird.serve")
+
+MEDIA_TYPE = "application/problem+json"
+# The first class that fits decides.
+STATUS_OF = (
+    (UnknownNameError, 404),
+    (UpgradeError, 409),
+    (GalleryLockedError, 503),
+    (StoreUnavailableError, 503),
+    (InputError, 422),
+    (GalleryError, 409),
+    (BowerbirdError, 422),
+)
+
+
+class ProblemError(Exception):
+    """Raised by routes: a problem with a status of its own."""
+
+    def __init__(self, status: int, detail: str, *, headers: dict[str, str] | None = None, **more: Any) -> None:
+        super().__init__(detail)
+        self.status, self.detail, self.headers, self.more = status, detail, headers, more
+
+
+def problem(status: int, detail: str, *, headers: dict[str, str] | None = None, **more: Any) -> JSONResponse:
+    """The response of a problem. ``more``: further members, such as ``errors``."""
+    body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail, **more}
+    return JSONResponse(body, status, headers, MEDIA_TYPE)
+
+
+def install(app: FastAPI) -> None:
+    """Make every error of ``app`` a problem."""
+
+    @app.exception_handler(ProblemError)
+    async def _own(_: Request, error: ProblemError) -> JSONResponse:
+        return problem(error.status, error.detail, headers=error.headers, **error.more)
+
+    @app.exception_handler(BowerbirdError)
+    async def _bowerbird(request: Request, error: BowerbirdError) -> JSONResponse:
+        status = next(status for kind, status in STATUS_OF if isinstance(error, kind))
+        log.info("%s %s: %d %s", request.method, request.url.path, status, error)
+        headers = {"Retry-After": "1"} if status == 503 else None
+        return problem(status, str(error), headers=headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        # The value itself is left out: it may be large, and it may hold what JSON cannot (NaN).
+        errors = [{"loc": list(e["loc"]), "msg": e["msg"]} for e in error.errors()[:20]]
+        first = errors[0] if errors else {"loc": ["body"], "msg": "is not valid"}
+        where = ".".join(map(str, first["loc"]))
+        return problem(422, f"{where}: {first['msg']}", errors=errors)
+
+    @app.exception_handler(HTTPException)
+    async def _http(_: Request, error: HTTPException) -> JSONResponse:
+        return problem(error.status_code, str(error.detail), headers=dict(error.headers or {}))
+
+    @app.exception_handler(Exception)
+    async def _bug(request: Request, error: Exception) -> JSONResponse:
+        instance = secrets.token_hex(8)
+        log.error("%s %s failed (%s)", request.method, request.url.path, instance, exc_info=error)
+        return problem(500, f"a bug of the service; its log has the details under {instance}", instance=instance)
