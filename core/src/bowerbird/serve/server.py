@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import AsyncExitStack
 from typing import Self
 
@@ -30,10 +31,12 @@ class Server:
         engine: Searches.
         contents: Uploaded pictures.
         control: The upgrade: plan, start, the background worker, and what they tell.
+        stopping: Set when the service is told to stop. Streams, which have no end of their own, end then.
     """
 
     def __init__(self, settings: ServeSettings) -> None:
         self.settings = settings
+        self.stopping = asyncio.Event()
         self.access = Access(settings)  # first: a service that may not start here opens nothing
         self.gallery: Gallery = open_gallery(settings.gallery, readonly=settings.read_only)
         self.metrics = Metrics(self.gallery)

@@ -16,6 +16,8 @@ class ServeSettings(BaseModel):
             a reference is never taken from a client.
         label_key: Metadata key of the items' label, for flips, quality and colours of the map.
         read_only: Refuse everything that changes the gallery.
+        contents: Folder for uploaded pictures. ``None``: the folder ``contents`` of the gallery; a gallery in another
+            store has none, and takes no pictures then.
         tokens: TOML file with tokens (``bowerbird.serve.access``). Without one the service stays on the loopback
             address.
         proxy_header: Header in which a proxy that has authenticated the client names the user; see the threat model.
@@ -39,6 +41,7 @@ class ServeSettings(BaseModel):
     candidates: dict[str, str] = Field(default_factory=dict)
     label_key: str | None = None
     read_only: bool = False
+    contents: Path | None = None
     tokens: Path | None = None
     proxy_header: str | None = None
     allowed_hosts: tuple[str, ...] = ()
