@@ -6,6 +6,7 @@ uv makes an environment in about a second; without uv nox falls back to virtuale
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import nox
@@ -14,7 +15,7 @@ nox.needs_version = ">=2024.10.9"
 nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.reuse_existing_virtualenvs = True
 nox.options.error_on_missing_interpreters = True
-DEFAULT = "lint types core_bare tests wheels combined broken_plugins template docs"
+DEFAULT = "lint types core_bare tests wheels combined broken_plugins template api browser docs"
 nox.options.sessions = DEFAULT.split()
 
 ROOT = Path(__file__).parent
@@ -119,6 +120,8 @@ def combined(session: nox.Session) -> None:
         "integration_tests",
         "--ignore=integration_tests/test_broken_plugins.py",
         "--ignore=integration_tests/test_template.py",
+        "--ignore=integration_tests/serve",
+        "--ignore=integration_tests/browser",
     )
 
 
@@ -135,6 +138,37 @@ def template(session: nox.Session) -> None:
     install(session, f"{CORE}[torch,testing]")
     session.install("uv>=0.5", "hatchling>=1.27", "editables", "ruff>=0.9")
     pytest(session, "integration_tests/test_template.py", parallel=False)
+
+
+@nox.session
+def api(session: nox.Session) -> None:
+    """The HTTP service against its own schema (schemathesis), and hostile requests (a fuzzer)."""
+    install(session, f"{CORE}[torch,serve,faiss-cpu,testing]")
+    session.install("schemathesis>=4", "httpx>=0.27")
+    pytest(session, "integration_tests/serve", parallel=False)
+
+
+@nox.session
+def browser(session: nox.Session) -> None:
+    """The web page in Chromium: searches, an upgrade from start to finish, keys, a phone, hostile names."""
+    install(session, f"{CORE}[torch,serve,faiss-cpu,testing]", "./packages/compat-plugins")  # rank merge
+    session.install("playwright>=1.49")  # the package alone: it drives the chromium of the system
+    session.env["CHROMIUM"] = chromium_path(session)
+    pytest(session, "integration_tests/browser", parallel=False)
+
+
+def chromium_path(session: nox.Session) -> str:
+    """``$CHROMIUM``, or the system's; Debian's is installed where there is none and this is root."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
+    if found is None and hasattr(os, "geteuid") and os.geteuid() == 0 and shutil.which("apt-get"):
+        session.run("apt-get", "update", "-qq", external=True)
+        install_it = ("apt-get", "install", "-y", "-qq", "--no-install-recommends", "chromium")
+        session.run(*install_it, external=True, env={"DEBIAN_FRONTEND": "noninteractive"})
+        found = shutil.which("chromium")
+    if found is None:
+        session.error("no chromium: run `sudo apt-get install chromium`, or set CHROMIUM to the path of a Chrome")
+    return found
 
 
 @nox.session
