@@ -6,6 +6,7 @@ measures.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +61,12 @@ def recipes(old_run: Path, *, seed: int, epochs: int, new_split: str = "new-trai
 def train_encoder(recipe: Recipe, run_dir: Path, *, show: bool) -> LoadedEncoder:
     train(recipe, run_dir, show=show)
     return load_encoder(run_dir)
+
+
+def is_trained(recipe: Recipe, run_dir: Path) -> bool:
+    """Whether ``run_dir`` has the encoder of a finished run of exactly this recipe."""
+    try:
+        same = json.loads((run_dir / "recipe.json").read_text()) == recipe.to_dict()
+    except (OSError, ValueError):
+        return False
+    return same and (run_dir / "encoder" / "encoder.json").is_file()  # written last, as a whole

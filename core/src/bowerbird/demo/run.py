@@ -11,30 +11,27 @@ import platform
 import resource
 import shutil
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import metadata, util
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bowerbird.data.dataset import Dataset
 from bowerbird.data.images import open_image
 from bowerbird.demo.encoders import recipes, train_encoder
 from bowerbird.demo.page import ARMS, write_page
+from bowerbird.demo.pictures import Query, new_gallery, write_pictures
+from bowerbird.demo.setup import MARKER, Clock, check_installed, own_folder
 from bowerbird.encoders import LoadedEncoder
-from bowerbird.errors import GalleryError, MissingExtraError, SpaceError, UnknownNameError
+from bowerbird.errors import SpaceError
 from bowerbird.files import write_json
 from bowerbird.gallery import Gallery
 from bowerbird.gallery.gallery import SearchResult
 from bowerbird.gallery.merge import merge_by_zscore
-from bowerbird.recipe import build_config
-from bowerbird.registry import get_registry
 from bowerbird.report import data_uri
 from bowerbird.retrieval.curves import Curve
 from bowerbird.retrieval.flips import flips
@@ -44,16 +41,6 @@ from bowerbird.upgrade import Upgrade
 DEPTH = 100  # results per query that count: mAP@100
 SHOWN = 5  # results per query on the page
 WALL = 8  # queries on the page
-MARKER = "demo.json"
-
-
-@dataclass(frozen=True)
-class Query:
-    """What is searched for: id, the concept that is right, and where its picture lies."""
-
-    id: str
-    concept: str
-    path: Path
 
 
 @dataclass
@@ -95,12 +82,12 @@ def run_demo(
         GalleryError: ``out`` holds something else.
     """
     out = Path(out)
-    _check_installed()
-    _clear(out)
-    clock = _Clock(say)
+    check_installed("report", "matplotlib", "jinja2")
+    own_folder(out)
+    clock = Clock(say)
 
     with clock.step("pictures", "emoji of unseen concepts written as PNG files, as a user's folder would be"):
-        queries, items = _write_pictures(out / "images", limit)
+        queries, items = write_pictures(out / "images", limit)
     encoders: dict[str, LoadedEncoder] = {}
     what = {
         "old": "100 concepts, 3 styles",
@@ -116,7 +103,7 @@ def run_demo(
     vectors = {name: encoder.encode([q.path for q in queries]) for name, encoder in encoders.items()}  # (Q, D) each
     with clock.step("gallery", f"{len(items)} pictures encoded with the old encoder and added"):
         old_vectors = old.encode([item["path"] for item in items])
-        gallery = _gallery(out / "gallery", old, items, old_vectors)
+        gallery = new_gallery(out / "gallery", old, items, old_vectors)
     with gallery:
         before = gallery.search(vectors["old"], DEPTH)
         start = _judge(before, items, relevance)
@@ -167,58 +154,11 @@ def run_demo(
     return result
 
 
-# ------------------------------------------------------------------------------------------------ pictures
-
-
-def _write_pictures(folder: Path, limit: int | None) -> tuple[list[Query], list[dict[str, Any]]]:
-    """Queries, and gallery items with id, path, concept and metadata."""
-    registry = get_registry()
-    record = registry.get("dataset", "emoji:styles")
-    config = build_config(record, {}, "demo")
-
-    def pictures(split: str) -> Iterator[tuple[str, Path, dict[str, str]]]:
-        dataset: Dataset = registry.load(record).build(config, split)
-        known = dataset.metadata()
-        assert known is not None
-        for position, item_id in enumerate(dataset.item_ids):
-            if limit is not None and dataset.labels()[position] >= limit:
-                continue
-            path = folder / split / f"{item_id}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            dataset[position]["image"].save(path)
-            yield item_id, path, dict(known[position])
-
-    queries = [Query(item_id, _concept(item_id), path) for item_id, path, _ in pictures("unseen-query")]
-    items = [
-        {"id": item_id, "path": path, "concept": _concept(item_id), "metadata": values}
-        for item_id, path, values in pictures("unseen-gallery")
-    ]
-    return queries, items
-
-
-def _concept(item_id: str) -> str:
-    return item_id.split("/", 1)[1]
-
-
 def _relevance(queries: Sequence[Query], items: Sequence[Mapping[str, Any]]) -> Relevance:
     return Relevance.from_labels([q.concept for q in queries], [item["concept"] for item in items])
 
 
 # ------------------------------------------------------------------------------------------------ galleries
-
-
-def _gallery(
-    path: Path, encoder: LoadedEncoder, items: Sequence[Mapping[str, Any]], vectors: NDArray[np.float32]
-) -> Gallery:
-    """A gallery of all items with their ``vectors (N, D)``."""
-    gallery = Gallery.create(path, encoder.space())
-    gallery.add(
-        [item["id"] for item in items],
-        vectors,
-        uris=[str(item["path"].resolve()) for item in items],
-        metadata=[item["metadata"] for item in items],
-    )
-    return gallery
 
 
 def _refusal(gallery: Gallery, query: NDArray[np.float32], new: LoadedEncoder) -> str:
@@ -272,7 +212,7 @@ def _compatible(
     shares: Sequence[float],
 ) -> Arm:
     arm = Arm()
-    with _gallery(path, old, items, old_vectors) as gallery:
+    with new_gallery(path, old, items, old_vectors) as gallery:
         gallery.register_space(bct.space())
         gallery.relate(bct.fingerprint, old.fingerprint, evidence={"method": "compat:bct"})
         upgrade = Upgrade(gallery, bct)
@@ -295,7 +235,7 @@ def _task_items(items: Sequence[object], steps: int) -> int:
 def _from_scratch(
     path: Path, new: LoadedEncoder, items: Sequence[Mapping[str, Any]], queries: NDArray[np.float32]
 ) -> SearchResult:
-    with _gallery(path, new, items, new.encode([item["path"] for item in items])) as gallery:
+    with new_gallery(path, new, items, new.encode([item["path"] for item in items])) as gallery:
         found = gallery.search(queries, DEPTH)
     shutil.rmtree(path)
     return found
@@ -392,53 +332,6 @@ def _thumbs(wall: Sequence[Mapping[str, Any]], paths: Mapping[str, Path]) -> dic
     shown = {row["query"] for row in wall}
     shown |= {hit[0] for row in wall for name in ARMS for m in row[name] for hit in m}
     return {name: data_uri(open_image(paths[name]), side=64) for name in sorted(shown)}
-
-
-# ------------------------------------------------------------------------------------------------- set-up
-
-
-class _Clock:
-    """Times the steps and says what is done."""
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.steps: list[dict[str, Any]] = []
-        self._say = say
-
-    @contextmanager
-    def step(self, name: str, what: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        seconds = time.perf_counter() - start
-        self.steps.append({"name": name, "seconds": round(seconds, 2), "what": what})
-        self._say(f"{name:<12} {seconds:6.1f} s  {what}")
-
-
-def _check_installed() -> None:
-    registry = get_registry()
-    for kind, name, package in (
-        ("dataset", "emoji:styles", "bowerbird-emoji"),
-        ("objective", "compat:bct", "bowerbird-compat"),
-        ("encoder", "core:efficientnet-lite", "bowerbird-core[lite]"),
-    ):
-        try:
-            registry.get(kind, name)
-        except UnknownNameError as error:
-            raise MissingExtraError(f"the demo uses {name}. Install it: pip install {package}") from error
-    for module in ("matplotlib", "jinja2"):
-        if util.find_spec(module) is None:
-            raise MissingExtraError(
-                f"the demo draws a page with {module}. Install it: pip install 'bowerbird-core[report]'"
-            )
-
-
-def _clear(out: Path) -> None:
-    """An empty folder at ``out``; only an earlier demo is removed."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if not (out / MARKER).is_file():
-            raise GalleryError(f"{out} is not empty and holds no demo. Choose another folder with --out.")
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / MARKER).write_text("{}\n")  # from now on this is a demo's folder, also if the demo is interrupted
 
 
 def _environment() -> str:
