@@ -237,8 +237,9 @@ class MapView(Response):
     """N points, positions as whole numbers 0 to 65535 on both axes."""
 
     method: Literal["pca", "umap"]
+    methods: list[str] = Field(description="Those that this service can draw.")
     epoch: int
-    space: str
+    space: str = Field(description="Fingerprint of the space that is shown.")
     total: int = Field(description="Items of the space; the map shows a sample where it is larger than N.")
     ids: list[str]
     x: list[int]

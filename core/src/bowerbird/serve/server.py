@@ -14,8 +14,10 @@ from bowerbird.serve.control import Control
 from bowerbird.serve.decoding import Decoders
 from bowerbird.serve.encoders import Encoders
 from bowerbird.serve.engine import Engine
+from bowerbird.serve.mapping import Maps
 from bowerbird.serve.metrics import Metrics
 from bowerbird.serve.settings import ServeSettings
+from bowerbird.serve.spaces import Spaces
 
 
 class Server:
@@ -32,6 +34,7 @@ class Server:
         contents: Uploaded pictures.
         control: The upgrade: plan, start, the background worker, and what they tell.
         stopping: Set when the service is told to stop. Streams, which have no end of their own, end then.
+        maps, spaces: What people look at, made in processes of low priority.
     """
 
     def __init__(self, settings: ServeSettings) -> None:
@@ -45,6 +48,8 @@ class Server:
         self.engine = Engine(settings, self.gallery, self.encoders, self.decoders, self.metrics)
         self.contents = Contents(settings, self.gallery, self.encoders, self.decoders)
         self.control = Control(settings, self.gallery, self.encoders, self.metrics)
+        self.maps = Maps(settings, self.gallery)
+        self.spaces = Spaces(settings, self.gallery)
         self._running = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
