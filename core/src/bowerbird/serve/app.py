@@ -9,9 +9,9 @@ from fastapi import FastAPI
 
 import bowerbird
 from bowerbird.serve import problems
-from bowerbird.serve.access import guard
+from bowerbird.serve.guard import guard
 from bowerbird.serve.page import mount_page
-from bowerbird.serve.routes import events, health, items, look, search, upgrade
+from bowerbird.serve.routes import events, health, items, look, metrics, search, upgrade
 from bowerbird.serve.schemas import Problem
 from bowerbird.serve.server import Server
 from bowerbird.serve.settings import ServeSettings
@@ -24,11 +24,15 @@ PROBLEMS = {
         401: "No token, or one that is not known.",
         403: "A token that may not do this, or a request of another site.",
         404: "Not there.",
+        408: "The body came too slowly.",
         409: "Not possible in the present state.",
         413: "Too large.",
+        414: "The address is too long.",
         415: "Of a type that is not taken.",
+        421: "Asked for under a name that this service does not have.",
         422: "A value that cannot be used.",
         429: "Too many requests.",
+        431: "The headers are too large.",
         503: "Not possible at the moment; try again.",
     }.items()
 }
@@ -53,7 +57,7 @@ def create_app(settings: ServeSettings) -> FastAPI:
         responses=PROBLEMS,  # type: ignore[arg-type]
     )
     problems.install(app)
-    for part in (health, look, search, items, upgrade, events):
+    for part in (health, metrics, look, search, items, upgrade, events):
         app.include_router(part.router)
     mount_page(app)
     guard(app, settings)

@@ -6,7 +6,9 @@ the log has them.
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 import secrets
 from http import HTTPStatus
 from typing import Any
@@ -28,6 +30,11 @@ from bowerbird.errors import (
 
 log = logging.getLogger("bowerbird.serve")
 
+# Absolute paths of two parts or more, up to a quote, a space or another mark that ends a word of a message.
+_PATH = re.compile(
+    r"(?<![\w.~/\\\]])(?:~|[A-Za-z]:)?[/\\](?!v1/|page/)[^\s/\\'\"`<>|:;,()\[\]]+[/\\][^\s'\"`<>|:;,()\[\]]*"
+)
+_ADDRESS = re.compile(r"\b(?!https?://)[a-z][a-z0-9+.-]*://[^\s'\"`<>]*", re.IGNORECASE)
 MEDIA_TYPE = "application/problem+json"
 # The first class that fits decides.
 STATUS_OF = (
@@ -51,8 +58,36 @@ class ProblemError(Exception):
 
 def problem(status: int, detail: str, *, headers: dict[str, str] | None = None, **more: Any) -> JSONResponse:
     """The response of a problem. ``more``: further members, such as ``errors``."""
-    body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail, **more}
-    return JSONResponse(body, status, headers, MEDIA_TYPE)
+    body = {
+        "type": "about:blank",
+        "title": HTTPStatus(status).phrase,
+        "status": status,
+        "detail": scrubbed(detail),
+        **more,
+    }
+    return Ascii(body, status, headers, MEDIA_TYPE)
+
+
+def bug(method: str, path: str, error: Exception) -> JSONResponse:
+    """The response to an error that nobody foresaw. The log has it whole; the client gets the number of the entry."""
+    instance = secrets.token_hex(8)
+    log.error("%s %r failed (%s)", method, path, instance, exc_info=error)
+    return problem(500, f"a bug of the service; its log has the details under {instance}", instance=instance)
+
+
+class Ascii(JSONResponse):
+    """Details quote what clients sent, which may hold characters that UTF-8 cannot write (lone surrogates)."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, separators=(",", ":"), allow_nan=False).encode("ascii")
+
+
+def scrubbed(text: str) -> str:
+    """``text`` without paths of the server and without addresses of stores. Paths of this API stay.
+
+    An id that looks like a path is hidden, too: whether a file is there must not decide it, or an answer would tell.
+    """
+    return _PATH.sub("[path]", _ADDRESS.sub("[address]", text))
 
 
 def install(app: FastAPI) -> None:
@@ -80,9 +115,3 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def _http(_: Request, error: HTTPException) -> JSONResponse:
         return problem(error.status_code, str(error.detail), headers=dict(error.headers or {}))
-
-    @app.exception_handler(Exception)
-    async def _bug(request: Request, error: Exception) -> JSONResponse:
-        instance = secrets.token_hex(8)
-        log.error("%s %s failed (%s)", request.method, request.url.path, instance, exc_info=error)
-        return problem(500, f"a bug of the service; its log has the details under {instance}", instance=instance)

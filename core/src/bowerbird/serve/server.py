@@ -42,6 +42,7 @@ class Server:
         self.stopping = asyncio.Event()
         self.access = Access(settings)  # first: a service that may not start here opens nothing
         self.gallery: Gallery = open_gallery(settings.gallery, readonly=settings.read_only)
+        self.access.storage = self.gallery.storage  # where its log is kept
         self.metrics = Metrics(self.gallery)
         self.decoders = Decoders(settings)
         self.encoders = Encoders(settings, self.gallery, self.metrics)
