@@ -266,8 +266,8 @@ class Access:
     def audit(self, caller: Caller, act: str, detail: Mapping[str, Any] | None = None) -> None:
         """Note an act of an administrator, durably, BEFORE it is done: one JSON line in ``serve/audit.jsonl``.
 
-        Blocks for one fsync. ``detail`` is plain data. Raises ``StoreUnavailableError`` where it cannot be written; then
-        the act must not be done.
+        Blocks for one fsync. ``detail`` is plain data. Raises ``StoreUnavailableError`` where it cannot be written;
+        then the act must not be done.
         """
         entry = {"time": datetime.now(UTC).isoformat(), "caller": caller.name, "role": caller.role, "act": act}
         line = json.dumps(

@@ -46,6 +46,7 @@ SAFE = ("GET", "HEAD", "OPTIONS")
 ASKED = ("/v1/", "/metrics")  # where callers are asked who they are before their body is read
 MAX_HEAD = 64 * 1024  # bytes of all header lines
 MAX_QUERY = 16 * 1024
+MAX_JSON = 16 * 2**20  # bytes of a body that is not multipart
 BODIES = 16  # times `max_upload_bytes`: what the bodies of all requests in flight may hold together
 PATIENCE = 20.0  # seconds that a body may take,
 LEAST_RATE = 16 * 1024  # and one more for so many bytes of it
@@ -74,7 +75,13 @@ class Guard:
         else:
             await send({"type": "websocket.close", "code": 1008})
 
-    def check(self, scope: Scope) -> int:
+    def most(self, scope: Scope) -> int:
+        """Bytes that the body of this request may have. JSON is read in the event loop, where all others wait for it."""
+        kind = next((value for name, value in scope["headers"] if name == b"content-type"), b"")
+        files = kind.lstrip().lower().startswith(b"multipart/")
+        return self.settings.max_upload_bytes if files else min(self.settings.max_upload_bytes, MAX_JSON)
+
+    def check(self, scope: Scope, most: int) -> int:
         """Raises a problem for a request that is refused for what its head says; else the bytes that it announces."""
         if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEAD:
             raise ProblemError(431, f"the headers have more than {MAX_HEAD} bytes")
@@ -94,14 +101,14 @@ class Guard:
         if not (length.isascii() and length.isdigit()):
             raise ProblemError(400, "Content-Length is not a number")
         announced = int(length[:20])
-        self.check_size(announced)
+        self.check_size(announced, most)
         if self.held + announced > BODIES * self.settings.max_upload_bytes:
             raise ProblemError(503, "too many uploads at once; try again", headers={"Retry-After": "2"})
         return announced
 
-    def check_size(self, size: int) -> None:
-        if size > self.settings.max_upload_bytes:
-            raise ProblemError(413, f"the body has more than {self.settings.max_upload_bytes} bytes")
+    def check_size(self, size: int, most: int) -> None:
+        if size > most:
+            raise ProblemError(413, f"the body has more than {most} bytes, which is the most that is taken here")
 
     def _check_origin(self, headers: Headers, host: str) -> None:
         """Changes asked for by a browser come from our page. Programs send neither header."""
@@ -122,7 +129,7 @@ class _Exchange:
     def __init__(self, owner: Guard, scope: Scope, receive: Receive, send: Send) -> None:
         self.owner, self.scope, self._receive, self._send = owner, scope, receive, send
         self.began = time.monotonic()
-        self.size = 0
+        self.size, self.most = 0, owner.most(scope)
         names = {name for name, _ in scope["headers"]}
         self.empty = not names & {b"content-length", b"transfer-encoding"}  # no body comes: nothing to wait for
         self.body_read = False
@@ -140,15 +147,14 @@ class _Exchange:
             metrics.in_flight.inc()
         timer = asyncio.get_running_loop().call_later(WATCH_AFTER, self._start_watch)
         try:
-            held = self.owner.check(self.scope)
+            held = self.owner.check(self.scope, self.most)
             self.owner.held += held
             if server is not None and self.scope["path"].startswith(ASKED):
                 server.access.identify(HTTPConnection(self.scope))
             await self.owner.app(self.scope, self.receive, self.send)
         except ProblemError as error:
-            # The rest of the body is not read: the connection ends with this answer.
-            headers = {**(error.headers or {}), "Connection": "close"}
-            await problems.problem(error.status, error.detail, headers=headers)(self.scope, self.receive, self.send)
+            response = problems.problem(error.status, error.detail, headers=error.headers)
+            await response(self.scope, self.receive, self.send)
         except asyncio.CancelledError:
             if not self.gone.is_set():
                 raise  # the service stops
@@ -187,7 +193,7 @@ class _Exchange:
         if message["type"] == "http.request":
             self.size += len(message.get("body", b""))
             try:
-                self.owner.check_size(self.size)
+                self.owner.check_size(self.size, self.most)
             except ProblemError as error:
                 raise _refusal(error.status, error.detail) from None
             self.body_read = not message.get("more_body", False)
@@ -232,7 +238,7 @@ class _Exchange:
 
 def _refusal(status: int, detail: str) -> HTTPException:
     """As an exception that the parsers of bodies let through."""
-    return HTTPException(status, detail, headers={"Connection": "close"})
+    return HTTPException(status, detail)
 
 
 def _name(host: str) -> str:

@@ -1,4 +1,4 @@
-"""What the service counts, for Prometheus (``/metrics``): a registry of its own, so that two services can share a process."""
+"""What the service counts, for Prometheus (``/metrics``), in a registry of its own: a process may hold two services."""
 
 from __future__ import annotations
 
@@ -50,9 +50,7 @@ class Metrics:
         )
         self._queue = Gauge("bowerbird_queue_length", "Requests that wait.", ("of",), registry=self.registry)
         self._encoded = Counter("bowerbird_encoded", "Pictures and texts encoded for requests.", registry=self.registry)
-        self._rate = Gauge(
-            "bowerbird_upgrade_rate", "Items per second of the background worker.", registry=self.registry
-        )
+        self._rate = Gauge("bowerbird_upgrade_rate", "Items per second of the worker.", registry=self.registry)
         self._restarts = Counter("bowerbird_upgrade_worker_restarts", "Workers started again.", registry=self.registry)
         self.gauge("bowerbird_items", "Items of the gallery.", lambda: len(gallery))
         self.gauge("bowerbird_epoch", "Number of the last commit.", lambda: gallery.snapshot().epoch)

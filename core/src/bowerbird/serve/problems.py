@@ -65,7 +65,7 @@ def problem(status: int, detail: str, *, headers: dict[str, str] | None = None, 
         "detail": scrubbed(detail),
         **more,
     }
-    return Ascii(body, status, headers, MEDIA_TYPE)
+    return Ascii({**body, **more}, status, headers, MEDIA_TYPE)
 
 
 def bug(method: str, path: str, error: Exception) -> JSONResponse:
@@ -107,7 +107,7 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         # The value itself is left out: it may be large, and it may hold what JSON cannot (NaN).
-        errors = [{"loc": list(e["loc"]), "msg": e["msg"]} for e in error.errors()[:20]]
+        errors = [{"loc": [_short(part) for part in e["loc"]], "msg": e["msg"]} for e in error.errors()[:20]]
         first = errors[0] if errors else {"loc": ["body"], "msg": "is not valid"}
         where = ".".join(map(str, first["loc"]))
         return problem(422, f"{where}: {first['msg']}", errors=errors)
@@ -115,3 +115,8 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def _http(_: Request, error: HTTPException) -> JSONResponse:
         return problem(error.status_code, str(error.detail), headers=dict(error.headers or {}))
+
+
+def _short(part: str | int) -> str | int:
+    """Of a location: its parts may be keys that the client chose."""
+    return part[:100] if isinstance(part, str) else part

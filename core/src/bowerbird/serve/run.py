@@ -19,6 +19,7 @@ from fastapi import FastAPI
 
 from bowerbird.errors import InputError
 from bowerbird.serve.app import create_app
+from bowerbird.serve.protocol import Protocol
 from bowerbird.serve.settings import ServeSettings
 
 STOP_SECONDS = 30  # for requests in flight when the service is told to stop
@@ -39,6 +40,8 @@ def run(settings: ServeSettings, *, started: Callable[[str], None]) -> None:
     app = create_app(settings)
     config = uvicorn.Config(
         app,
+        http=Protocol,
+        ws="none",
         lifespan="off",  # see _serve
         log_config=None,
         access_log=False,  # the metrics count; the audit log says who changed what

@@ -11,15 +11,18 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Role = Literal["read", "write", "admin"]
 ItemId = Annotated[str, Field(min_length=1, max_length=1024)]
-Scalar = str | int | float | bool
-Where = dict[str, Scalar | list[Scalar]]
+# Bounded, which also keeps out what UTF-8 and SQL cannot hold: lone surrogates, numbers beyond 64 bits.
+Text = Annotated[str, Field(max_length=65536)]
+Whole = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Scalar = Text | Whole | float | bool
+Where = dict[Text, Scalar | list[Scalar]]
 MOST_RESULTS = 1000  # offset + k of a search
 
 
 class Request(BaseModel):
-    """A JSON body. Unknown keys are refused: a misspelt one is a mistake, not a wish."""
+    """A JSON body. Unknown keys are refused: a misspelt one is a mistake, not a wish. So are NaN and infinity."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Response(BaseModel):
@@ -109,7 +112,7 @@ class VectorSearch(Search):
     """Exactly one of the two. Vectors need not have length 1."""
 
     vector: list[float] | None = Field(None, max_length=65536, description="Of the space that serves.")
-    vectors: dict[str, list[float]] | None = Field(
+    vectors: dict[Text, list[float]] | None = Field(
         None, max_length=16, description="By the fingerprint of their space; an upgrade may need two."
     )
 
@@ -175,7 +178,7 @@ class ItemPage(Response):
 
 class NewItem(Request):
     id: ItemId
-    metadata: dict[str, Scalar | None] = Field(default_factory=dict)
+    metadata: dict[Text, Scalar | None] = Field(default_factory=dict)
 
 
 class NewVector(NewItem):
@@ -184,7 +187,7 @@ class NewVector(NewItem):
 
 class NewVectors(Request):
     items: list[NewVector] = Field(min_length=1, max_length=1000)
-    space: str | None = Field(None, description="Fingerprint of their space; needed during an upgrade.")
+    space: Text | None = Field(None, description="Fingerprint of their space; needed during an upgrade.")
 
 
 class Added(Response):
@@ -335,19 +338,19 @@ class UpgradeView(Response):
 
 
 class StartPlan(Request):
-    candidate: str
-    label_key: str | None = None
+    candidate: Text
+    label_key: Text | None = None
     sample: int = Field(1000, ge=10, le=100_000)
 
 
 class StartUpgrade(Request):
     """Defaults are those of the last plan for this candidate where there is one, else of `bowerbird upgrade run`."""
 
-    candidate: str
-    strategy: str | None = None
-    merger: str | None = None
-    order: str | None = None
-    label_key: str | None = None
+    candidate: Text
+    strategy: Text | None = None
+    merger: Text | None = None
+    order: Text | None = None
+    label_key: Text | None = None
     watch_every: float = Field(0.05, gt=0, le=1)
     max_nfr: float | None = Field(None, ge=0, le=1)
     rate: float | None = Field(None, gt=0, description="Most items per second.")
@@ -356,7 +359,7 @@ class StartUpgrade(Request):
 class Confirm(Request):
     """Acts on the upgrade that the caller has seen: refused with 409 where another one is under way by now."""
 
-    id: int
+    id: Whole
 
 
 class Finish(Confirm):
