@@ -36,7 +36,7 @@ def _named(ctx: click.Context, _param: click.Parameter, values: tuple[str, ...])
         "bowerbird serve photos --port 0 --read-only",
         "",
         "# For others: a token for each of them, and a proxy that adds TLS.",
-        "bowerbird serve --new-token admin              (prints a token and its line for the file)",
+        "bowerbird serve --new-token admin --token-name ada      (prints the token, and its lines for tokens.toml)",
         "bowerbird serve photos --host 0.0.0.0 --tokens tokens.toml --allowed-host photos.example.org",
         "",
         "# A gallery in a database has no folder: say where uploaded pictures go.",
@@ -61,7 +61,8 @@ def _named(ctx: click.Context, _param: click.Parameter, values: tuple[str, ...])
 @click.option("--tokens", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="FILE",
               help="TOML file with tokens and roles; clients send `Authorization: Bearer TOKEN`.")  # fmt: skip
 @click.option("--new-token", type=click.Choice(["read", "write", "admin"]), metavar="ROLE",
-              help="Print a new token (read, write or admin) and its line for --tokens, and end.")  # fmt: skip
+              help="Print a new token (read, write or admin) and its lines for --tokens, and end.")  # fmt: skip
+@click.option("--token-name", metavar="NAME", help="With --new-token: whose it is, for the audit log.")
 @click.option("--proxy-header", metavar="NAME", help="Header in which a proxy that checked the user names them.")
 @click.option("--allowed-host", "allowed_hosts", multiple=True, metavar="HOST",
               help="A name under which clients reach the service; may be repeated.")  # fmt: skip
@@ -80,8 +81,8 @@ def _named(ctx: click.Context, _param: click.Parameter, values: tuple[str, ...])
 @click.option("--backfill-rate", type=click.FloatRange(min=0, min_open=True), metavar="N",
               help="Most items per second that an upgrade encodes. [default: as many as it can]")  # fmt: skip
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:0.")
-def command(gallery: str | None, open_page: bool, new_token: str | None, max_upload_mib: float,
-            **values: Any) -> None:  # fmt: skip
+def command(gallery: str | None, open_page: bool, new_token: str | None, token_name: str | None,
+            max_upload_mib: float, **values: Any) -> None:  # fmt: skip
     """Serve GALLERY over HTTP: a page to search and upgrade it, and the interface under /v1 (schema: /openapi.json).
 
     Without --tokens everybody on this machine may use it, and nobody else can reach it. SIGTERM and Ctrl-C stop it
@@ -93,9 +94,11 @@ def command(gallery: str | None, open_page: bool, new_token: str | None, max_upl
     if new_token is not None:
         from bowerbird.serve.access import new_token as make_token
 
-        token, line = make_token(new_token)  # type: ignore[arg-type]  # click has checked the role
-        click.echo(f"token, shown only now: {token}\nfor the file of --tokens:\n{line}")
+        token, lines = make_token(new_token, token_name or new_token)  # type: ignore[arg-type]  # click checked the role
+        click.echo(f"The token, shown only now: {token}\n\nFor the file of --tokens:\n\n{lines}")
         return
+    if token_name is not None:
+        raise InputError("--token-name goes with --new-token")
     if gallery is None:
         raise InputError("say which gallery to serve: bowerbird serve GALLERY (a folder, or the URL of a store)")
     from bowerbird.serve.run import run

@@ -166,7 +166,7 @@ class ItemInfo(Response):
     id: str
     metadata: dict[str, Any]
     content_hash: str | None
-    spaces: list[str] = Field(description="Fingerprints of the spaces in which it has a vector.")
+    spaces: list[str] = Field(description="Fingerprint of the space in which it is searched; none while it is pending.")
     side: Literal["old", "new"]
     has_picture: bool
 
@@ -194,7 +194,7 @@ class Added(Response):
     """What became of a batch; together every id that was sent. The batch is there, durably, when this is answered."""
 
     added: list[str]
-    replaced: list[str] = Field(description="Were there with another content.")
+    replaced: list[str] = Field(description="Were there with another picture or vector, or other metadata.")
     unchanged: list[str] = Field(description="Were there already: sending a batch again changes nothing.")
     failed: dict[str, str] = Field(description="Id -> why; only where `on_error` is `skip`.")
     epoch: int

@@ -18,6 +18,7 @@ from bowerbird.serve.mapping import Maps
 from bowerbird.serve.metrics import Metrics
 from bowerbird.serve.settings import ServeSettings
 from bowerbird.serve.spaces import Spaces
+from bowerbird.serve.thumbnails import Thumbnails
 
 
 class Server:
@@ -31,7 +32,8 @@ class Server:
         decoders: Processes in which pictures of strangers are decoded.
         encoders: Loaded encoders by the fingerprint of their space, each with its queue of requests.
         engine: Searches.
-        contents: Uploaded pictures.
+        contents: What comes into the gallery and leaves it; uploaded pictures.
+        thumbnails: Of items, kept in a bounded memory.
         control: The upgrade: plan, start, the background worker, and what they tell.
         stopping: Set when the service is told to stop. Streams, which have no end of their own, end then.
         maps, spaces: What people look at, made in processes of low priority.
@@ -48,6 +50,7 @@ class Server:
         self.encoders = Encoders(settings, self.gallery, self.metrics)
         self.engine = Engine(settings, self.gallery, self.encoders, self.decoders, self.metrics)
         self.contents = Contents(settings, self.gallery, self.encoders, self.decoders)
+        self.thumbnails = Thumbnails(settings, self.decoders)
         self.control = Control(settings, self.gallery, self.encoders, self.metrics)
         self.maps = Maps(settings, self.gallery)
         self.spaces = Spaces(settings, self.gallery)
@@ -56,7 +59,7 @@ class Server:
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
             stack.callback(self.gallery.close)
-            for part in (self.access, self.decoders, self.encoders, self.engine, self.control):
+            for part in (self.access, self.decoders, self.encoders, self.engine, self.contents, self.control):
                 await stack.enter_async_context(part)
             self._running = stack.pop_all()
         return self
