@@ -1,0 +1,195 @@
+// Search: by a picture, a text or an item; the wall of what was found. Writers add items here.
+
+import { addPictures, summary } from "./add.js";
+import { button, count, decimal, el, empty, failure, fill, icon, number, percent } from "./dom.js";
+import { filtersOf, queryBar, queryOf, remember, send } from "./query.js";
+import { createWall } from "./wall.js";
+
+const PAGE = 30;
+const MOST = 1000; // of a search, over all pages
+
+export function mount(root, context) {
+  const { gallery } = context;
+  const writer = gallery.role !== "read" && !gallery.read_only && gallery.accepts.image;
+  let adding = false;
+  let work = new AbortController(); // of the search under way
+  let shown = null; // the last answer
+
+  const drops = writer && dropChoice((add) => (adding = add));
+  const bar = queryBar(context, { view: "search", end: [drops] });
+  const status = el("p", { class: "status", role: "status", data: { testid: "status" } });
+  const stale = el("div", { class: "notice", hidden: true });
+  const place = el("div", { class: "stack" });
+  const report = el("div", { class: "stack" });
+  const wall = createWall(context, { label: "Results" });
+  const more = button("More", () => page(), { "data-testid": "more", hidden: true });
+  root.append(el("h1", { class: "hidden-text" }, "Search"), bar.element, report, status, stale, place);
+
+  async function search(params) {
+    bar.update(params);
+    work.abort();
+    work = new AbortController();
+    shown = null;
+    stale.hidden = true;
+    more.hidden = true;
+    status.textContent = "";
+    const query = queryOf(params);
+    if (query === null || query.lost) {
+      await browse(query, work.signal);
+      return;
+    }
+    const { signal } = work;
+    const waiting = setTimeout(() => {
+      fill(place, wall.element);
+      wall.loading(12);
+    }, shown === null && place.childElementCount === 0 ? 0 : 150); // what is quick does not flicker
+    try {
+      const answer = await send(context.api, "/v1/search", query, { k: PAGE, signal });
+      clearTimeout(waiting);
+      if (signal.aborted) return;
+      shown = answer;
+      fill(place, answer.hits.length > 0 ? [wall.element, el("div", { class: "row center" }, more)] : nothing(query));
+      wall.show(answer.hits);
+      tell(answer);
+    } catch (error) {
+      clearTimeout(waiting);
+      if (!signal.aborted) fill(place, failure(error, () => search(context.params)));
+    }
+  }
+
+  async function page() {
+    const { signal } = work;
+    const query = queryOf(context.params);
+    more.disabled = true;
+    more.setAttribute("aria-busy", "true");
+    try {
+      const offset = shown.offset ?? shown.hits.length;
+      const answer = await send(context.api, "/v1/search", query, { k: Math.min(PAGE, MOST - offset), offset, signal });
+      if (signal.aborted) return;
+      const here = new Set(wall.items().map((hit) => hit.id));
+      const first = wall.items().length;
+      // Between two pages the gallery may have changed; what was there already is not shown twice.
+      wall.append(answer.hits.filter((hit) => !here.has(hit.id)));
+      shown = { ...answer, offset: offset + answer.hits.length };
+      tell(answer);
+      wall.element.children[first]?.querySelector(".card")?.focus({ preventScroll: true });
+    } catch (error) {
+      if (!signal.aborted) context.toast(error.detail ?? error.message, "wrong");
+    }
+    more.disabled = false;
+    more.removeAttribute("aria-busy");
+  }
+
+  function tell(answer) {
+    const n = wall.items().length;
+    more.hidden = !answer.more || (shown.offset ?? shown.hits.length) >= MOST;
+    fill(
+      status,
+      el("span", { class: "number" }, el("strong", {}, count(n, "result")), ` of ${number(context.gallery.items)}`),
+      el("span", { class: "number" }, `${decimal(answer.milliseconds, answer.milliseconds < 10 ? 1 : 0)} ms`),
+      el("span", { class: "number", title: "Number of the commit that was searched" }, `epoch ${number(answer.epoch)}`),
+      context.gallery.upgrade && el("span", { class: "number" }, `${percent(answer.share)} in the new model`),
+    );
+  }
+
+  /** Without a query: some items to begin with. */
+  async function browse(query, signal) {
+    const hint = query?.lost
+      ? "The picture of this address is not here any more. Drop it again."
+      : Object.keys(filtersOf(context.params)).length > 0
+        ? "The filter holds for the next search."
+        : null;
+    fill(place, wall.element);
+    wall.loading(12);
+    try {
+      const answer = await context.api.get("/v1/items?limit=24", { signal });
+      if (signal.aborted) return;
+      if (answer.items.length === 0) {
+        fill(place, emptyGallery());
+        return;
+      }
+      fill(place, el("div", { class: "begin" }, el("h2", {}, ways()), el("p", { class: "muted" }, hint ?? "Or begin with one of the gallery's items.")), wall.element);
+      wall.show(answer.items);
+    } catch (error) {
+      if (!signal.aborted) fill(place, failure(error, () => search(context.params)));
+    }
+  }
+
+  function ways() {
+    const { image, text } = context.gallery.accepts;
+    if (image && text) return "Drop a picture anywhere, or type what you are looking for";
+    if (image) return "Drop a picture anywhere, paste one, or choose one";
+    return text ? "Type what you are looking for" : "Search by one of the items";
+  }
+
+  function emptyGallery() {
+    return empty({
+      title: "This gallery is empty",
+      text: writer ? "Switch to “add”, and drop pictures here. Or use the command line: bowerbird gallery add." : "Somebody who may write has to add items first.",
+    });
+  }
+
+  const nothing = (query) =>
+    empty({
+      symbol: "search",
+      title: "Nothing was found",
+      text: Object.keys(query.where).length > 0 ? "No item has this metadata. Remove a filter." : "There is no item that could be searched this way.",
+      actions: Object.keys(query.where).length > 0 ? [button("Remove the filters", () => context.navigate("search", { ...context.params, where: null }))] : [],
+    });
+
+  async function take(files) {
+    if (!adding) {
+      context.navigate("search", { picture: remember(files[0]), where: context.params.where });
+      if (files.length > 1) context.toast(`Searching by ${files[0].name}, the first of ${files.length}.`);
+      return;
+    }
+    const line = el("p", { role: "status" }, `Adding ${count(files.length, "picture")}…`);
+    fill(report, el("div", { class: "notice" }, line));
+    try {
+      const result = await addPictures(context, files, { progress: (done, all) => (line.textContent = `Adding pictures: ${done} of ${all}…`) });
+      fill(report, result && outcome(result));
+    } catch (error) {
+      fill(report, failure(error, () => take(files)));
+    }
+  }
+
+  function outcome(result) {
+    const failed = Object.entries(result.failed);
+    return el(
+      "div",
+      { class: `notice ${failed.length > 0 ? "wrong" : "right"}`, data: { testid: "added" } },
+      icon(failed.length > 0 ? "alert" : "check"),
+      el("div", { class: "grow" }, el("strong", {}, summary(result)), failed.length > 0 && el("ul", { class: "plain" }, failed.slice(0, 20).map(([id, why]) => el("li", {}, `${id}: ${why}`)))),
+      button("Close", () => fill(report), { kind: "ghost" }),
+    );
+  }
+
+  context.on("params", search);
+  context.on("pictures", (files) => {
+    take(files);
+  });
+  context.on("gallery", (info) => {
+    if (shown === null || info.epoch === shown.epoch || queryOf(context.params) === null) return;
+    stale.hidden = false;
+    fill(stale, el("span", { class: "grow" }, `The gallery has changed since (epoch ${number(info.epoch)}).`), button("Search again", () => search(context.params), { "data-testid": "again" }));
+  });
+  search(context.params);
+  return () => {
+    work.abort();
+    wall.stop();
+  };
+}
+
+/** Whether dropped pictures are searched by, or added. */
+function dropChoice(choose) {
+  const option = (value, label, checked) =>
+    el("label", {}, el("input", { type: "radio", name: "drops", value, checked, data: { testid: `drops-${value}` }, on: { change: () => choose(value === "add") } }), label);
+  return el(
+    "fieldset",
+    { class: "segmented" },
+    el("legend", { class: "hidden-text" }, "Dropped pictures"),
+    el("span", { class: "segmented-name", "aria-hidden": "true" }, "Dropped pictures"),
+    option("search", "Search", true),
+    option("add", "Add", false),
+  );
+}
