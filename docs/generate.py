@@ -1,4 +1,5 @@
-"""Write the parts of the documentation that are made from the code: method tables and the command reference.
+"""Write the parts of the documentation that are made from the code: method tables, the command reference,
+hooks and records, and the HTTP API.
 
 python docs/generate.py           write them
 python docs/generate.py --check   fail if a committed page differs from what would be written
@@ -11,6 +12,7 @@ import re
 import sys
 from pathlib import Path
 
+from api_page import api_page, openapi_json, schema
 from hooks_page import hooks_page
 
 ROOT = Path(__file__).parent.parent
@@ -111,7 +113,7 @@ def replace_between(text: str, marker: str, new: str) -> str:
 
 
 def generated() -> dict[Path, str]:
-    readme = ROOT / "README.md"
+    readme, interface = ROOT / "README.md", schema()
     intro = (
         "# Methods\n\nMade by `python docs/generate.py` from the plugins' records. "
         "`bowerbird show NAME` prints the settings of each.\n\n"
@@ -121,6 +123,8 @@ def generated() -> dict[Path, str]:
         ROOT / "docs/methods/index.md": intro + method_table(KINDS, with_links="").replace("(methods/", "("),
         ROOT / "docs/reference/cli.md": command_reference(),
         ROOT / "docs/plugin-authors/hooks.md": hooks_page(),
+        ROOT / "docs/http-api.md": api_page(interface),
+        ROOT / "docs/openapi.json": openapi_json(interface),
     }
 
 
