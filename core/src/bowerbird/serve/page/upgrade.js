@@ -1,0 +1,564 @@
+// The upgrade as it happens: where it is, what it did to quality so far, what the plan foresaw, and what can be done now.
+
+import { chart } from "./chart.js";
+import { button, count, decimal, duration, el, empty, failure, fill, icon, number, percent, shortId } from "./dom.js";
+import { short, spaceNames } from "./names.js";
+
+const POLL = 1000; // milliseconds between two looks at a plan that is being made
+const RANK = { read: 0, write: 1, admin: 2 };
+
+export function mount(root, context) {
+  const { api, toast, confirm } = context;
+  const may = () => RANK[context.gallery?.role ?? "read"] >= RANK.admin && !context.gallery?.read_only;
+  let view = null;
+  let job = null;
+  let busy = false;
+  let timer = null;
+  let over = false;
+
+  // ------------------------------------------------------------------------------------------------ skeleton
+
+  const title = el("h1", { data: { testid: "upgrade-state" } });
+  const sentence = el("p", { class: "muted", data: { testid: "upgrade-sentence" } });
+  const spoken = el("p", { class: "hidden-text", "aria-live": "polite" });
+  const bar = el("div", { class: "progress-new" });
+  const progress = el(
+    "div",
+    { class: "progress", role: "progressbar", "aria-label": "Share of the items that have moved", "aria-valuemin": "0", "aria-valuemax": "100", data: { testid: "upgrade-progress" } },
+    bar,
+  );
+  const sides = el("div", { class: "progress-sides small-text" });
+  const tiles = el("dl", { class: "tiles", data: { testid: "upgrade-facts" } });
+  const trouble = el("div", { class: "stack" });
+  const actions = el("div", { class: "row actions" });
+  const buttons = {
+    pause: button("Pause", () => pause(), { data: { testid: "upgrade-pause" } }),
+    resume: button("Resume", () => resume(), { kind: "primary", data: { testid: "upgrade-resume" } }),
+    finish: button("Finish", () => finish(), { kind: "primary", symbol: "check", data: { testid: "upgrade-finish" } }),
+    rollback: button("Roll back", () => rollback(), { data: { testid: "upgrade-rollback" } }),
+  };
+  actions.append(...Object.values(buttons));
+  const now = el("section", { class: "panel stack", "aria-label": "State" }, el("div", { class: "stack tight" }, title, sentence), spoken, progress, sides, tiles, trouble, actions);
+
+  const curveTitle = el("h2");
+  const curveNote = el("p", { class: "muted small-text" });
+  const curveBox = el("div");
+  const curve = el("section", { class: "panel stack", "aria-label": "Curve", hidden: true }, el("div", { class: "stack tight" }, curveTitle, curveNote), curveBox);
+  const curveChart = chart(curveBox);
+
+  const failed = el("section", { class: "panel stack", "aria-label": "Failures", hidden: true });
+  const start = el("div", { class: "start", hidden: true });
+  fill(root, el("div", { class: "stack upgrade" }, now, start, curve, failed));
+  fill(title, el("span", { class: "skeleton line" }));
+
+  // -------------------------------------------------------------------------------------------------- acting
+
+  const moving = () => view !== null && view.state !== "none";
+
+  /** Name of a space of this upgrade. */
+  function nameOf(space) {
+    return spaceNames([view.old, view.new].filter(Boolean)).get(space.fingerprint);
+  }
+
+  async function act(path, body, done) {
+    if (busy) return false;
+    busy = true;
+    shown();
+    try {
+      const answer = await api.post(path, body);
+      if (done) toast(done, "right");
+      busy = false;
+      apply(answer);
+      return true;
+    } catch (error) {
+      busy = false;
+      refused(error);
+      return false;
+    }
+  }
+
+  async function refused(error) {
+    toast(error.detail ?? error.message, "wrong");
+    try {
+      apply(await api.get("/v1/upgrade"));
+    } catch {
+      shown();
+    }
+  }
+
+  async function pause() {
+    const { id, new_items: moved, items } = view;
+    const text = `The worker commits what it has in hand, then stops at about ${percent(view.share, 0)}. Searches go on as now: ${count(moved, "item")} by the new vectors, ${number(items - moved)} by the old ones. Nothing is lost; resume at any time.`;
+    if (await confirm({ title: "Pause the upgrade?", text, action: "Pause" })) await act("/v1/upgrade/pause", { id }, "The upgrade is paused.");
+  }
+
+  async function resume() {
+    const { id, items, new_items: moved, worker } = view;
+    const rate = worker.rate ? ` At the last rate that takes about ${duration((items - moved) / worker.rate)}.` : "";
+    const text = `A background worker encodes the ${count(items - moved, "item")} that ${items - moved === 1 ? "is" : "are"} left by ${nameOf(view.new)}.${rate}`;
+    if (await confirm({ title: "Resume the upgrade?", text, action: "Resume" })) await act("/v1/upgrade/resume", { id }, "The upgrade goes on.");
+  }
+
+  async function finish() {
+    const { id, items, failed: lost } = view;
+    const left = items - view.new_items;
+    const accept = lost > 0 && left > 0;
+    const cost = accept ? `\n\n${count(left, "item")} could not be encoded: searches will no longer find ${left === 1 ? "it" : "them"}, until ${left === 1 ? "it gets a vector" : "they get vectors"}.` : "";
+    const text = `Drops the ${count(oldVectors(), "old vector")}; there is no way back. From then on ${nameOf(view.new)} alone serves ${count(items - (accept ? left : 0), "item")}.${cost}`;
+    const sure = await confirm({ title: "Finish the upgrade?", text, action: accept ? `Finish without ${number(left)}` : "Finish", danger: true });
+    if (sure) await act("/v1/upgrade/finish", { id, accept_failed: accept }, `Finished: ${nameOf(view.new)} serves the gallery.`);
+  }
+
+  async function rollback() {
+    const { id, new_items: moved } = view;
+    const back = nameOf(view.old);
+    const text = `Drops the ${count(moved, "new vector")} that were made so far. ${back} serves every item again, with the exact results of before.`;
+    if (!(await confirm({ title: "Roll the upgrade back?", text, action: "Roll back", danger: true }))) return;
+    busy = true;
+    shown();
+    try {
+      const answer = await api.post("/v1/upgrade/rollback", { id, leave_pending: false });
+      busy = false;
+      toast(`Rolled back: ${back} serves the gallery.`, "right");
+      apply(answer);
+    } catch (error) {
+      busy = false;
+      shown();
+      const pending = [409, 422].includes(error.status) && /pending/i.test(error.detail);
+      if (!pending) return refused(error);
+      const more = `${error.detail}\n\nLeave such items without a vector? They stay in the gallery, and searches will not find them until they get one.`;
+      if (await confirm({ title: "Some items have no old vector", text: more, action: "Leave them pending", danger: true })) {
+        await act("/v1/upgrade/rollback", { id, leave_pending: true }, `Rolled back: ${back} serves the gallery.`);
+      }
+    }
+  }
+
+  const oldVectors = () => view.old_vectors ?? view.items;
+
+  // ------------------------------------------------------------------------------------------------- showing
+
+  function apply(next) {
+    const before = view?.state;
+    view = next;
+    shown();
+    if (before !== undefined && before !== view.state) {
+      spoken.textContent = title.textContent;
+      loadPlan();
+    }
+  }
+
+  function shown() {
+    if (over || !view) return;
+    if (moving()) showMoving();
+    else showNone();
+    showCurve();
+    showFailures();
+    for (const one of Object.values(buttons)) {
+      one.disabled = busy;
+      one.setAttribute("aria-busy", String(busy));
+    }
+  }
+
+  function showMoving() {
+    const { state, worker, items, new_items: moved, share } = view;
+    const to = nameOf(view.new);
+    const left = items - moved;
+    fill(
+      title,
+      state === "paused" ? "Paused on the way to " : state === "complete" ? "Every item that can be moved is in " : "Moving to ",
+      el("span", { class: "name-new" }, to),
+    );
+    fill(sentence, sentenceOf({ state, worker, left, to, from: nameOf(view.old) }));
+    progress.hidden = sides.hidden = tiles.hidden = false;
+    bar.style.inlineSize = `${100 * share}%`;
+    progress.setAttribute("aria-valuenow", (100 * share).toFixed(1));
+    progress.setAttribute("aria-valuetext", `${number(moved)} of ${number(items)} items have moved`);
+    progress.classList.toggle("still", !(state === "running" && worker.state === "working"));
+    fill(
+      sides,
+      el("span", { class: "name-new" }, `${number(moved)} in ${to}`),
+      el("span", { class: "name-old" }, `${number(left)} in ${nameOf(view.old)}`),
+    );
+    const last = view.curve.at(-1);
+    const labelled = last && last.quality !== null;
+    const gone = last && labelled && view.level_before !== null ? last.quality - view.level_before : null;
+    fill(
+      tiles,
+      tile("Moved", percent(share), `${number(moved)} of ${number(items)}`, "share"),
+      tile("Rate", worker.rate ? `${rateText(worker.rate)}/s` : "\u2013", "items, lately", "rate"),
+      tile("Time left", state === "running" && worker.seconds_left !== null ? duration(worker.seconds_left) : "\u2013", "at this rate", "left"),
+      labelled && tile("Quality", decimal(last.quality), gone === null ? "mAP@100" : `${gone < 0 ? "\u2212" : "+"}${decimal(Math.abs(gone))} to before`, "quality", gone === null ? "" : gone < 0 ? "wrong" : "right"),
+      last && tile(labelled ? "Negative flips" : "First results changed", percent(last.nfr), labelled ? `positive ${percent(last.pfr)}` : "of the watched queries", "flips"),
+    );
+    fill(trouble, worker.state === "failed" && troubleOf(worker.error), !may() && onlyLook());
+    actions.hidden = !may();
+    buttons.pause.hidden = state !== "running";
+    const stalled = state === "running" && ["failed", "none"].includes(worker.state);
+    buttons.resume.hidden = !(state === "paused" || stalled);
+    buttons.resume.lastChild.textContent = stalled ? "Start the worker again" : "Resume";
+    buttons.finish.hidden = state !== "complete";
+    buttons.rollback.hidden = false;
+    start.hidden = true;
+  }
+
+  function sentenceOf({ state, worker, left, to, from }) {
+    const how = [short(view.strategy), view.merger && `merger ${short(view.merger)}`, view.order && `order ${short(view.order)}`].filter(Boolean).join(", ");
+    const by = how ? ` (${how})` : "";
+    if (state === "complete") {
+      const lost = view.failed > 0 ? ` ${count(view.failed, "item")} could not be encoded and ${view.failed === 1 ? "stays" : "stay"} on the old vector.` : "";
+      return `Nothing is left to move.${lost} Finish drops the vectors of ${from} for good; until then you can go back.`;
+    }
+    if (state === "paused") return `${count(left, "item")} still ${left === 1 ? "waits" : "wait"} in ${from}. Searches look at both parts${by}.`;
+    if (worker.state === "starting") return `The worker is loading ${to}. Searches look at both parts${by}.`;
+    if (worker.state === "stopping") return `The worker finishes what it has in hand${by}.`;
+    if (worker.state === "working") {
+      const time = worker.seconds_left === null ? "" : `, about ${duration(worker.seconds_left)} to go`;
+      return `${count(left, "item")} to move${time}. Meanwhile searches look at both parts${by}.`;
+    }
+    if (worker.state === "none") return `No worker of this service is at it; another process may be. ${count(left, "item")} to move${by}.`;
+    return `${count(left, "item")} to move${by}.`;
+  }
+
+  function troubleOf(error) {
+    return el(
+      "div",
+      { class: "notice wrong", role: "alert", data: { testid: "worker-error" } },
+      icon("alert"),
+      el("div", { class: "grow" }, el("strong", {}, "The worker stopped"), el("p", {}, error ?? "The log of the service says why.")),
+    );
+  }
+
+  const onlyLook = () =>
+    el("p", { class: "muted small-text" }, context.gallery?.read_only ? "This service is read-only: the upgrade can be watched, not changed." : "Your token may watch the upgrade; changing it needs the role admin.");
+
+  function showNone() {
+    const serving = context.gallery?.spaces.find((space) => space.fingerprint === context.gallery.serving);
+    fill(title, "No upgrade is under way");
+    fill(
+      sentence,
+      serving ? ["All ", count(context.gallery.items, "item"), context.gallery.items === 1 ? " is served by " : " are served by ", el("span", { class: "name-old" }, serving.encoder), ". "] : "",
+      view.last ?? "",
+    );
+    progress.hidden = sides.hidden = tiles.hidden = true;
+    actions.hidden = true;
+    fill(trouble, !may() && onlyLook());
+    showStart();
+  }
+
+  // --------------------------------------------------------------------------------------------------- curve
+
+  function showCurve() {
+    const plan = moving() ? view.plan : chosenPlan();
+    const line = plan ? lineOf(plan) : null;
+    const measured = moving() || !plan ? view.curve : [];
+    curve.hidden = !line && measured.length === 0;
+    if (curve.hidden) return;
+    const byFirst = plan?.metric === "r1" && measured.length > 0;
+    const metric = byFirst || (plan?.metric === "r1" && !measured.length) ? "R@1" : measured.length ? "mAP@100" : plan?.metric === "map" ? "mAP" : "mAP@100";
+    const before = moving() && !byFirst ? view.level_before : (plan?.old_quality ?? null);
+    const labelled = line !== null || measured.some((point) => point.quality !== null);
+    curveTitle.textContent = moving() ? "Quality on the way" : measured.length ? "The last upgrade" : "What the plan foresees";
+    curveNote.textContent = line
+      ? `${measured.length ? "Measured on the watched queries, over the plan's forecast" : "Forecast"} of ${lineName(line)}${line.low ? "; the shaded band is its 95 % interval." : "."}`
+      : measured.length
+        ? "Measured on the watched queries."
+        : "";
+    const point = (key) => measured.map((entry) => ({ x: entry.share, y: entry[key] }));
+    const of = (values) => values.map((y, place) => ({ x: line.shares[place], y }));
+    const panels = [];
+    if (labelled) {
+      panels.push({
+        title: `Quality, ${metric}`,
+        height: 200,
+        format: (value) => decimal(value),
+        lines: [
+          line && { name: "Forecast", tone: "forecast", dashed: true, points: of(line.quality), band: line.low && line.high ? line.shares.map((x, place) => ({ x, low: line.low[place], high: line.high[place] })) : null },
+          measured.length > 0 && { name: "Measured", tone: "quality", dots: true, points: point(byFirst ? "r1" : "quality") },
+        ].filter(Boolean),
+        levels: before === null ? [] : [{ name: "Before the upgrade", tone: "old", y: before }],
+      });
+    }
+    if (measured.length > 0 || line?.nfr) {
+      panels.push({
+        title: labelled ? "Flips against the old system" : "First results that changed",
+        height: 120,
+        zero: true,
+        format: (value) => percent(value),
+        lines: [
+          line?.nfr && { name: "Forecast of negative flips", tone: "forecast-negative", dashed: true, points: of(line.nfr) },
+          measured.length > 0 && { name: labelled ? "Negative flips" : "Changed", tone: "negative", dots: true, points: point("nfr") },
+          measured.length > 0 && labelled && { name: "Positive flips", tone: "positive", dots: true, points: point("pfr") },
+        ].filter(Boolean),
+        levels: [],
+      });
+    }
+    curveChart.draw({ label: `${curveTitle.textContent}.`, now: moving() ? view.share : null, panels });
+  }
+
+  const lineName = (line) => short(line.strategy) + (line.merger ? `, merger ${short(line.merger)}` : "");
+
+  /** The line of a plan that belongs to what is under way or chosen; the recommended one where that is open. */
+  function lineOf(plan) {
+    const wanted = moving() ? { strategy: view.strategy, merger: view.merger } : chosenLine(plan);
+    const same = (a, b) => short(a) === short(b);
+    return (
+      (wanted && plan.lines.find((line) => same(line.strategy, wanted.strategy) && same(line.merger, wanted.merger))) ??
+      (moving() ? null : (plan.lines.find((line) => line.recommended) ?? null))
+    );
+  }
+
+  // ------------------------------------------------------------------------------------------------ failures
+
+  function showFailures() {
+    const rows = view.failures ?? [];
+    failed.hidden = !moving() || rows.length === 0;
+    if (failed.hidden) return;
+    fill(
+      failed,
+      el("h2", {}, `${count(view.failed, "item")} could not be encoded`),
+      el("p", { class: "muted small-text" }, "Each is tried three times. It stays on its old vector and is still found.", view.failed > rows.length && ` The first ${number(rows.length)} are listed.`),
+      el(
+        "div",
+        { class: "table-scroll" },
+        el(
+          "table",
+          { class: "table", data: { testid: "upgrade-failures" } },
+          el("thead", {}, el("tr", {}, ["Item", "Tried", "Why"].map((name) => el("th", { scope: "col" }, name)))),
+          el("tbody", {}, rows.map((row) => el("tr", {}, el("td", { class: "mono", title: row.id }, shortId(row.id)), el("td", { class: "number" }, row.attempts), el("td", {}, row.error)))),
+        ),
+      ),
+    );
+  }
+
+  // --------------------------------------------------------------------------------------------- plan, start
+
+  const form = {
+    candidate: el("select", { data: { testid: "start-candidate" }, on: { change: () => (showPlan(), shown()) } }),
+    label: el("select", { data: { testid: "start-label" } }),
+    sample: el("input", { type: "number", min: "10", max: "100000", step: "1", value: "1000", inputmode: "numeric", data: { testid: "start-sample" } }),
+    strategy: el("select", { data: { testid: "start-strategy" }, on: { change: () => showCurve() } }),
+    rate: el("input", { type: "number", min: "0.1", step: "any", placeholder: "as many as it can", inputmode: "decimal", data: { testid: "start-rate" } }),
+    flips: el("input", { type: "number", min: "0", max: "100", step: "any", placeholder: "no limit", inputmode: "decimal", data: { testid: "start-flips" } }),
+  };
+  const planButton = button("Plan", () => planIt(), { kind: "primary", data: { testid: "plan-start" } });
+  const startButton = button("Start the upgrade", () => startIt(), { data: { testid: "upgrade-start" } });
+  const advice = el("div", { class: "stack", "aria-live": "polite", data: { testid: "plan" } });
+  const field = (label, input, hint = null) => el("label", { class: "field" }, el("span", {}, label), input, hint && el("span", { class: "muted hint" }, hint));
+  let offered = "";
+
+  function showStart() {
+    start.hidden = !may();
+    if (start.hidden) return;
+    const { candidates, metadata_keys: keys, label_key: key } = context.gallery;
+    const offer = JSON.stringify([candidates, keys, key]);
+    if (offer !== offered) {
+      offered = offer;
+      if (candidates.length === 0) {
+        fill(start, el("section", { class: "panel" }, empty({ symbol: "upgrade", title: "No encoder to move to", text: "Start the service with one: bowerbird serve GALLERY --candidate NAME=ENCODER. A path is never taken from a page." })));
+        return;
+      }
+      fill(form.candidate, candidates.map((name) => el("option", { value: name }, name)));
+      if (job?.candidate && candidates.includes(job.candidate)) form.candidate.value = job.candidate;
+      const all = [...new Set([key, ...(keys ?? [])].filter(Boolean))];
+      fill(form.label, el("option", { value: "" }, "none"), all.map((name) => el("option", { value: name }, name)));
+      form.label.value = key ?? "";
+      fill(
+        start,
+        el(
+          "section",
+          { class: "panel stack", "aria-label": "Plan" },
+          el("div", { class: "stack tight" }, el("h2", {}, "Plan"), el("p", { class: "muted small-text" }, "Measures both encoders on a sample and forecasts every way to move. Changes nothing.")),
+          el("div", { class: "fields" }, field("To the encoder", form.candidate), field("Label in the metadata", form.label, "For quality and flips."), field("Items in the sample", form.sample)),
+          el("div", { class: "row" }, planButton),
+          advice,
+        ),
+        el(
+          "section",
+          { class: "panel stack", "aria-label": "Start" },
+          el("div", { class: "stack tight" }, el("h2", {}, "Start"), el("p", { class: "muted small-text" }, "Searches go on all the time. Until you finish, you can go back to the exact old state.")),
+          el(
+            "div",
+            { class: "fields" },
+            field("Strategy", form.strategy),
+            field("Most items per second", form.rate),
+            field("Pause above negative flips, %", form.flips),
+          ),
+          el("div", { class: "row" }, startButton),
+        ),
+      );
+      showPlan();
+    }
+    planButton.disabled = startButton.disabled = busy;
+  }
+
+  /** The plan that was made for the chosen encoder. */
+  function chosenPlan() {
+    const plan = job?.plan ?? null;
+    return plan && (plan.candidate === null || plan.candidate === form.candidate.value) ? plan : null;
+  }
+
+  function chosenLine(plan) {
+    return form.strategy.value === "" ? null : (plan.lines[Number(form.strategy.value)] ?? null);
+  }
+
+  const startable = (line) => !["do-not-upgrade", "switch-now"].includes(short(line.strategy));
+
+  function showPlan() {
+    const plan = chosenPlan();
+    const running = job?.state === "running";
+    planButton.lastChild.textContent = plan ? "Plan again" : "Plan";
+    planButton.hidden = running;
+    fill(
+      form.strategy,
+      el("option", { value: "" }, plan?.lines.some((line) => line.recommended) ? "as the plan recommends" : "default"),
+      (plan?.lines ?? []).flatMap((line, place) => (startable(line) ? [el("option", { value: place }, lineName(line) + (line.recommended ? " (recommended)" : ""))] : [])),
+    );
+    const clear = plan?.lines.some((line) => line.recommended && startable(line));
+    startButton.classList.toggle("primary", Boolean(clear));
+    planButton.classList.toggle("primary", !clear);
+    if (running) {
+      fill(
+        advice,
+        el("div", { class: "notice", data: { testid: "plan-running" } }, el("span", { class: "spinner", "aria-hidden": "true" }), el("div", { class: "grow" }, el("strong", {}, `Planning the move to ${job.candidate}`), el("p", { class: "small-text" }, job.step ?? "")), button("Cancel", () => cancelPlan(), { data: { testid: "plan-cancel" } })),
+      );
+    } else if (job?.state === "failed") {
+      fill(advice, failure({ title: "The plan failed", detail: job.error ?? "" }));
+    } else if (plan) {
+      fill(advice, planOf(plan));
+    } else {
+      fill(advice);
+    }
+  }
+
+  function planOf(plan) {
+    const good = /^upgrade/i.test(plan.recommendation);
+    const at = (line, share) => {
+      const place = line.shares.findIndex((x) => Math.abs(x - share) < 1e-6);
+      return place < 0 ? "" : decimal(line.quality[place]);
+    };
+    const most = (line) => (line.nfr ? percent(Math.max(...line.nfr)) : "");
+    return [
+      el(
+        "div",
+        { class: `notice ${good ? "right" : ""}`, data: { testid: "plan-recommendation" } },
+        icon(good ? "check" : "alert"),
+        el("div", { class: "grow" }, el("strong", {}, sentenceCase(plan.recommendation)), el("p", { class: "small-text" }, plan.reason)),
+      ),
+      el(
+        "dl",
+        { class: "facts number" },
+        fact("Quality now", plan.old_quality === null ? null : decimal(plan.old_quality)),
+        fact("Quality then", plan.new_quality === null ? null : decimal(plan.new_quality)),
+        fact("Time of one worker", plan.hours === null ? null : duration(3600 * plan.hours)),
+        fact("Price", plan.price ? plan.price.toFixed(2) : null),
+        fact("Made", `${duration(Math.max(1, Date.now() / 1000 - plan.created_at))} ago`),
+      ),
+      el(
+        "div",
+        { class: "table-scroll" },
+        el(
+          "table",
+          { class: "table number", data: { testid: "plan-lines" } },
+          el("caption", { class: "hidden-text" }, "Forecast of quality by the share of moved items"),
+          el("thead", {}, el("tr", {}, ["Strategy", "at 0 %", "50 %", "100 %", "most negative flips"].map((name) => el("th", { scope: "col" }, name)))),
+          el(
+            "tbody",
+            {},
+            plan.lines.map((line) =>
+              el("tr", { class: line.recommended ? "recommended" : null }, el("th", { scope: "row" }, lineName(line), line.recommended && el("span", { class: "badge right" }, "recommended")), el("td", {}, at(line, 0)), el("td", {}, at(line, 0.5)), el("td", {}, at(line, 1)), el("td", {}, most(line))),
+            ),
+          ),
+        ),
+      ),
+    ];
+  }
+
+  async function loadPlan() {
+    clearTimeout(timer);
+    try {
+      job = await api.get("/v1/upgrade/plan");
+    } catch (error) {
+      if (job?.state !== "running") return;
+      job = { ...job, state: "failed", error: error.detail };
+    }
+    if (over) return;
+    if (!moving() && offered) showPlan();
+    shown();
+    if (job.state === "running") timer = setTimeout(loadPlan, POLL);
+  }
+
+  async function planIt() {
+    if (!form.sample.reportValidity()) return;
+    planButton.disabled = true;
+    try {
+      job = await api.post("/v1/upgrade/plan", { candidate: form.candidate.value, label_key: form.label.value || null, sample: Number(form.sample.value) });
+      showPlan();
+      timer = setTimeout(loadPlan, POLL / 2);
+    } catch (error) {
+      toast(error.detail ?? error.message, "wrong");
+    } finally {
+      planButton.disabled = false;
+    }
+  }
+
+  async function cancelPlan() {
+    try {
+      job = await api.post("/v1/upgrade/plan/cancel", {});
+    } catch (error) {
+      toast(error.detail ?? error.message, "wrong");
+    }
+    showPlan();
+  }
+
+  async function startIt() {
+    if (!form.rate.reportValidity() || !form.flips.reportValidity()) return;
+    const plan = chosenPlan();
+    const line = plan ? lineOf(plan) : null;
+    const candidate = form.candidate.value;
+    const items = context.gallery.items;
+    const against = plan && !/^upgrade/i.test(plan.recommendation);
+    const time = plan?.hours ? ` One worker needs about ${duration(Math.max(3600 * plan.hours, form.rate.value ? items / Number(form.rate.value) : 0))}.` : "";
+    const text = [
+      against && `The plan does not recommend this: ${plan.reason}\n\n`,
+      !plan && "There is no plan for this encoder: what it does to quality is not known.\n\n",
+      `A background worker encodes ${count(items, "item")} by ${candidate}${line ? ` and serves them by ${lineName(line)}` : ""}.${time} Searches go on. Nothing is dropped before you finish, and you can roll back until then.`,
+    ].filter(Boolean).join("");
+    if (!(await confirm({ title: `Move ${context.gallery.name} to ${candidate}?`, text, action: "Start", danger: Boolean(against) }))) return;
+    const picked = plan ? chosenLine(plan) : null;
+    await act("/v1/upgrade/start", {
+      candidate,
+      strategy: picked?.strategy ?? null,
+      merger: picked?.merger || null,
+      label_key: form.label.value || null,
+      rate: form.rate.value ? Number(form.rate.value) : null,
+      max_nfr: form.flips.value ? Number(form.flips.value) / 100 : null,
+    });
+  }
+
+  // ---------------------------------------------------------------------------------------------------- live
+
+  context.on("upgrade", apply);
+  context.on("gallery", () => shown());
+  (async () => {
+    try {
+      if (context.upgrade) apply(context.upgrade);
+      const [first] = await Promise.all([api.get("/v1/upgrade"), loadPlan()]);
+      if (!over) apply(first);
+    } catch (error) {
+      if (!over && view === null) fill(root, failure(error, () => context.navigate("upgrade")));
+    }
+  })();
+  return () => {
+    over = true;
+    clearTimeout(timer);
+    curveChart.close();
+  };
+}
+
+function tile(name, value, note, key, tone = "") {
+  return el("div", { class: "tile", data: { testid: `fact-${key}` } }, el("dt", {}, name), el("dd", { class: "number" }, value), el("dd", { class: `tile-note ${tone}` }, note));
+}
+
+const fact = (name, value) => (value === null ? null : [el("dt", {}, name), el("dd", {}, value)]);
+const rateText = (rate) => (rate < 10 ? rate.toFixed(1) : number(Math.round(rate)));
+const sentenceCase = (text) => text.charAt(0).toUpperCase() + text.slice(1);
