@@ -26,3 +26,5 @@ collect_ignore = (
         "test_train_context.py",
     ]
 )
+if not find_spec("torch") or not find_spec("fastapi"):  # the extra `serve`
+    collect_ignore += [path.name for path in Path(__file__).parent.glob("test_serve_*.py")]

@@ -72,8 +72,9 @@ class SearchService:
             wrapped = encoder if isinstance(encoder, ItemEncoder) else ItemEncoder(encoder)
             self._encoders[wrapped.space.fingerprint] = wrapped
 
-    def state(self) -> ServingState:
-        snapshot = self.gallery.snapshot()
+    def state(self, snapshot: Snapshot | None = None) -> ServingState:
+        """Of the newest snapshot, or of the one that is given (or a view of one)."""
+        snapshot = snapshot or self.gallery.snapshot()
         parts = tuple((part.space.fingerprint, part.count) for part in snapshot.parts if part.count)
         total = sum(count for _, count in parts)
         share = snapshot.new.count / total if total else 1.0
@@ -88,6 +89,7 @@ class SearchService:
         vectors: Mapping[str, Any] | None = None,
         k: int = 10,
         where: Mapping[str, Any] | None = None,
+        snapshot: Snapshot | None = None,
     ) -> SearchResult:
         """The ``k`` nearest items of each query.
 
@@ -96,6 +98,7 @@ class SearchService:
             texts: Q sentences, instead of images.
             vectors: ``{fingerprint: (Q, D)}``, instead of images or texts, or for the encoders that are not at hand.
             where: Filter on the metadata, applied to every part.
+            snapshot: Search this one, or a view of one, instead of the newest state.
 
         Raises:
             SpaceError: If a space is needed for which there are neither vectors nor an encoder; names it.
@@ -109,15 +112,21 @@ class SearchService:
             return encoder.texts(texts) if texts is not None else encoder.images(images or ())
 
         asked = None if images is None and texts is None else encode
+        if snapshot is not None:
+            return self._search(asked, vectors, k, where, snapshot)
         try:
-            return self._search(asked, vectors, k, where)
+            return self._search(asked, vectors, k, where, self.gallery.snapshot())
         except SnapshotGoneError:  # an upgrade was finished or rolled back between two steps of this search
-            return self._search(asked, vectors, k, where)
+            return self._search(asked, vectors, k, where, self.gallery.snapshot())
 
     def _search(
-        self, encode: Encode | None, vectors: Mapping[str, Any] | None, k: int, where: Mapping[str, Any] | None
+        self,
+        encode: Encode | None,
+        vectors: Mapping[str, Any] | None,
+        k: int,
+        where: Mapping[str, Any] | None,
+        snapshot: Snapshot,
     ) -> SearchResult:
-        snapshot = self.gallery.snapshot()
         # Vectors of a space that is not needed now are left out: a client may send both, before and after the upgrade.
         known = {name: rows for name, rows in (vectors or {}).items() if name in snapshot.spaces}
         queries: dict[str, np.ndarray] = {}
