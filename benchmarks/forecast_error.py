@@ -10,6 +10,10 @@ one in its first dimensions (``core:compatible``). The plan sees a sample, and f
 
 Each is planned twice: with one half of the held-out queries, as `--queries` gives them, and without, so that sampled
 items are the queries. The curve is measured on held-out queries that no plan saw.
+
+Two halves of a few hundred queries differ by themselves. Where the plan has queries of its own, the curve is therefore
+measured on those, too: ``sampling`` is the error that a perfect forecast would have (their curve on the whole gallery
+against that of the held-out ones), ``estimate`` what the plan adds to it (its forecast against their curve).
 """
 
 from __future__ import annotations
@@ -112,27 +116,42 @@ def errors(scenario: Any, sample: int, seed: int, features: Path | None, own_que
         )
         moved = np.empty(len(items))
         moved[backfill_plan(gallery, "core:random", seed=seed)] = (np.arange(len(items)) + 1) / len(items)
-    whole = Forecaster(
-        PairedVectors(old_rows[items], new_rows[items], old_rows[asked], new_rows[asked], labels[items], labels[asked])
-    )
+
+    def on(queries: np.ndarray) -> Forecaster:
+        return Forecaster(
+            PairedVectors(
+                old_rows[items], new_rows[items], old_rows[queries], new_rows[queries], labels[items], labels[queries]
+            )
+        )
+
+    held_out, same = on(asked), None if given is None else on(given)
     registry, found = get_registry(), {}
     for curve in made.curves:
         if curve.unavailable or not curve.merger:
             continue
         name, strategy = load_strategy(curve.name)
-        transform, held, asking = made.transforms.get(name), None, {
-            old.fingerprint: whole.paired.query_old, new.fingerprint: whole.paired.query_new
-        }  # fmt: skip
-        if transform_direction(strategy) == "gallery":
-            held, old_part = transform(whole.paired.gallery_old), whole.paired.query_new
-        else:
-            old_part = strategy.old_part_queries(asking, old, new, *([] if transform is None else [transform]))
+        transform = made.transforms.get(name)
         merger = registry.load(registry.get("retriever", curve.merger, role="merger"))
-        true = whole.curve(name, old_part, moved, merger=merger, old_part_vectors=held).area
-        found[f"{name} {curve.merger}"] = {
+
+        def area(whole: Forecaster, strategy: Any = strategy, transform: Any = transform, merger: Any = merger,
+                 name: str = name) -> float:  # fmt: skip
+            asking = {old.fingerprint: whole.paired.query_old, new.fingerprint: whole.paired.query_new}
+            if transform_direction(strategy) == "gallery":
+                held, old_part = transform(whole.paired.gallery_old), whole.paired.query_new
+            else:
+                extra = [] if transform is None else [transform]
+                held, old_part = None, strategy.old_part_queries(asking, old, new, *extra)
+            return whole.curve(name, old_part, moved, merger=merger, old_part_vectors=held).area
+
+        true = area(held_out)
+        row = {
             "forecast": round(curve.area, 4), "interval": [round(curve.area_interval.low, 4),
             round(curve.area_interval.high, 4)], "measured": round(true, 4), "error": round(curve.area - true, 4),
         }  # fmt: skip
+        if same is not None:
+            own = area(same)
+            row |= {"estimate": round(curve.area - own, 4), "sampling": round(own - true, 4)}
+        found[f"{name} {curve.merger}"] = row
     return {
         "items": len(items), "sample": sample, "seed": seed, "queries": made.queries, "held_out": len(asked),
         "curves": found, "refused": {c.name: c.unavailable for c in made.curves if c.unavailable},
@@ -140,17 +159,20 @@ def errors(scenario: Any, sample: int, seed: int, features: Path | None, own_que
 
 
 def summary(draws: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Curve -> mean, spread and largest size of the error over the draws."""
-    names = sorted({name for draw in draws for name in draw["curves"]})
-    rows = {name: np.array([d["curves"][name]["error"] for d in draws if name in d["curves"]]) for name in names}
-    return {
-        name: {
+    """Curve -> mean, spread and largest size of the error over the draws, and the largest of its two parts."""
+    found = {}
+    for name in sorted({name for draw in draws for name in draw["curves"]}):
+        rows = [draw["curves"][name] for draw in draws if name in draw["curves"]]
+        e = np.array([row["error"] for row in rows])
+        found[name] = {
             "draws": len(e), "mean": round(float(e.mean()), 4),
             "deviation": round(float(e.std(ddof=1)), 4) if len(e) > 1 else None,
             "worst": round(float(abs(e).max()), 4), "within": float((abs(e) <= PROMISE).mean()),
-        }
-        for name, e in rows.items()
-    }  # fmt: skip
+        }  # fmt: skip
+        for part in ("estimate", "sampling"):
+            if part in rows[0]:
+                found[name][f"worst_{part}"] = max(abs(row[part]) for row in rows)
+    return found
 
 
 def main() -> None:
