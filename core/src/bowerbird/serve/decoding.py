@@ -1,7 +1,7 @@
 """Pictures of strangers are decoded in processes of their own: few, bounded in memory and time, killed where needed.
 
-What comes out is exactly what ``open_image`` and ``Preprocessing`` give, so that a search by a stored picture finds that
-picture at distance 0. A picture that crashes its decoder, or keeps it busy, costs its own request and no other.
+What comes out is exactly what ``open_image`` and ``Preprocessing`` give, so that a search by a stored picture finds
+that picture at distance 0. A picture that crashes its decoder, or keeps it busy, costs its own request and no other.
 """
 
 from __future__ import annotations

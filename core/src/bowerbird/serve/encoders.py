@@ -118,7 +118,7 @@ class Encoders:
             loaded: LoadedEncoder = await asyncio.to_thread(_load, space.encoder, self.settings.device)
             if loaded.fingerprint != space.fingerprint:
                 raise SpaceError(
-                    f"{space.encoder} has the fingerprint {loaded.fingerprint[:12]}: it is not the encoder of this space"
+                    f"{space.encoder} has the fingerprint {loaded.fingerprint[:12]}: it is another encoder by now"
                 )
             self.add(loaded)
             return loaded
@@ -165,8 +165,7 @@ class Encoders:
 
         Raises ``DataError`` where the encoder gives no usable vector for it.
         """
-        vector = await self._loaded[fingerprint].pictures(prepared)
-        return vector
+        return await self._loaded[fingerprint].pictures(prepared)
 
     async def encode_text(self, fingerprint: str, text: str) -> NDArray[np.float32]:
         """float32 ``(D,)`` unit vector of a text. Raises ``InputError`` where the encoder takes none."""

@@ -143,7 +143,7 @@ class Engine:
         """Items by number, those included that were deleted since a search found them. Blocks."""
         return self.gallery.storage.items(nums)
 
-    # ------------------------------------------------------------------------------------- from what was asked to vectors
+    # ---------------------------------------------------------------------------------------- from queries to vectors
 
     def _needs(self) -> list[Space]:
         """The spaces in which a query is needed now. Blocks."""
