@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from starlette.datastructures import UploadFile
 
 from bowerbird.errors import InputError
@@ -35,7 +35,7 @@ OnError = Annotated[
     Query(description="`skip` leaves out pictures that cannot be used and names them; `raise` refuses the batch."),
 ]
 
-new_items = TypeAdapter(list[NewItem])
+new_items = TypeAdapter(Annotated[list[NewItem], Field(min_length=1)])
 MULTIPART: dict[str, Any] = {
     "requestBody": {
         "required": True,
@@ -45,7 +45,8 @@ MULTIPART: dict[str, Any] = {
                     "type": "object",
                     "required": ["items", "files"],
                     "properties": {
-                        "items": new_items.json_schema(),
+                        # Written out: a schema with definitions of its own would refer to the root of OpenAPI's.
+                        "items": {"type": "array", "minItems": 1, "items": NewItem.model_json_schema()},
                         "files": {
                             "type": "array",
                             "minItems": 1,
