@@ -38,6 +38,7 @@ from typing import Any, Self, cast, get_args
 from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import FixedWindowRateLimiter
+from starlette.datastructures import Headers
 from starlette.requests import HTTPConnection
 
 from bowerbird.errors import InputError, StoreUnavailableError, did_you_mean
@@ -215,7 +216,7 @@ class Access:
                 raise self._too_many(f"more than {self.settings.requests_per_minute} requests in a minute", key)
         return known
 
-    def _identify(self, headers: Mapping[str, str], address: str) -> Caller:
+    def _identify(self, headers: Headers, address: str) -> Caller:
         most: Role = "read" if self.settings.read_only else "admin"
         if self.open:
             return Caller("local", most)
@@ -228,7 +229,10 @@ class Access:
             if not self._limiter.hit(self._wrong, key):
                 raise self._too_many("too many unknown tokens from this address", key, self._wrong)
         if self.settings.proxy_header is not None and self._is_proxy(address):
-            user = headers.get(self.settings.proxy_header, "")
+            named = headers.getlist(self.settings.proxy_header)
+            if len(named) > 1:  # one of them is the client's own
+                raise ProblemError(400, f"{self.settings.proxy_header} is there more than once")
+            user = named[0] if named else ""
             if user:
                 role = self.tokens.users.get(user, "read") if self.tokens else "read"
                 return Caller(user, min(role, most, key=ROLES.index))

@@ -11,7 +11,6 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, cast
-from urllib.parse import urlsplit
 
 from fastapi import FastAPI
 from starlette.datastructures import Headers
@@ -43,6 +42,7 @@ HEADERS = (
 )
 NO_STORE = (b"cache-control", b"no-store")
 SAFE = ("GET", "HEAD", "OPTIONS")
+METHODS = (*SAFE, "POST", "PUT", "PATCH", "DELETE")
 ASKED = ("/v1/", "/metrics")  # where callers are asked who they are before their body is read
 MAX_HEAD = 64 * 1024  # bytes of all header lines
 MAX_QUERY = 16 * 1024
@@ -76,7 +76,7 @@ class Guard:
             await send({"type": "websocket.close", "code": 1008})
 
     def most(self, scope: Scope) -> int:
-        """Bytes that the body of this request may have. JSON is read in the event loop, where all others wait for it."""
+        """Bytes that the body of this request may have. JSON is read in the event loop, and all others wait for it."""
         kind = next((value for name, value in scope["headers"] if name == b"content-type"), b"")
         files = kind.lstrip().lower().startswith(b"multipart/")
         return self.settings.max_upload_bytes if files else min(self.settings.max_upload_bytes, MAX_JSON)
@@ -93,7 +93,7 @@ class Guard:
             raise ProblemError(
                 421, f"this service is not called {host[:100]!r}; the operator adds names with --allowed-host"
             )
-        if scope["method"] not in SAFE:
+        if scope["method"] not in SAFE or scope["path"].startswith(ASKED):
             self._check_origin(headers, host)
         if headers.get("content-encoding", "identity") != "identity":
             raise ProblemError(415, "compressed bodies are not taken; send the body as it is")
@@ -102,24 +102,27 @@ class Guard:
             raise ProblemError(400, "Content-Length is not a number")
         announced = int(length[:20])
         self.check_size(announced, most)
-        if self.held + announced > BODIES * self.settings.max_upload_bytes:
-            raise ProblemError(503, "too many uploads at once; try again", headers={"Retry-After": "2"})
         return announced
+
+    def hold(self, size: int) -> None:
+        """So many bytes of a body are there or will come. Raises 503 where they are too many of all requests."""
+        if self.held + size > BODIES * self.settings.max_upload_bytes:
+            raise ProblemError(503, "too many uploads at once; try again", headers={"Retry-After": "2"})
+        self.held += size
 
     def check_size(self, size: int, most: int) -> None:
         if size > most:
             raise ProblemError(413, f"the body has more than {most} bytes, which is the most that is taken here")
 
     def _check_origin(self, headers: Headers, host: str) -> None:
-        """Changes asked for by a browser come from our page. Programs send neither header."""
+        """What a browser asks for, our page asks for. Programs send neither header."""
         origin = headers.get("origin")
-        site = headers.get("sec-fetch-site", "none")
         if origin is not None:
-            parts = urlsplit(origin) if origin.isascii() else urlsplit("")
-            same = parts.netloc.lower() == host.lower() or _name(parts.netloc) in self.settings.allowed_hosts
-            if parts.scheme not in ("http", "https") or not same:
+            scheme, _, authority = origin.lower().partition("://")
+            same = authority == host.lower() or _name(authority) in self.settings.allowed_hosts
+            if scheme not in ("http", "https") or not same:
                 raise ProblemError(403, f"requests of the site {origin[:100]!r} are refused")
-        elif site not in ("none", "same-origin"):
+        elif headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
             raise ProblemError(403, "requests of other sites are refused")
 
 
@@ -132,6 +135,7 @@ class _Exchange:
         self.size, self.most = 0, owner.most(scope)
         names = {name for name, _ in scope["headers"]}
         self.empty = not names & {b"content-length", b"transfer-encoding"}  # no body comes: nothing to wait for
+        self.held = 0  # bytes
         self.body_read = False
         self.status = 0
         self.done = False
@@ -142,13 +146,11 @@ class _Exchange:
     async def run(self) -> None:
         server = getattr(self.scope["app"].state, "server", None)
         metrics = server.metrics if server is not None else None
-        held = 0
         if metrics is not None:
             metrics.in_flight.inc()
         timer = asyncio.get_running_loop().call_later(WATCH_AFTER, self._start_watch)
         try:
-            held = self.owner.check(self.scope, self.most)
-            self.owner.held += held
+            self._hold(self.owner.check(self.scope, self.most))
             if server is not None and self.scope["path"].startswith(ASKED):
                 server.access.identify(HTTPConnection(self.scope))
             await self.owner.app(self.scope, self.receive, self.send)
@@ -170,7 +172,7 @@ class _Exchange:
             timer.cancel()
             if self.watch is not None:
                 self.watch.cancel()
-            self.owner.held -= held
+            self.owner.held -= self.held
             if metrics is not None:
                 metrics.in_flight.dec()
 
@@ -194,12 +196,18 @@ class _Exchange:
             self.size += len(message.get("body", b""))
             try:
                 self.owner.check_size(self.size, self.most)
+                self._hold(self.size)
             except ProblemError as error:
                 raise _refusal(error.status, error.detail) from None
             self.body_read = not message.get("more_body", False)
         elif message["type"] == "http.disconnect":
             self.gone.set()
         return message
+
+    def _hold(self, size: int) -> None:
+        if size > self.held:
+            self.owner.hold(size - self.held)
+            self.held = size
 
     def _start_watch(self) -> None:
         if self.watch is None and not self.done:
@@ -233,7 +241,8 @@ class _Exchange:
         server = getattr(self.scope["app"].state, "server", None)
         if server is not None:
             route = getattr(self.scope.get("route"), "path", "other")
-            server.metrics.request(route, self.scope["method"], self.status, time.monotonic() - self.began)
+            method = self.scope["method"] if self.scope["method"] in METHODS else "other"
+            server.metrics.request(route, method, self.status, time.monotonic() - self.began)
 
 
 def _refusal(status: int, detail: str) -> HTTPException:
