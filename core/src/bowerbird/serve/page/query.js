@@ -66,10 +66,12 @@ const valuesText = (value) => [...new Set([value].flat().map(String))].join(" or
 
 // --------------------------------------------------------------------------------------------------------- bar
 
-/** The bar. `view`: where its queries lead. `end`: further elements beside the filters. Gives {element, update}. */
-export function queryBar(context, { view, end = [] }) {
+/** The bar. `view`: where its queries lead. `end`: further elements beside the filters. `take(files)`: what happens to
+ *  chosen pictures; without it the first one is searched by. Gives {element, update}. */
+export function queryBar(context, { view, end = [], take = null }) {
   const accepts = context.gallery.accepts;
   const purpose = accepts.text ? "Describe what you are looking for" : "Search by the id of an item";
+  const hint = accepts.image ? `${purpose}, or drop a picture` : purpose;
   const input = el("input", {
     class: "query-input",
     type: "search",
@@ -78,20 +80,21 @@ export function queryBar(context, { view, end = [] }) {
     spellcheck: "false",
     maxlength: accepts.text ? 4096 : 1024,
     "aria-label": purpose,
-    placeholder: accepts.image ? `${purpose}, or drop a picture` : purpose,
     "data-search-input": true,
     data: { testid: "query-text" },
   });
   const file = el("input", {
     type: "file",
     accept: "image/*",
+    multiple: take !== null,
     class: "hidden-text",
     tabindex: "-1",
     "aria-hidden": "true",
     data: { testid: "query-file" },
     on: {
       change: () => {
-        if (file.files.length > 0) ask({ picture: remember(file.files[0]) });
+        const files = [...file.files];
+        if (files.length > 0) (take ?? (([first]) => ask({ picture: remember(first) })))(files);
         file.value = "";
       },
     },
@@ -140,6 +143,7 @@ export function queryBar(context, { view, end = [] }) {
     const query = queryOf(params);
     if (document.activeElement !== input) input.value = query?.kind === "text" ? query.value : !accepts.text && query?.kind === "item" ? query.value : "";
     subject.hidden = !query || query.kind === "text";
+    input.placeholder = subject.hidden ? hint : "New search";
     fill(subject);
     if (!subject.hidden) {
       const picture = el("img", { class: "query-thumb", alt: "" });

@@ -16,7 +16,7 @@ export function mount(root, context) {
   let shown = null; // the last answer
 
   const drops = writer && dropChoice((add) => (adding = add));
-  const bar = queryBar(context, { view: "search", end: [drops] });
+  const bar = queryBar(context, { view: "search", end: [drops], take: (files) => take(files) });
   const status = el("p", { class: "status", role: "status", data: { testid: "status" } });
   const stale = el("div", { class: "notice", hidden: true });
   const place = el("div", { class: "stack" });
@@ -33,6 +33,7 @@ export function mount(root, context) {
     stale.hidden = true;
     more.hidden = true;
     status.textContent = "";
+    status.hidden = queryOf(params) === null;
     const query = queryOf(params);
     if (query === null || query.lost) {
       await browse(query, work.signal);
@@ -180,16 +181,16 @@ export function mount(root, context) {
   };
 }
 
-/** Whether dropped pictures are searched by, or added. */
+/** Whether pictures that are dropped, pasted or chosen are searched by, or added. */
 function dropChoice(choose) {
   const option = (value, label, checked) =>
     el("label", {}, el("input", { type: "radio", name: "drops", value, checked, data: { testid: `drops-${value}` }, on: { change: () => choose(value === "add") } }), label);
   return el(
     "fieldset",
     { class: "segmented" },
-    el("legend", { class: "hidden-text" }, "Dropped pictures"),
-    el("span", { class: "segmented-name", "aria-hidden": "true" }, "Dropped pictures"),
-    option("search", "Search", true),
+    el("legend", { class: "hidden-text" }, "What to do with pictures that are dropped, pasted or chosen"),
+    el("span", { class: "segmented-name", "aria-hidden": "true" }, "Pictures"),
+    option("search", "Search by", true),
     option("add", "Add", false),
   );
 }

@@ -60,7 +60,7 @@ export function labelOf(context, item) {
 /** "old" or "new" while an upgrade is under way; null otherwise. */
 export const sideBadge = (context, item) =>
   context.gallery.upgrade &&
-  el("span", { class: `badge ${item.side}`, title: `Found by the ${item.side} model`, data: { testid: "side" } }, item.side);
+  el("span", { class: `badge ${item.side}`, title: `${item.score === undefined ? "Its vector is of" : "Found by"} the ${item.side} model`, data: { testid: "side" } }, item.side);
 
 function card(context, item, open) {
   const label = labelOf(context, item);
@@ -209,10 +209,10 @@ export function openItem(context, items, index, removed = () => {}) {
     const more = el("dl", { class: "facts" });
     const close = el("button", { type: "button", class: "icon-button", "aria-label": "Close", title: "Close (Esc)", data: { testid: "item-close" }, on: { click: () => dialog.close() } }, icon("close"));
     const previous = el("button", { type: "button", class: "icon-button", "aria-label": "Previous", disabled: at === 0, on: { click: () => step(-1) } }, icon("left"));
-    const following = el("button", { type: "button", class: "icon-button", "aria-label": "Next", disabled: at === items.length - 1, on: { click: () => step(1) } }, icon("right"));
+    const following = el("button", { type: "button", class: "icon-button next", "aria-label": "Next", disabled: at === items.length - 1, on: { click: () => step(1) } }, icon("right"));
     fill(
       body,
-      el("div", { class: "item-picture" }, frame(context, item, 512)),
+      el("div", { class: "item-picture" }, frame(context, item, 512), items.length > 1 && [previous, following, el("span", { class: "badge number", data: { testid: "item-place" } }, `${at + 1} of ${items.length}`)]),
       el(
         "div",
         { class: "item-text" },
@@ -236,7 +236,6 @@ export function openItem(context, items, index, removed = () => {}) {
           gallery.upgrade && button("Compare", () => leave("compare", { item: item.id, where: context.params.where }), { symbol: "compare", "data-testid": "item-compare" }),
           writer && button("Delete", () => erase(item), { kind: "ghost", symbol: "trash", class: "erase", "data-testid": "delete" }),
         ),
-        items.length > 1 && el("div", { class: "row between item-walk" }, previous, el("span", { class: "muted small-text number" }, `${at + 1} of ${items.length}`), following),
       ),
     );
     facts(item, more);
