@@ -13,24 +13,29 @@ from bowerbird.serve.server import Server
 bearer = HTTPBearer(auto_error=False, description="A token of the service's token file; none on a loopback service.")
 
 
-def server_of(request: Request) -> Server:
+# All of them coroutines: FastAPI would send plain functions through its pool of threads, three hops per request.
+
+
+async def server_of(request: Request) -> Server:
     found: Server = request.app.state.server
     return found
 
 
-def _reader(request: Request, _: Annotated[object, Security(bearer)] = None) -> Caller:
-    return server_of(request).access.caller(request, "read")
-
-
-def _writer(request: Request, _: Annotated[object, Security(bearer)] = None) -> Caller:
-    return server_of(request).access.caller(request, "write")
-
-
-def _admin(request: Request, _: Annotated[object, Security(bearer)] = None) -> Caller:
-    return server_of(request).access.caller(request, "admin")
-
-
 ServerOf = Annotated[Server, Depends(server_of)]
+
+
+async def _reader(server: ServerOf, request: Request, _: Annotated[object, Security(bearer)] = None) -> Caller:
+    return server.access.caller(request, "read")
+
+
+async def _writer(server: ServerOf, request: Request, _: Annotated[object, Security(bearer)] = None) -> Caller:
+    return server.access.caller(request, "write")
+
+
+async def _admin(server: ServerOf, request: Request, _: Annotated[object, Security(bearer)] = None) -> Caller:
+    return server.access.caller(request, "admin")
+
+
 Reader = Annotated[Caller, Depends(_reader)]
 Writer = Annotated[Caller, Depends(_writer)]
 Admin = Annotated[Caller, Depends(_admin)]
