@@ -335,6 +335,7 @@ class UpgradeView(Response):
     curve: list[CurvePoint]
     plan: PlanView | None
     last: str | None = Field(description="What became of the upgrade before: finished or rolled back.")
+    stopped_by: str | None = Field(None, description="Why it is paused, where the rule `max_nfr` did that.")
 
 
 class StartPlan(Request):

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from bowerbird.errors import InputError
 from bowerbird.upgrade.run import WorkerShare
@@ -156,7 +156,12 @@ class LocalExecutor:
         own = job.for_one_of(self.workers)
         environment = thread_environment(threads_per_worker(self.workers))
         return supervise(
-            lambda index: _Process(own, index, environment), self.workers, tell, max_restarts=self.max_restarts
+            lambda index: WorkerProcess(
+                "bowerbird.upgrade.worker", {"job": asdict(own), "index": index}, environment, start_new_session=True
+            ),
+            self.workers,
+            tell,
+            max_restarts=self.max_restarts,
         )
 
 
@@ -169,13 +174,19 @@ def thread_environment(threads: int) -> dict[str, str]:
     return out
 
 
-class _Process:
-    """A worker process. In a session of its own, so that Ctrl-C reaches it once, from here."""
+class WorkerProcess:
+    """A process of this machine that runs ``python -m MODULE``, which calls ``bowerbird.upgrade.worker.converse``.
 
-    def __init__(self, job: Job, index: int, environment: Mapping[str, str]) -> None:
+    Args:
+        line: What it is told on its standard input, plain data.
+        environment: Variables besides those of this process.
+        options: Of ``subprocess.Popen``: a session or a group of its own, so that Ctrl-C reaches it once, from here.
+    """
+
+    def __init__(self, module: str, line: Mapping[str, Any], environment: Mapping[str, str], **options: Any) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "bowerbird.upgrade.worker"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, **environment}, start_new_session=True,
+            [sys.executable, "-P", "-m", module],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, **environment}, **options,
         )  # fmt: skip
         self.ready = False
         self._said: queue.SimpleQueue[Event] = queue.SimpleQueue()
@@ -183,7 +194,7 @@ class _Process:
         self._reader.start()
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it died already; that will be seen
-            self.process.stdin.write(json.dumps({"job": asdict(job), "index": index}).encode() + b"\n")
+            self.process.stdin.write(json.dumps(line).encode() + b"\n")
             self.process.stdin.flush()
 
     def _read(self) -> None:

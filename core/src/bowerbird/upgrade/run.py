@@ -137,9 +137,11 @@ class Limits:
         searched = now.old_items + now.new_items
         return self.stop_at_share is not None and expected >= self.stop_at_share * searched
 
-    def keep_to_rate(self, done: int) -> None:
-        if self.rate is not None:
-            time.sleep(max(0.0, self.started + done / self.rate - time.monotonic()))
+    def keep_to_rate(self, done: int, meanwhile: Callable[[], None]) -> None:
+        """Wait until ``done`` items are due; ``meanwhile`` is called again and again, and may end it by raising."""
+        while self.rate is not None and (wait := self.started + done / self.rate - time.monotonic()) > 0:
+            meanwhile()
+            time.sleep(min(wait, IDLE_SECONDS))
 
 
 class Watching:
@@ -269,15 +271,25 @@ def run(
                 reason = "ended"
                 break
             renewed = time.monotonic()
+            in_hand = 0
 
-            def on_batch(count: int, task: Any = task, now: UpgradeStatus = now) -> None:
+            def hold(task: Any = task) -> None:
                 nonlocal renewed
                 if time.monotonic() - renewed > LEASE_SECONDS / 4:
                     patient(gallery.store.renew, task, LEASE_SECONDS)
                     renewed = time.monotonic()
-                tell(count, now)
                 if stop is not None and stop():
                     raise _StopAsked
+
+            def on_batch(
+                count: int, now: UpgradeStatus = now, before: int = encoded, hold: Callable[[], None] = hold
+            ) -> None:
+                nonlocal in_hand
+                in_hand += count
+                tell(count, now)
+                hold()
+                # After every batch, not after the task: the load on the machine is even, and an end is heard of soon.
+                limits.keep_to_rate(before + in_hand, hold)
 
             try:
                 result = encoder.items(task.items, on_batch)
@@ -299,7 +311,6 @@ def run(
             if patient(watching.look, now.share):
                 reason = "stop-rule"
                 break
-            limits.keep_to_rate(encoded)
 
     if reason == "complete" and encoded:
         patient(lambda: gallery.tend_index(share=1))

@@ -63,10 +63,15 @@ def work(job: Job, index: int, tell: Callable[[Event], None], stop: Callable[[],
     Events: ``{"event": "encoded", "count"}`` after a batch, ``{"event": "committed", "status"}`` after a task, and one
     of ``{"event": "ended", "report"}`` and ``{"event": "failed", "error", "exit_code"}`` at the end.
     """
+    ending_told(lambda: _work(job, index, tell, stop), tell)
+
+
+def ending_told(do: Callable[[], dict[str, Any]], tell: Callable[[Event], None]) -> None:
+    """Call ``do`` and tell how it ended; never raises but for Ctrl-C. ``kind``: the name of a ``BowerbirdError``."""
     try:
-        report = _work(job, index, tell, stop)
+        report = do()
     except BowerbirdError as exc:
-        tell({"event": "failed", "error": str(exc), "exit_code": exc.exit_code})
+        tell({"event": "failed", "error": str(exc), "exit_code": exc.exit_code, "kind": type(exc).__name__})
     except Exception as exc:
         if os.environ.get("BOWERBIRD_DEBUG"):
             traceback.print_exc()
@@ -108,10 +113,20 @@ def _work(job: Job, index: int, tell: Callable[[Event], None], stop: Callable[[]
 
 
 def main() -> int:
-    """The worker process of ``--engine local``.
+    """The worker process of ``--engine local``."""
+
+    def do(line: dict[str, Any], tell: Callable[[Event], None], stop: Callable[[], bool]) -> None:
+        os.environ.setdefault("LOCAL_RANK", str(line["index"]))  # with it a worker takes a GPU of its own
+        work(Job(**line["job"]), int(line["index"]), tell, stop)
+
+    return converse(do)
+
+
+def converse(do: Callable[[dict[str, Any], Callable[[Event], None], Callable[[], bool]], None]) -> int:
+    """The whole life of a worker process: ``do(what the first line of input says, tell, stop)``; returns its exit code.
 
     It ends when it is done, on SIGINT and SIGTERM (the task in hand is given back), and when its input is closed: then
-    the process that started it is gone, and nobody would see what this one does.
+    the process that started it is gone, and nobody would see what this one does. ``stop`` says so.
     """
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: whoever starts a command with `&` has it ignored
         signal.signal(number, _interrupt)
@@ -139,9 +154,8 @@ def main() -> int:
     try:
         tell({"event": "ready"})  # from here on an interrupt is answered
         line = _first_line()
-        os.environ.setdefault("LOCAL_RANK", str(line["index"]))  # with it a worker takes a GPU of its own
         threading.Thread(target=wait_for_the_end_of_input, daemon=True).start()
-        work(Job(**line["job"]), int(line["index"]), tell, alone.is_set)
+        do(line, tell, alone.is_set)
     except KeyboardInterrupt:
         return INTERRUPTED
     return code
