@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import pkgutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,9 +17,9 @@ Made by `python docs/generate.py` from the schema that a service publishes under
 
 - **Base.** Everything is under `http://HOST:PORT`. Bodies and answers are JSON (UTF-8), except for pictures: they are
   uploaded as `multipart/form-data` and thumbnails come back as WebP.
-- **Who may.** With a token file, every request but `/health` and the page itself carries `Authorization: Bearer TOKEN`.
-  The role `write` includes `read`, and `admin` includes `write`. Without one, the service is on the loopback address
-  only, and whoever can reach it is an administrator. See [the threat model](serve-security.md).
+- **Who may.** With a token file, every request that needs a role carries `Authorization: Bearer TOKEN`. The role `write`
+  includes `read`, and `admin` includes `write`. Without a token file, the service is on the loopback address only, and
+  whoever can reach it is an administrator. See [the threat model](serve-security.md).
 - **Errors** are [RFC 9457](https://www.rfc-editor.org/rfc/rfc9457) problems, `application/problem+json`, with a
   `detail` that says what was asked, what was found and what to do: [`Problem`](#problem).
 - **Ids** of items may hold any character, so they travel in bodies and query strings, never in paths.
@@ -29,18 +31,33 @@ Made by `python docs/generate.py` from the schema that a service publishes under
 
 
 def schema() -> dict[str, Any]:
-    """The OpenAPI schema; no gallery is opened."""
+    """What a service publishes; no gallery is opened."""
     from bowerbird.serve.app import create_app
     from bowerbird.serve.settings import ServeSettings
 
     return create_app(ServeSettings(gallery="photos")).openapi()
 
 
+def roles() -> dict[str, str]:
+    """Operation id -> the role that it needs, as its route asks for it."""
+    from bowerbird.serve import depends, routes
+
+    needed = {depends._reader: "read", depends._writer: "write", depends._admin: "admin"}
+    found = {}
+    for module in pkgutil.iter_modules(routes.__path__, "bowerbird.serve.routes."):
+        for route in importlib.import_module(module.name).router.routes:
+            for part in getattr(getattr(route, "dependant", None), "dependencies", ()):
+                if part.call in needed:
+                    found[route.operation_id] = needed[part.call]
+    return found
+
+
 def openapi_json(found: Schema) -> str:
     return json.dumps(found, indent=1, ensure_ascii=False) + "\n"
 
 
-def api_page(found: Schema) -> str:
+def api_page(found: Schema, needs: Mapping[str, str]) -> str:
+    """``needs``: see ``roles``."""
     operations = [
         (method, path, operation)
         for path, methods in found["paths"].items()
@@ -53,7 +70,7 @@ def api_page(found: Schema) -> str:
     parts += [f"| {status} | {_cell(text)} |\n" for status, text in sorted(meant.items())] + ["\n"]
     for tag in dict.fromkeys(_tag(operation) for _, _, operation in operations):
         own = [operation for operation in operations if _tag(operation[2]) == tag]
-        parts += [f"## {tag.capitalize()}\n\n", _overview(own)]
+        parts += [f"## {tag.capitalize()}\n\n", _overview(own, needs)]
         parts += [_operation(*operation, models, usual) for operation in own]
     asked = _reached([operation.get("requestBody", {}) for _, _, operation in operations], models)
     told = _reached([operation["responses"] for _, _, operation in operations], models)
@@ -94,9 +111,12 @@ def _reached(part: Any, models: Schema) -> set[str]:
     return found
 
 
-def _overview(operations: list[tuple[str, str, Schema]]) -> str:
-    rows = [f"| `{method.upper()} {path}` | {_cell(op.get('summary', ''))} |" for method, path, op in operations]
-    return "\n".join(["| request | |", "|---|---|", *rows]) + "\n\n"
+def _overview(operations: list[tuple[str, str, Schema]], needs: Mapping[str, str]) -> str:
+    rows = [
+        f"| `{method.upper()} {path}` | {_cell(op.get('summary', ''))} | {needs.get(op['operationId'], '')} |"
+        for method, path, op in operations
+    ]
+    return "\n".join(["| request | | role |", "|---|---|---|", *rows]) + "\n\n"
 
 
 def _operation(method: str, path: str, operation: Schema, models: Schema, usual: set[str]) -> str:
@@ -109,8 +129,9 @@ def _operation(method: str, path: str, operation: Schema, models: Schema, usual:
         lines += [_row(p["name"], p["schema"], p.get("required", False), p.get("description")) for p in given]
     for kind, body in operation.get("requestBody", {}).get("content", {}).items():
         name = body["schema"].get("$ref", "").rpartition("/")[2]
-        if name.startswith("Body_"):  # a form: its fields belong to this operation alone
-            lines += ["", f"Body, `{kind}`:", "", *_fields(models[name], request=True)]
+        form = models[name] if name.startswith("Body_") else body["schema"]
+        if "properties" in form:  # its fields belong to this operation alone
+            lines += ["", f"Body, `{kind}`:", "", *_fields(form, request=True)]
         else:
             lines += ["", f"Body, `{kind}`: {_type(body['schema'])}."]
     lines += [""]
@@ -151,7 +172,7 @@ def _notes(schema: Schema, required: bool, text: str | None) -> str:
     elif required:
         found.append("required")
     for key, sign in (("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"), ("exclusiveMaximum", "<")):
-        found += [f"{sign} {part[key]:g}" for part in _alternatives(schema) if key in part]
+        found += [f"{sign} {part[key]}" for part in _alternatives(schema) if key in part]
     for key in ("minLength", "minItems"):
         found += ["not empty" for part in _alternatives(schema) if part.get(key) == 1]
     for key, unit in (("maxLength", "characters"), ("maxItems", "entries"), ("maxProperties", "entries")):

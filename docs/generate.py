@@ -12,7 +12,7 @@ import re
 import sys
 from pathlib import Path
 
-from api_page import api_page, openapi_json, schema
+from api_page import api_page, openapi_json, roles, schema
 from hooks_page import hooks_page
 
 ROOT = Path(__file__).parent.parent
@@ -123,7 +123,7 @@ def generated() -> dict[Path, str]:
         ROOT / "docs/methods/index.md": intro + method_table(KINDS, with_links="").replace("(methods/", "("),
         ROOT / "docs/reference/cli.md": command_reference(),
         ROOT / "docs/plugin-authors/hooks.md": hooks_page(),
-        ROOT / "docs/http-api.md": api_page(interface),
+        ROOT / "docs/http-api.md": api_page(interface, roles()),
         ROOT / "docs/openapi.json": openapi_json(interface),
     }
 

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -54,6 +61,79 @@ def test_the_galleries_it_leaves_behind_are_sound(demo: tuple[Path, dict]) -> No
         with Gallery.open(out / name) as gallery:
             assert gallery.verify().ok
             assert len(gallery) == result["gallery"]["items"]
+
+
+LIVE = """
+from bowerbird.demo.live import serve_demo
+from bowerbird.errors import InputError
+
+def say(line):
+    print(line, flush=True)
+
+try:
+    serve_demo({out!r}, port={port}, seconds=6, limit=60, epochs=12, new_split="validation", open_page=say, say=say)
+except InputError as error:
+    raise SystemExit(f"refused: {{error}}")
+"""
+
+
+def live(out: Path, port: int = 0) -> subprocess.Popen[str]:
+    """The served demo in a process of its own."""
+    line = [sys.executable, "-c", LIVE.format(out=str(out), port=port)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+
+
+def lines_until(process: subprocess.Popen[str], wanted: str) -> list[str]:
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if re.search(wanted, line):
+            return lines
+    raise AssertionError(f"it ended before {wanted!r}: {lines}\n{process.communicate()[1][-3000:]}")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_served_it_plans_and_upgrades_by_itself_with_the_encoders_that_are_there(demo: tuple[Path, dict]) -> None:
+    out, result = demo
+    process = live(out)
+    try:
+        told = lines_until(process, "#/upgrade")
+        assert not any(line.startswith("train") for line in told), "both encoders were trained by the demo before"
+        address = re.search(r"(http://[^/]+)/#/upgrade", told[-1]).group(1)
+        with urllib.request.urlopen(f"{address}/") as page:
+            assert b"<title>Bowerbird" in page.read()
+
+        second = live(out).communicate(timeout=60)
+        assert "another process serves the demo" in second[1]
+
+        told = lines_until(process, "Every item is in the new space")
+        assert sum("re-encoded" in line for line in told) >= 5
+        with urllib.request.urlopen(f"{address}/v1/upgrade") as answer:
+            view = json.load(answer)
+        assert view["state"] == "complete" and view["items"] == result["gallery"]["items"]
+        assert view["plan"]["lines"] and view["curve"][-1]["share"] == 1
+
+        process.send_signal(signal.SIGINT)
+        rest, errors = process.communicate(timeout=60)
+        assert process.returncode == 0 and "Traceback" not in errors
+        assert "to go on with it" in rest
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+
+
+def test_served_a_taken_port_is_told_before_anything_is_trained(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        began = time.monotonic()
+        process = live(tmp_path / "out", taken.getsockname()[1])
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and "refused: port" in errors
+    assert not (tmp_path / "out").exists() and time.monotonic() - began < 60
 
 
 def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
