@@ -82,6 +82,12 @@ class Picture(Protocol):
     async def seek(self, offset: int) -> None: ...
 
 
+def _future() -> asyncio.Future[Any]:
+    future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    future.add_done_callback(lambda done: done.cancelled() or done.exception())  # its client may have gone away
+    return future
+
+
 @dataclass(frozen=True)
 class _Row:
     """An item that is about to be committed."""
@@ -97,13 +103,13 @@ class _Row:
 class _Batch:
     rows: list[_Row]
     space: str | None
-    done: asyncio.Future[Added] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    done: asyncio.Future[Added] = field(default_factory=_future)
 
 
 @dataclass(eq=False)
 class _Deletion:
     ids: list[str]
-    done: asyncio.Future[Deleted] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    done: asyncio.Future[Deleted] = field(default_factory=_future)
 
 
 class Contents:
@@ -130,7 +136,7 @@ class Contents:
     async def __aenter__(self) -> Self:
         if self.folder is not None:
             self._owned = await asyncio.to_thread(_own, self.folder, self._owner)
-            self._swept = asyncio.create_task(asyncio.to_thread(self._sweep))
+            self._swept = asyncio.create_task(asyncio.to_thread(self._try_to_sweep))
         self._committer = asyncio.create_task(self._commit_what_waits())
         return self
 
@@ -257,43 +263,62 @@ class Contents:
     async def _commit(self, batch: _Batch) -> Added:
         self._waiting.append(batch)
         self._wake.set()
-        return await _to_the_end(batch.done)  # whose files are held until it is decided
+        try:
+            return await asyncio.shield(batch.done)
+        except asyncio.CancelledError:  # the client went away
+            if batch in self._waiting:
+                self._waiting.remove(batch)
+            else:
+                await asyncio.wait(
+                    [batch.done]
+                )  # a commit that has begun goes on, and its files are held until it ends
+            raise
 
     # ------------------------------------------------------------------------------------------------- commits
 
     async def _commit_what_waits(self) -> None:
-        loop = asyncio.get_running_loop()
         while self._waiting or not self._stopping:
-            if not self._waiting:
+            if self._waiting:
+                await self._make(self._next())
+            else:
                 self._wake.clear()
                 await self._wake.wait()
-                continue
-            first = self._waiting.popleft()
-            if isinstance(first, _Deletion):
-                await _settled(first.done, loop.run_in_executor(self._thread, self._delete, first.ids))
-                continue
-            batches = [first]
-            ids = {row.id for row in first.rows}
-            while self._waiting and isinstance(self._waiting[0], _Batch):
-                more = self._waiting[0]
-                names = {row.id for row in more.rows}
-                if more.space != first.space or names & ids or len(ids) + len(names) > COMMIT_ITEMS:
-                    break
-                ids |= names
-                batches.append(more)
-                self._waiting.popleft()
-            try:
-                results = await loop.run_in_executor(self._thread, self._write_rows, batches)
-            except Exception:  # one of them may be the reason: each alone, so that the others are not refused with it
-                for batch in batches:
-                    await _settled(batch.done, loop.run_in_executor(self._thread, self._write_alone, batch))
-            else:
-                for batch, result in zip(batches, results, strict=True):
-                    if not batch.done.done():
-                        batch.done.set_result(result)
 
-    def _write_alone(self, batch: _Batch) -> Added:
-        return self._write_rows([batch])[0]
+    def _next(self) -> list[Any]:
+        """The next deletion, or as many batches as can be one commit."""
+        changes = [self._waiting.popleft()]
+        first = changes[0]
+        ids = {row.id for row in first.rows} if isinstance(first, _Batch) else set()
+        while isinstance(first, _Batch) and self._waiting and isinstance(more := self._waiting[0], _Batch):
+            names = {row.id for row in more.rows}
+            if more.space != first.space or names & ids or len(ids) + len(names) > COMMIT_ITEMS:
+                break
+            ids |= names
+            changes.append(self._waiting.popleft())
+        return changes
+
+    async def _make(self, changes: Sequence[Any]) -> None:
+        try:
+            results = await asyncio.get_running_loop().run_in_executor(self._thread, self._write, changes)
+        except (GalleryLockedError, StoreUnavailableError) as error:
+            refused = [*changes, *self._waiting]  # whoever waits would wait as long, one after the other
+            self._waiting.clear()
+            for change in refused:
+                if not change.done.done():
+                    change.done.set_exception(error)
+        except Exception as error:
+            if len(changes) > 1:  # one of them is the reason: each alone, so that the others are not refused with it
+                for change in changes:
+                    await self._make([change])
+            elif not changes[0].done.done():
+                changes[0].done.set_exception(error)
+        else:
+            for change, result in zip(changes, results, strict=True):
+                if not change.done.done():
+                    change.done.set_result(result)
+
+    def _write(self, changes: Sequence[Any]) -> list[Any]:
+        return [self._delete(changes[0].ids)] if isinstance(changes[0], _Deletion) else self._write_rows(changes)
 
     def _write_rows(self, batches: Sequence[_Batch]) -> list[Added]:
         rows = [row for batch in batches for row in batch.rows]
@@ -401,9 +426,17 @@ class Contents:
             items = self.gallery.get_many([name for name, _ in held])
             self._remove([path for (_, path), item in zip(held, items, strict=True) if self._file_of(item) != path])
 
+    def _try_to_sweep(self) -> None:
+        try:
+            self._sweep()
+        except (BowerbirdError, OSError) as error:
+            log.warning("uploaded pictures that no item names were not removed: %s", error)
+
     def _sweep(self) -> None:
         """Remove files that no item names: of a service that was killed, of items that other processes deleted."""
         assert self.folder is not None
+        if not any(self.folder.glob("[0-9a-f][0-9a-f]")):
+            return  # without a look at every item
         names = (file.name for item in self.gallery.items() if (file := self._file_of(item)) is not None)
         # 8 bytes per name: two names with the same mark keep one file too many, never one too few.
         kept = set(np.fromiter((_mark(name) for name in names), np.uint64).tolist())
@@ -516,18 +549,6 @@ async def _to_the_end(work: Awaitable[T]) -> T:
         if not future.cancelled():
             future.exception()  # seen; nobody waits for it
         raise
-
-
-async def _settled(done: asyncio.Future[Any], work: Awaitable[Any]) -> None:
-    """Give ``done`` what comes of ``work``."""
-    try:
-        result = await work
-    except Exception as error:
-        if not done.done():
-            done.set_exception(error)
-    else:
-        if not done.done():
-            done.set_result(result)
 
 
 async def _all(jobs: Sequence[Any], ids: Sequence[str], *, skip: bool) -> tuple[list[_Row | None], dict[str, str]]:

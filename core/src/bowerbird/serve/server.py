@@ -20,6 +20,8 @@ from bowerbird.serve.settings import ServeSettings
 from bowerbird.serve.spaces import Spaces
 from bowerbird.serve.thumbnails import Thumbnails
 
+LOCK_SECONDS = 3.0  # that a change waits for another process that writes; then 503
+
 
 class Server:
     """One gallery, open for as long as the service runs. An async context manager: start, then stop.
@@ -43,7 +45,7 @@ class Server:
         self.settings = settings
         self.stopping = asyncio.Event()
         self.access = Access(settings)  # first: a service that may not start here opens nothing
-        self.gallery: Gallery = open_gallery(settings.gallery, readonly=settings.read_only)
+        self.gallery: Gallery = open_gallery(settings.gallery, readonly=settings.read_only, lock_timeout=LOCK_SECONDS)
         self.access.storage = self.gallery.storage  # where its log is kept
         self.metrics = Metrics(self.gallery)
         self.decoders = Decoders(settings)
