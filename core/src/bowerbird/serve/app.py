@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI
 
@@ -18,7 +19,10 @@ from bowerbird.serve.settings import ServeSettings
 
 DESCRIPTION = "Search a gallery by pictures, texts, items and vectors, and move it to a better model while it serves."
 PROBLEMS = {
-    status: {"model": Problem, "description": text, "content": {problems.MEDIA_TYPE: {}}}
+    status: {
+        "description": text,
+        "content": {problems.MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}},
+    }
     for status, text in {
         400: "Not a request that this service understands.",
         401: "No token, or one that is not known.",
@@ -61,4 +65,12 @@ def create_app(settings: ServeSettings) -> FastAPI:
         app.include_router(part.router)
     mount_page(app)
     guard(app, settings)
+    app.openapi = lambda: _with_problems(app)  # type: ignore[method-assign]
     return app
+
+
+def _with_problems(app: FastAPI) -> dict[str, Any]:
+    """The schema. FastAPI would say of a response's model that it is sent as ``application/json``; problems are not."""
+    schema = FastAPI.openapi(app)
+    schema["components"]["schemas"]["Problem"] = Problem.model_json_schema()
+    return schema
