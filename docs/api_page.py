@@ -17,9 +17,9 @@ Made by `python docs/generate.py` from the schema that a service publishes under
 
 - **Base.** Everything is under `http://HOST:PORT`. Bodies and answers are JSON (UTF-8), except for pictures: they are
   uploaded as `multipart/form-data` and thumbnails come back as WebP.
-- **Who may.** With a token file, every request that needs a role carries `Authorization: Bearer TOKEN`. The role `write`
-  includes `read`, and `admin` includes `write`. Without a token file, the service is on the loopback address only, and
-  whoever can reach it is an administrator. See [the threat model](serve-security.md).
+- **Who may.** With a token file, every request that needs a role carries `Authorization: Bearer TOKEN`. The role
+  `write` includes `read`, and `admin` includes `write`. Without a token file, the service is on the loopback address
+  only, and whoever can reach it is an administrator. See [the threat model](serve-security.md).
 - **Errors** are [RFC 9457](https://www.rfc-editor.org/rfc/rfc9457) problems, `application/problem+json`, with a
   `detail` that says what was asked, what was found and what to do: [`Problem`](#problem).
 - **Ids** of items may hold any character, so they travel in bodies and query strings, never in paths.
@@ -35,7 +35,7 @@ def schema() -> dict[str, Any]:
     from bowerbird.serve.app import create_app
     from bowerbird.serve.settings import ServeSettings
 
-    return create_app(ServeSettings(gallery="photos")).openapi()
+    return create_app(ServeSettings.model_validate({"gallery": "photos"})).openapi()
 
 
 def roles() -> dict[str, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import shutil
 import socket
 import threading
@@ -71,9 +72,13 @@ def serve_demo(
         gallery, items = _prepare(
             out, Clock(say), seed=seed, epochs=epochs, limit=limit, new_split=new_split, show=show
         )
-        settings = ServeSettings(
-            gallery=str(gallery), host=HOST, port=port, candidates={CANDIDATE: str(out / "runs/new")}, label_key=LABEL
-        )
+        new = out / "runs/new"
+        settings = ServeSettings.model_validate(
+            {
+                "gallery": str(gallery), "host": HOST, "port": port, "label_key": LABEL,
+                "candidates": {CANDIDATE: str(new.resolve())},
+            }
+        )  # fmt: skip
         stopped = threading.Event()
 
         def started(address: str) -> None:
@@ -83,13 +88,15 @@ def serve_demo(
                 open_page(f"{address}/#/upgrade")
             threading.Thread(target=_guide, args=(address, items / seconds, stopped, say), daemon=True).start()
 
+        # What the service does is said here in other words.
+        logging.getLogger("bowerbird.serve").setLevel(logging.WARNING)
         try:
             run(settings, started=started)
         finally:
             stopped.set()
     say(
         f"\nStopped. The gallery is as you left it; to go on with it:\n"
-        f"  bowerbird serve {gallery} --candidate {CANDIDATE}={out / 'runs/new'} --label-key {LABEL}"
+        f"  bowerbird serve {gallery} --candidate {CANDIDATE}={new} --label-key {LABEL}"
     )
 
 
