@@ -245,6 +245,7 @@ const hasFiles = (event) => event.dataTransfer?.types.includes("Files") ?? false
 window.addEventListener("dragover", (event) => {
   if (!hasFiles(event)) return;
   event.preventDefault();
+  $("drop-text").textContent = document.querySelector("[data-drop-text]")?.dataset.dropText ?? "Drop a picture to search by it";
   $("drop").hidden = Boolean(document.querySelector("dialog[open]"));
 });
 window.addEventListener("dragleave", (event) => {

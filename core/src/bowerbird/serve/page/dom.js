@@ -63,13 +63,25 @@ export function empty({ symbol = "picture", title, text, actions = [] }) {
   );
 }
 
+const PROBLEMS = {
+  403: "You may not do this",
+  404: "That is not there",
+  409: "Not possible now",
+  413: "That is too large",
+  415: "That is of a type that is not taken",
+  422: "That cannot be used",
+  429: "Too many requests",
+  500: "A bug of the service",
+  503: "The service is busy",
+};
+
 /** An error, as the service put it. */
 export function failure(error, retry = null) {
   return el(
     "div",
     { class: "notice wrong", role: "alert", data: { testid: "error" } },
     icon("alert"),
-    el("div", { class: "grow" }, el("strong", {}, error.title ?? "That did not work"), el("p", {}, error.detail ?? error.message)),
+    el("div", { class: "grow" }, el("strong", {}, PROBLEMS[error.status] ?? error.title ?? "That did not work"), el("p", {}, error.detail ?? error.message)),
     retry && button("Try again", retry),
   );
 }

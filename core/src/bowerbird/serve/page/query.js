@@ -146,7 +146,7 @@ export function queryBar(context, { view, end = [], take = null }) {
     input.placeholder = subject.hidden ? hint : "New search";
     fill(subject);
     if (!subject.hidden) {
-      const picture = el("img", { class: "query-thumb", alt: "" });
+      const picture = el("img", { class: "query-thumb", alt: "", on: { error: () => picture.remove() } });
       if (query.url) picture.src = query.url;
       else if (query.kind === "item") context.api.picture(query.value, 128).then((url) => (picture.src = url), () => picture.remove());
       else picture.hidden = true;

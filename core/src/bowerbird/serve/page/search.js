@@ -15,15 +15,26 @@ export function mount(root, context) {
   let work = new AbortController(); // of the search under way
   let shown = null; // the last answer
 
-  const drops = writer && dropChoice((add) => (adding = add));
+  const drops =
+    writer &&
+    dropChoice((add) => {
+      adding = add;
+      root.dataset.dropText = add ? "Drop pictures to add them to the gallery" : "Drop a picture to search by it";
+    });
   const bar = queryBar(context, { view: "search", end: [drops], take: (files) => take(files) });
   const status = el("p", { class: "status", role: "status", data: { testid: "status" } });
-  const stale = el("div", { class: "notice", hidden: true });
+  const stale = el("button", { type: "button", class: "link", hidden: true, title: "The gallery has changed since", data: { testid: "again" }, on: { click: () => search(context.params) } }, "changed since: search again");
   const place = el("div", { class: "stack" });
-  const report = el("div", { class: "stack" });
-  const wall = createWall(context, { label: "Results" });
+  const report = el("div", { class: "report" });
+  const wall = createWall(context, {
+    label: "Results",
+    deleted: (epoch) => {
+      if (shown !== null) shown = { ...shown, epoch };
+      stale.hidden = true;
+    },
+  });
   const more = button("More", () => page(), { "data-testid": "more", hidden: true });
-  root.append(el("h1", { class: "hidden-text" }, "Search"), bar.element, report, status, stale, place);
+  root.append(el("h1", { class: "hidden-text" }, "Search"), bar.element, report, status, place);
 
   async function search(params) {
     bar.update(params);
@@ -86,10 +97,11 @@ export function mount(root, context) {
     more.hidden = !answer.more || (shown.offset ?? shown.hits.length) >= MOST;
     fill(
       status,
-      el("span", { class: "number" }, el("strong", {}, count(n, "result")), ` of ${number(context.gallery.items)}`),
+      el("span", { class: "number" }, el("strong", {}, count(n, "result")), ` of ${count(context.gallery.items, "item")}`),
       el("span", { class: "number" }, `${decimal(answer.milliseconds, answer.milliseconds < 10 ? 1 : 0)} ms`),
       el("span", { class: "number", title: "Number of the commit that was searched" }, `epoch ${number(answer.epoch)}`),
       context.gallery.upgrade && el("span", { class: "number" }, `${percent(answer.share)} in the new model`),
+      stale,
     );
   }
 
@@ -172,7 +184,6 @@ export function mount(root, context) {
   context.on("gallery", (info) => {
     if (shown === null || info.epoch === shown.epoch || queryOf(context.params) === null) return;
     stale.hidden = false;
-    fill(stale, el("span", { class: "grow" }, `The gallery has changed since (epoch ${number(info.epoch)}).`), button("Search again", () => search(context.params), { "data-testid": "again" }));
   });
   search(context.params);
   return () => {

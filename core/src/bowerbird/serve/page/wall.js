@@ -91,9 +91,10 @@ function card(context, item, open) {
   );
 }
 
-/** A wall. `label` names it for screen readers; `pick(item)` is called instead of opening an item where it is given.
- *  Gives {element, show(items), append(items), loading(n), items()}. */
-export function createWall(context, { label, pick = null }) {
+/** A wall. `label` names it for screen readers; `pick(item)` is called instead of opening an item where it is given;
+ *  `deleted(epoch)` after an item was deleted here. Gives {element, show(items), append(items), loading(n), items(),
+ *  stop()}. */
+export function createWall(context, { label, pick = null, deleted = () => {} }) {
   let items = [];
   const element = el("ul", { class: "wall", "aria-label": label, data: { testid: "wall" } });
   const cards = () => [...element.querySelectorAll(".card")];
@@ -133,7 +134,8 @@ export function createWall(context, { label, pick = null }) {
     if (start === 0 && element.firstElementChild) element.querySelector(".card").tabIndex = 0;
   }
 
-  function remove(item) {
+  function remove(item, epoch) {
+    deleted(epoch);
     const at = items.indexOf(item);
     if (at < 0) return;
     items = items.filter((each) => each !== item);
@@ -163,8 +165,8 @@ export function createWall(context, { label, pick = null }) {
 
 // -------------------------------------------------------------------------------------------------------- item
 
-/** The dialog of `items[index]`, with those before and after it by the arrows. `removed(item)` is called when it has
- *  been deleted. Resolves when the dialog is closed. */
+/** The dialog of `items[index]`, with those before and after it by the arrows. `removed(item, epoch)` is called when it
+ *  has been deleted. Resolves when the dialog is closed. */
 export function openItem(context, items, index, removed = () => {}) {
   const body = el("div", { class: "item" });
   const dialog = el("dialog", { class: "dialog", "aria-label": "Item", data: { testid: "item-dialog" } }, body);
@@ -190,15 +192,16 @@ export function openItem(context, items, index, removed = () => {}) {
       danger: true,
     });
     if (!sure) return;
+    let answer;
     try {
-      await context.api.post("/v1/items/delete", { ids: [item.id] });
+      answer = await context.api.post("/v1/items/delete", { ids: [item.id] });
     } catch (error) {
       context.toast(error.detail ?? error.message, "wrong");
       return;
     }
     context.api.forget([item.id]);
     context.toast(`Deleted ${shortId(item.id)}.`);
-    removed(item);
+    removed(item, answer.epoch);
     dialog.close();
   }
 
