@@ -29,7 +29,7 @@ export function mount(root, context) {
   );
   const sides = el("div", { class: "progress-sides small-text" });
   const tiles = el("dl", { class: "tiles", data: { testid: "upgrade-facts" } });
-  const trouble = el("div", { class: "stack" });
+  const trouble = el("div", { class: "stack trouble" });
   const actions = el("div", { class: "row actions" });
   const buttons = {
     pause: button("Pause", () => pause(), { data: { testid: "upgrade-pause" } }),
@@ -48,6 +48,7 @@ export function mount(root, context) {
 
   const failed = el("section", { class: "panel stack", "aria-label": "Failures", hidden: true });
   const start = el("div", { class: "start", hidden: true });
+  const beside = el("div", { class: "stack" }); // where the curve is while nothing is under way
   fill(root, el("div", { class: "stack upgrade" }, now, start, curve, failed));
   fill(title, el("span", { class: "skeleton line" }));
 
@@ -165,7 +166,7 @@ export function mount(root, context) {
     const left = items - moved;
     fill(
       title,
-      state === "paused" ? "Paused on the way to " : state === "complete" ? "Every item that can be moved is in " : "Moving to ",
+      { paused: "Paused on the way to ", complete: view.failed > 0 ? "Every item that can be moved is in " : "Every item is in " }[state] ?? "Moving to ",
       el("span", { class: "name-new" }, to),
     );
     fill(sentence, sentenceOf({ state, worker, left, to, from: nameOf(view.old) }));
@@ -185,8 +186,8 @@ export function mount(root, context) {
     fill(
       tiles,
       tile("Moved", percent(share), `${number(moved)} of ${number(items)}`, "share"),
-      tile("Rate", worker.rate ? `${rateText(worker.rate)}/s` : "\u2013", "items, lately", "rate"),
-      tile("Time left", state === "running" && worker.seconds_left !== null ? duration(worker.seconds_left) : "\u2013", "at this rate", "left"),
+      state === "running" && tile("Rate", worker.rate ? `${rateText(worker.rate)}/s` : "\u2013", "items, lately", "rate"),
+      state === "running" && tile("Time left", worker.seconds_left !== null ? duration(worker.seconds_left) : "\u2013", "at this rate", "left"),
       labelled && tile("Quality", decimal(last.quality), gone === null ? "mAP@100" : `${gone < 0 ? "\u2212" : "+"}${decimal(Math.abs(gone))} to before`, "quality", gone === null ? "" : gone < 0 ? "wrong" : "right"),
       last && tile(labelled ? "Negative flips" : "First results changed", percent(last.nfr), labelled ? `positive ${percent(last.pfr)}` : "of the watched queries", "flips"),
     );
@@ -199,6 +200,7 @@ export function mount(root, context) {
     buttons.finish.hidden = state !== "complete";
     buttons.rollback.hidden = false;
     start.hidden = true;
+    if (curve.previousSibling !== start) start.after(curve);
   }
 
   function sentenceOf({ state, worker, left, to, from }) {
@@ -272,7 +274,7 @@ export function mount(root, context) {
         height: 200,
         format: (value) => decimal(value),
         lines: [
-          line && { name: "Forecast", tone: "forecast", dashed: true, points: of(line.quality), band: line.low && line.high ? line.shares.map((x, place) => ({ x, low: line.low[place], high: line.high[place] })) : null },
+          line && { name: "Forecast", tone: measured.length ? "forecast" : "quality", dashed: true, points: of(line.quality), band: line.low && line.high ? line.shares.map((x, place) => ({ x, low: line.low[place], high: line.high[place] })) : null },
           measured.length > 0 && { name: "Measured", tone: "quality", dots: true, points: point(byFirst ? "r1" : "quality") },
         ].filter(Boolean),
         levels: before === null ? [] : [{ name: "Before the upgrade", tone: "old", y: before }],
@@ -343,7 +345,7 @@ export function mount(root, context) {
   const planButton = button("Plan", () => planIt(), { kind: "primary", data: { testid: "plan-start" } });
   const startButton = button("Start the upgrade", () => startIt(), { data: { testid: "upgrade-start" } });
   const advice = el("div", { class: "stack", "aria-live": "polite", data: { testid: "plan" } });
-  const field = (label, input, hint = null) => el("label", { class: "field" }, el("span", {}, label), input, hint && el("span", { class: "muted hint" }, hint));
+  const field = (label, input, hint = null, more = "") => el("label", { class: `field ${more}`.trim() }, el("span", {}, label), input, hint && el("span", { class: "muted hint" }, hint));
   let offered = "";
 
   function showStart() {
@@ -372,6 +374,10 @@ export function mount(root, context) {
           el("div", { class: "row" }, planButton),
           advice,
         ),
+        beside,
+      );
+      fill(
+        beside,
         el(
           "section",
           { class: "panel stack", "aria-label": "Start" },
@@ -379,7 +385,7 @@ export function mount(root, context) {
           el(
             "div",
             { class: "fields" },
-            field("Strategy", form.strategy),
+            field("Strategy", form.strategy, null, "wide"),
             field("Most items per second", form.rate),
             field("Pause above negative flips, %", form.flips),
           ),
@@ -389,6 +395,7 @@ export function mount(root, context) {
       showPlan();
     }
     planButton.disabled = startButton.disabled = busy;
+    if (curve.parentNode !== beside && candidates.length > 0) beside.append(curve);
   }
 
   /** The plan that was made for the chosen encoder. */
