@@ -12,6 +12,7 @@ import logging
 import multiprocessing
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, Self
 
@@ -38,6 +39,7 @@ WEBP_QUALITY = 80
 # Address space of a decoder: Python, Pillow and FFmpeg, and 16-bit pixels on their way to 8 bits (the dearest of all).
 BASE_MEMORY = 2 << 30
 BYTES_PER_PIXEL = 32
+START_SECONDS = 60.0  # for the first process, which imports Pillow
 AHEAD = 2  # pictures per decoder that are on their way to it, so that it need not wait for the next
 
 
@@ -62,24 +64,13 @@ class Decoders:
         self._waiting_bytes = 0
 
     async def __aenter__(self) -> Self:
-        methods = multiprocessing.get_all_start_methods()
-        context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-        if context.get_start_method() == "forkserver":
-            context.set_forkserver_preload([__name__])  # a decoder that was killed is replaced in milliseconds
-        self._pool = ProcessPool(
-            max_workers=self.settings.decoders,
-            initializer=_confine,
-            initargs=(BASE_MEMORY + BYTES_PER_PIXEL * self.settings.max_pixels,),
-            context=context,  # type: ignore[arg-type]
-        )
-        await asyncio.wrap_future(self._pool.schedule(os.getpid))
+        self._pool = self._new_pool()
+        await self._call(os.getpid)  # the first picture does not wait for a process to start
         return self
 
     async def __aexit__(self, *exc: object) -> None:
         pool, self._pool = self._pool, None
-        if pool is not None:
-            pool.stop()
-            await asyncio.to_thread(pool.join)
+        await asyncio.to_thread(_end, pool)
 
     @property
     def waiting(self) -> int:
@@ -111,16 +102,12 @@ class Decoders:
         self._waiting_bytes += size
         try:
             async with self._slots:
-                if self._pool is None:
-                    raise ProblemError(503, "the service is stopping", headers={"Retry-After": "5"})
-                seconds = self.settings.decode_seconds
-                future = self._pool.schedule(function, args=(source, *more), timeout=seconds)
-                return await asyncio.wrap_future(future)  # type: ignore[arg-type]
+                return await self._call(function, source, *more)
         except TooManyPixelsError as error:
             raise ProblemError(413, str(error)) from error
-        except (TimeoutError, ProcessExpired, MemoryError) as error:
+        except (TimeoutError, ProcessExpired, BrokenProcessPool, MemoryError) as error:
             why = (
-                f"takes longer than {seconds:g} seconds"
+                f"takes longer than {self.settings.decode_seconds:g} seconds"
                 if isinstance(error, TimeoutError)
                 else "takes too much memory, or damages the decoder"
             )
@@ -134,6 +121,46 @@ class Decoders:
         finally:
             self._waiting -= 1
             self._waiting_bytes -= size
+
+    def _new_pool(self) -> ProcessPool:
+        methods = multiprocessing.get_all_start_methods()
+        context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+        if context.get_start_method() == "forkserver":
+            context.set_forkserver_preload([__name__])  # a decoder that was killed is replaced in milliseconds
+        return ProcessPool(
+            max_workers=self.settings.decoders,
+            initializer=_confine,
+            initargs=(BASE_MEMORY + BYTES_PER_PIXEL * self.settings.max_pixels,),
+            context=context,  # type: ignore[arg-type]
+        )
+
+    async def _call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Run a function in a process of the pool. A pool that broke, all its processes killed, is replaced once."""
+        seconds = self.settings.decode_seconds
+        for last in (False, True):
+            pool = self._pool
+            if pool is None:
+                raise ProblemError(503, "the service is stopping", headers={"Retry-After": "5"})
+            try:
+                try:
+                    future = pool.schedule(function, args=args, timeout=max(seconds, START_SECONDS * (not args)))
+                except RuntimeError as error:
+                    raise BrokenProcessPool(str(error)) from error
+                return await asyncio.wrap_future(future)  # type: ignore[arg-type]
+            except BrokenProcessPool:
+                if last:
+                    raise
+                log.warning("the decoders were killed; new ones are started")
+                if self._pool is pool:
+                    self._pool = self._new_pool()
+                    await asyncio.to_thread(_end, pool)
+        raise AssertionError("the second time returns or raises")
+
+
+def _end(pool: ProcessPool | None) -> None:
+    if pool is not None:
+        pool.stop()
+        pool.join()
 
 
 def _name(source: bytes | str) -> str:

@@ -6,6 +6,7 @@ One thread for all of them: two networks at once would only take the processor f
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Sequence
@@ -54,10 +55,8 @@ class Encoders:
 
     async def __aenter__(self) -> Self:
         for fingerprint in (await asyncio.to_thread(self.service.state)).needs:
-            try:
+            with contextlib.suppress(SpaceError):  # said in the log; searches by vectors and by items go on
                 await self.get(self.gallery.snapshot().spaces[fingerprint])
-            except BowerbirdError as error:
-                log.warning("%s; searches by vectors and by items of the gallery go on", error)
         return self
 
     async def __aexit__(self, *exc: object) -> None:
@@ -123,7 +122,8 @@ class Encoders:
             self.add(loaded)
             return loaded
         except Exception as error:
-            log.warning("the encoder of space %s cannot be loaded: %s", space, error)
+            level = logging.DEBUG if space.fingerprint in self._failed else logging.WARNING
+            log.log(level, "the encoder of space %s cannot be loaded, tried again now and then: %s", space, error)
             told = SpaceError(
                 f"the encoder of space {space.fingerprint[:12]} cannot be loaded by this service, whose log says why. "
                 "Search by vectors, or by an item of the gallery"
