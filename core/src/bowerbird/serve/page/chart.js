@@ -118,7 +118,7 @@ export function chart(root) {
       drawn.push(drawPanel(panel));
     }
     const last = model.panels.at(-1);
-    const steps = width < 420 ? [0, 0.5, 1] : [0, 0.25, 0.5, 0.75, 1];
+    const steps = width < 560 ? [0, 0.5, 1] : [0, 0.25, 0.5, 0.75, 1];
     const axis = steps.map((share) =>
       svg(
         "text",

@@ -26,7 +26,7 @@ export function mount(root, context) {
     { class: "map-tools" },
     tool("plus", "Zoom in (+)", () => plot.zoom(1.6)),
     tool("minus", "Zoom out (\u2212)", () => plot.zoom(1 / 1.6)),
-    tool("map", "Show all (0)", () => plot.fit(!animated())),
+    tool("fit", "Show all (0)", () => plot.fit(!animated())),
   );
   const stage = el("div", { class: "map-stage" }, canvas, card, tools, veil);
   const legend = el("ul", { class: "map-legend", "aria-label": "Colours; choose one to see it alone", data: { testid: "map-legend" } });
@@ -113,8 +113,7 @@ export function mount(root, context) {
   // ------------------------------------------------------------------------------------------------- controls
 
   function tool(symbol, label, onClick) {
-    const sign = symbol === "minus" ? el("span", { "aria-hidden": "true", class: "minus" }, "\u2212") : icon(symbol);
-    return el("button", { type: "button", class: "icon-button", "aria-label": label, title: label, on: { click: onClick } }, sign);
+    return el("button", { type: "button", class: "icon-button", "aria-label": label, title: label, on: { click: onClick } }, icon(symbol));
   }
 
   function choice(name, value, label, { checked, disabled = false, title = null, change }) {

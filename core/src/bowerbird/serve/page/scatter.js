@@ -38,6 +38,20 @@ export function nearest({ start, items }, x, y, px, py, radius, visible = null) 
   return best;
 }
 
+/** The middle and the size of what holds every point. */
+function boxOf({ x, y }) {
+  let [left, right, top, bottom] = [SIDE, 0, SIDE, 0];
+  for (let place = 0; place < x.length; place += 1) {
+    left = Math.min(left, x[place]);
+    right = Math.max(right, x[place]);
+    top = Math.min(top, y[place]);
+    bottom = Math.max(bottom, y[place]);
+  }
+  if (left > right) return { x: SIDE / 2, y: SIDE / 2, width: SIDE, height: SIDE };
+  const least = SIDE / 50;
+  return { x: (left + right) / 2, y: (top + bottom) / 2, width: Math.max(least, right - left), height: Math.max(least, bottom - top) };
+}
+
 /** Pixels of a disc: offsets into the image and how much of each is covered, 0 to 256. */
 function stampOf(radius, stride, opacity) {
   const offsets = [];
@@ -68,6 +82,7 @@ export function rgb(text) {
 export function scatter(canvas, { over = () => {}, changed = () => {} } = {}) {
   const context = canvas.getContext("2d", { alpha: false });
   const camera = { x: SIDE / 2, y: SIDE / 2, scale: 0, fit: 0, width: 0, height: 0 };
+  let home = { x: SIDE / 2, y: SIDE / 2, width: SIDE, height: SIDE }; // what holds every point
   let points = { x: new Float32Array(0), y: new Float32Array(0) };
   let grid = gridOf(points.x, points.y);
   let look = { colors: [], of: new Uint8Array(0), faint: new Set(), background: [255, 255, 255] };
@@ -172,11 +187,13 @@ export function scatter(canvas, { over = () => {}, changed = () => {} } = {}) {
     const before = camera.fit;
     camera.width = width;
     camera.height = height;
-    camera.fit = (0.94 * Math.min(width, height)) / SIDE;
+    camera.fit = fitOf();
     camera.scale = before === 0 ? camera.fit : camera.scale * (camera.fit / before);
     ask();
     changed();
   }
+
+  const fitOf = () => 0.92 * Math.min(camera.width / home.width, camera.height / home.height);
 
   const clampScale = (scale) => Math.max(camera.fit * 0.6, Math.min(Math.max(2, camera.fit), scale));
 
@@ -263,6 +280,8 @@ export function scatter(canvas, { over = () => {}, changed = () => {} } = {}) {
     show: (next) => {
       points = next;
       grid = gridOf(points.x, points.y);
+      home = boxOf(points);
+      if (camera.width > 0) camera.fit = fitOf();
       cost = 0;
       ask();
     },
@@ -274,7 +293,7 @@ export function scatter(canvas, { over = () => {}, changed = () => {} } = {}) {
     pan,
     zoom,
     fly,
-    fit: (instantly) => fly({ x: SIDE / 2, y: SIDE / 2, scale: camera.fit }, instantly),
+    fit: (instantly) => fly({ x: home.x, y: home.y, scale: camera.fit }, instantly),
     at,
     inside,
     toCanvas,

@@ -88,7 +88,7 @@ export function mount(root, context) {
             el(
               "span",
               { class: "row" },
-              space.fingerprint === gallery.serving && el("span", { class: "badge old" }, upgrade ? "old" : "serves"),
+              space.fingerprint === gallery.serving && el("span", { class: upgrade ? "badge old" : "badge" }, upgrade ? "old" : "serves"),
               upgrade && space.fingerprint === upgrade.new && el("span", { class: "badge new" }, "new"),
               space.lifted && el("span", { class: "badge" }, "lifted"),
             ),
@@ -114,7 +114,7 @@ export function mount(root, context) {
   function roleOf(space) {
     const { upgrade, serving } = context.gallery;
     if (upgrade && space.fingerprint === upgrade.new) return "name-new";
-    return space.fingerprint === serving ? "name-old" : "";
+    return upgrade && space.fingerprint === serving ? "name-old" : "";
   }
 
   function share(part, role) {
@@ -264,7 +264,7 @@ function evidence(values) {
   };
   walk(values, "");
   if (rows.length === 0) return el("p", { class: "muted small-text" }, "Registered without a measurement.");
-  return el("dl", { class: "facts number" }, rows.map(([name, text]) => [el("dt", {}, name.replaceAll("_", " ")), el("dd", {}, text)]));
+  return el("dl", { class: "facts number" }, rows.map(([name, text]) => el("div", {}, el("dt", {}, name.replaceAll("_", " ")), el("dd", {}, text))));
 }
 
 function textOf(value) {

@@ -238,7 +238,7 @@ export function mount(root, context) {
     fill(title, "No upgrade is under way");
     fill(
       sentence,
-      serving ? ["All ", count(context.gallery.items, "item"), context.gallery.items === 1 ? " is served by " : " are served by ", el("span", { class: "name-old" }, serving.encoder), ". "] : "",
+      serving ? ["All ", count(context.gallery.items, "item"), context.gallery.items === 1 ? " is served by " : " are served by ", el("strong", {}, serving.encoder), ". "] : "",
       view.last ?? "",
     );
     progress.hidden = sides.hidden = tiles.hidden = true;
