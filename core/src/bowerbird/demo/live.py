@@ -116,7 +116,7 @@ def _prepare(
                 shutil.rmtree(folder, ignore_errors=True)  # of another recipe, or not finished
                 train_encoder(planned[name], folder, show=show)
             encoders[name] = load_encoder(folder)
-    gallery = out / "served"
+    gallery = out / "emoji"
     with clock.step("gallery", f"{len(items)} pictures encoded with the old encoder and added"):
         shutil.rmtree(gallery, ignore_errors=True)
         vectors = encoders["old"].encode([item["path"] for item in items])
@@ -177,7 +177,7 @@ def _ask(address: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
     request = urllib.request.Request(address + path, data, {"Content-Type": "application/json"})
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(request, timeout=120) as response:
+        with opener.open(request, timeout=600) as response:
             return json.load(response)
     except urllib.error.HTTPError as error:
         with error:
@@ -200,7 +200,7 @@ def _check_port(port: int) -> None:
 @contextmanager
 def _only_one(out: Path) -> Iterator[None]:
     """The gallery is made anew: not while another process serves it. The lock ends with its process."""
-    with (out / "served.lock").open("w") as file:
+    with (out / "emoji.lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -18,12 +18,16 @@ if TYPE_CHECKING:
 
 SAMPLE = 200  # oldest items, and as many of the newest, whose metadata keys are offered as filters
 MOST_KEYS = 100
+_OF_RUN = re.compile(r"(?<=[^/\\])[/\\]encoder$")
 _FOLDERS = re.compile(r"[^\s?&=:,;]*[/\\](?=[^\s?&=:,;])")
 
 
 def encoder_name(reference: str) -> str:
-    """A reference of an encoder without folders: ``/srv/models/new`` is ``new``, settings keep the names of files."""
-    return _FOLDERS.sub("", reference.rstrip("/\\")) or "encoder"
+    """A reference of an encoder without folders: ``/srv/models/new`` is ``new``, settings keep the names of files.
+
+    A run has its encoder in a folder of that name: ``runs/new/encoder`` is ``new``, too.
+    """
+    return _FOLDERS.sub("", _OF_RUN.sub("", reference.rstrip("/\\"))) or "encoder"
 
 
 def space_info(space: Space, items: int) -> SpaceInfo:
