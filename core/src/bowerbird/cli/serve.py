@@ -80,6 +80,8 @@ def _named(ctx: click.Context, _param: click.Parameter, values: tuple[str, ...])
               help="Most pictures per call of an encoder.")  # fmt: skip
 @click.option("--backfill-rate", type=click.FloatRange(min=0, min_open=True), metavar="N",
               help="Most items per second that an upgrade encodes. [default: as many as it can]")  # fmt: skip
+@click.option("--backfill-nice", type=click.IntRange(0, 19), default=19, show_default=True,
+              help="Priority of that work; 19 yields to everything.")  # fmt: skip
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:0.")
 def command(gallery: str | None, open_page: bool, new_token: str | None, token_name: str | None,
             max_upload_mib: float, **values: Any) -> None:  # fmt: skip

@@ -194,13 +194,13 @@ class Backfill:
             return
         if job.upgrade is None:  # the service died while it began
             await self._take(replace(job, upgrade=state.id))
-        if self._process is not None:
+        if self._process is not None and not (self._last and self._last["event"] == "ended"):
             self._stop_in_time(state)
         elif state.state == "paused":
             self._show("paused")
         elif complete:
             self._show("done")
-        elif self._state == "failed":
+        elif self._state == "failed" or self._process is not None:
             pass
         elif time.monotonic() >= self._start_at:
             await self._start()
@@ -261,6 +261,7 @@ class Backfill:
             "gallery": self.settings.gallery if folder is None else str(folder.resolve()),
             "ref": job.ref, "device": self.settings.device, "upgrade": job.upgrade, "begin": dict(begin or {}),
             "rate": job.rate, "watch_every": job.watch_every, "max_nfr": job.max_nfr,
+            "nice": self.settings.backfill_nice,
         }  # fmt: skip
         self._last = None
         if self._starts:

@@ -51,7 +51,7 @@ class Planning:
             {
                 "gallery": self.settings.gallery if folder is None else str(folder.resolve()),
                 "candidate": candidate, "ref": ref, "device": self.settings.device, "label_key": label_key,
-                "sample": sample,
+                "sample": sample, "nice": self.settings.backfill_nice,
             },
         )  # fmt: skip
         self._candidate = candidate

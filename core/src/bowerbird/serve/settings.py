@@ -31,6 +31,7 @@ class ServeSettings(BaseModel):
         batch_size: Pictures per call of an encoder.
         device: As for every command.
         backfill_rate: Most items per second that the background worker encodes; ``None``: as many as it can.
+        backfill_nice: Its priority. On a machine that other programs keep busy, 19 gets next to nothing.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -54,3 +55,4 @@ class ServeSettings(BaseModel):
     batch_size: int = Field(32, ge=1)
     device: str = "auto"
     backfill_rate: float | None = Field(None, gt=0)
+    backfill_nice: int = Field(19, ge=0, le=19)

@@ -2,7 +2,7 @@
 
     python -m bowerbird.serve.worker      a task as one JSON line on standard input, events as JSON lines on output
 
-It has the lowest priority of the machine and one thread, because people wait for searches and nobody waits for it. It
+It has a low priority and one thread, because people wait for searches and nobody waits for it. It
 shares nothing with the service but the gallery, so that either may die: the service starts another one, and a process
 whose service is gone sees the end of its input and ends (see ``bowerbird.upgrade.worker.converse``).
 """
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from bowerbird.upgrade.state import UpgradeStatus
 
 BATCH = 16  # pictures per call of the encoder: an end, a pause and the rate are looked at between two
+NICE_AWAITED = 10  # while somebody waits: a plan, the beginning of an upgrade
 TASK_SECONDS = 5.0  # of work in one task at most, where the rate is limited
 PLAN_FILE = "plan/latest.json"  # where `bowerbird upgrade plan` keeps it, too
 PLAN_NOTE = "serve/plan.json"
@@ -34,20 +35,19 @@ Tell = Callable[[Event], None]
 Stop = Callable[[], bool]
 
 
-def step_back() -> None:
-    """The lowest priority for this process.
+def step_back(nice: int) -> None:
+    """Lower the priority of this process to ``nice``.
 
     Not ``SCHED_IDLE``: on a busy machine such a process gets so little that a commit, which holds the gallery's write
     lock, could take longer than an upload waits for it.
     """
-    os.nice(19)
+    os.nice(max(0, nice - os.nice(0)))
     if hasattr(os, "sched_setscheduler"):
         with contextlib.suppress(OSError):  # a container that forbids it
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def main() -> int:
-    step_back()
     tasks = {"move": move, "plan": plan}
 
     def do(line: dict[str, Any], tell: Tell, stop: Stop) -> None:
@@ -67,6 +67,7 @@ def move(
     rate: float | None,
     watch_every: float | None,
     max_nfr: float | None,
+    nice: int,
     tell: Tell,
     stop: Stop,
 ) -> dict[str, Any]:
@@ -76,7 +77,9 @@ def move(
 
     Args:
         begin: Settings that differ from those of the last plan for this encoder, or from the usual ones.
+        nice: Priority with which items are moved.
     """
+    step_back(nice if upgrade is not None else min(nice, NICE_AWAITED))
     from bowerbird.cli.upgrade_parts import encoder_of
     from bowerbird.gallery.open import open_gallery
     from bowerbird.upgrade.run import run
@@ -90,6 +93,7 @@ def move(
         if upgrade is None:
             upgrade = _begin(opened, new, device, begin, rate)
             tell({"event": "begun", "upgrade": upgrade})
+        step_back(nice)
         if opened.storage.read_file(f"watch/{upgrade}.npz") is None:  # begun by a command that watches nothing
             watch_every = max_nfr = None
         in_hand = 0
@@ -154,12 +158,13 @@ def _old_encoder(gallery: Gallery, device: str) -> ItemEncoder | None:
         return None
 
 
-def plan(*, gallery: str, candidate: str, ref: str, device: str, label_key: str | None, sample: int, tell: Tell,
-         stop: Stop) -> dict[str, Any]:  # fmt: skip
+def plan(*, gallery: str, candidate: str, ref: str, device: str, label_key: str | None, sample: int,
+         nice: int, tell: Tell, stop: Stop) -> dict[str, Any]:  # fmt: skip
     """Make a plan and save it with the gallery, where ``bowerbird upgrade plan`` would.
 
     Events: ``{"event": "step", "what", "done", "total"}``.
     """
+    step_back(min(nice, NICE_AWAITED))
     from bowerbird.cli.upgrade_parts import encoder_of, latest_plan
     from bowerbird.gallery.open import open_gallery
     from bowerbird.upgrade.plan import plan as make_plan
@@ -202,4 +207,6 @@ def _bands(made: Plan) -> list[list[list[float]] | None]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stderr.flush()
+    os._exit(code)  # all is closed and told; taking libraries apart at the lowest priority would take seconds
