@@ -174,28 +174,28 @@ class Service:
         self.port = int(self.url.rsplit(":", 1)[1])
         self._wait_until_ready()
 
-    def stop(self, number: int = signal.SIGTERM) -> None:
+    def stop(self) -> int | None:
+        """Ask it to stop, as an operator does, and give its exit code; kill it where it does not."""
         process, self._process = self._process, None
         if process is None:
-            return
+            return None
         if process.poll() is None:
-            process.send_signal(number)
+            process.send_signal(signal.SIGTERM)
         try:
-            process.wait(20)
+            return process.wait(20)
         except subprocess.TimeoutExpired:
             process.kill()
-            process.wait()
-
-    def kill(self) -> None:
-        self.stop(signal.SIGKILL)
+            return process.wait()
 
     @property
     def printed(self) -> str:
         return "".join(self._printed)
 
-    def get(self, path: str, *, token: str | None = None) -> Any:
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
-        with urllib.request.urlopen(urllib.request.Request(self.url + path, headers=headers), timeout=30) as answer:
+    def ask(self, path: str, body: Any = None, *, token: str | None = None) -> Any:
+        """The JSON of an answer; a POST where there is a ``body``."""
+        headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {token}"} if token else {})}
+        data = None if body is None else json.dumps(body).encode()
+        with urllib.request.urlopen(urllib.request.Request(self.url + path, data, headers), timeout=60) as answer:
             return json.load(answer)
 
     def _read(self, process: subprocess.Popen[str], found: threading.Event) -> None:
@@ -215,7 +215,7 @@ class Service:
             if self._process.poll() is not None:
                 break
             try:
-                if self.get("/ready")["ready"]:
+                if self.ask("/ready")["ready"]:
                     return
             except (urllib.error.URLError, ConnectionError, TimeoutError):
                 pass

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,78 +21,77 @@ expect.set_options(timeout=TIMEOUT)
 PER_LABEL = 20  # 120 pictures
 
 
+@dataclass(frozen=True)
+class World:
+    """What the tests look at.
+
+    Attributes:
+        items: Id, path and metadata of the pictures that are in both galleries.
+        half_way: A service that asks for a token, whose gallery stands in the middle of an upgrade, paused; with
+            hostile items besides. Tests leave it as they find it.
+        upgraded: A service without tokens on which tests upgrade; each leaves the gallery outside an upgrade.
+        tokens: Of ``half_way``, by their role.
+    """
+
+    items: list[dict[str, Any]]
+    half_way: Service
+    upgraded: Service
+    tokens: dict[str, str]
+
+
 @pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Folder, encoders by name, the items, and a gallery of them with the old encoder."""
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    from bowerbird.serve.access import ROLES, new_token
+
     folder = tmp_path_factory.mktemp("world")
     encoders = export_encoders(folder / "encoders", {"old": 12, "better": 24, "other": 20})
-    items = write_photos(folder / "photos", PER_LABEL)
-    gallery = make_gallery(folder / "photos-gallery", encoders["old"], items)
-    return {"folder": folder, "encoders": encoders, "items": items, "gallery": gallery}
+    items, hostile = write_photos(folder / "photos", PER_LABEL), write_hostile(folder / "hostile")
+    made = {role: new_token(role) for role in ROLES}
+    (folder / "tokens.toml").write_text("\n".join(lines for _, lines in made.values()))
+    tokens = {role: token for role, (token, _) in made.items()}
+
+    half_way = make_gallery(folder / "half-way", encoders["old"], [*items, *hostile])
+    move_half(half_way, encoders["old"], encoders["better"])
+    upgraded = make_gallery(folder / "photos gallery", encoders["old"], items)
+    options = [*(f"--candidate={name}={encoders[name]}" for name in ("better", "other")), "--label-key=label"]
+    services = (
+        Service(half_way, [*options, f"--tokens={folder / 'tokens.toml'}"]),
+        Service(upgraded, options),
+    )
+    try:
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(Service.start, services))
+        yield World(items, *services, tokens)
+    finally:
+        for service in services:
+            service.stop()
 
 
 @pytest.fixture(scope="session")
-def serve(world: dict[str, Any]) -> Iterator[Callable[..., Service]]:
-    """Starts services; all of them are stopped at the end."""
-    running: list[Service] = []
-
-    def start(gallery: Path, *options: str) -> Service:
-        candidates = (f"--candidate={key}={world['encoders'][key]}" for key in ("better", "other"))
-        service = Service(gallery, [*candidates, "--label-key=label", *options])
-        running.append(service)
-        service.start()
-        return service
-
-    yield start
-    for service in running:
-        service.stop()
-
-
-def copy_of(world: dict[str, Any], name: str) -> Path:
-    return Path(shutil.copytree(world["gallery"], world["folder"] / name))
-
-
-@pytest.fixture(scope="session")
-def half_way(serve: Callable[..., Service], world: dict[str, Any]) -> Service:
-    """A service whose gallery stands in the middle of an upgrade, paused. Tests only look."""
-    gallery = copy_of(world, "half-way")
-    move_half(gallery, world["encoders"]["old"], world["encoders"]["better"])
-    return serve(gallery)
-
-
-@pytest.fixture(scope="session")
-def upgraded(serve: Callable[..., Service], world: dict[str, Any]) -> Service:
-    """A service on which tests upgrade; each leaves the gallery outside an upgrade. Slow enough to be seen."""
-    return serve(copy_of(world, "upgraded"), "--backfill-rate=40")
-
-
-@pytest.fixture(scope="session")
-def hostile(serve: Callable[..., Service], world: dict[str, Any]) -> Service:
-    """A service over items whose names and metadata are hostile."""
-    items = write_hostile(world["folder"] / "hostile-photos")
-    return serve(make_gallery(world["folder"] / "hostile", world["encoders"]["old"], items))
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
+def browser(world: World) -> Iterator[Browser]:
     with launch() as browser:
         yield browser
 
 
 @pytest.fixture
-def open_page(browser: Browser) -> Iterator[Callable[..., Page]]:
+def open_page(browser: Browser, world: World) -> Iterator[Callable[..., Page]]:
     """Opens a page of a service in a new profile: ``open_page(service, "#/search", viewport=...)``.
 
     In the end every page that was opened must have had no error on its console, no exception, no dialog, no request to
-    another place and no violation of its policy; ``expected``: parts of messages that a test provokes.
+    another place and no violation of its policy; ``expected``: parts of messages that a test provokes. ``role``: whose
+    token the tab already has, where the service wants one.
     """
     opened: list[tuple[Watched, tuple[str, ...]]] = []
 
-    def open_(service: Service, view: str = "", *, expected: tuple[str, ...] = (), **settings: Any) -> Page:
+    def open_(
+        service: Service, view: str = "", *, role: str | None = "admin", expected: tuple[str, ...] = (), **settings: Any
+    ) -> Page:
         context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, "locale": "en-GB", **settings})
         context.set_default_timeout(TIMEOUT)
         page = context.new_page()
         opened.append((Watched(page, service.url), expected))
+        if role is not None and service is world.half_way:
+            page.add_init_script(f"sessionStorage.setItem('bowerbird-token', {world.tokens[role]!r})")
         page.goto(f"{service.url}/{view}")
         return page
 
