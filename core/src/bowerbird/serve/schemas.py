@@ -327,6 +327,7 @@ class UpgradeView(Response):
     new: SpaceInfo | None
     items: int
     new_items: int
+    old_vectors: int = Field(0, description="Vectors of the old space that are kept until `finish` drops them.")
     share: float
     failures: list[FailedItem] = Field(description="The first hundred.")
     failed: int

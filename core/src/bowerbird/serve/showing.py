@@ -47,6 +47,7 @@ class Showing:
             new=space_info(spaces[now.new["fingerprint"]], now.new_items),
             items=now.items,
             new_items=now.new_items,
+            old_vectors=snapshot.rows_of(now.old["fingerprint"]).count,
             share=now.share,
             failures=[
                 FailedItem(id=item, attempts=attempts, error=scrubbed(error))

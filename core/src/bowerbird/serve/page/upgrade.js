@@ -134,7 +134,7 @@ export function mount(root, context) {
     }
   }
 
-  const oldVectors = () => view.old_vectors ?? view.items;
+  const oldVectors = () => view.old_vectors || view.items;
 
   // ------------------------------------------------------------------------------------------------- showing
 
@@ -191,7 +191,12 @@ export function mount(root, context) {
       labelled && tile("Quality", decimal(last.quality), gone === null ? "mAP@100" : `${gone < 0 ? "\u2212" : "+"}${decimal(Math.abs(gone))} to before`, "quality", gone === null ? "" : gone < 0 ? "wrong" : "right"),
       last && tile(labelled ? "Negative flips" : "First results changed", percent(last.nfr), labelled ? `positive ${percent(last.pfr)}` : "of the watched queries", "flips"),
     );
-    fill(trouble, worker.state === "failed" && troubleOf(worker.error), !may() && onlyLook());
+    fill(
+      trouble,
+      worker.state === "failed" && troubleOf("The worker stopped", worker.error ?? "The log of the service says why.", "worker-error"),
+      view.stopped_by && troubleOf("Paused by the limit on negative flips", `${sentenceCase(view.stopped_by)}. Resume to accept them, or roll back.`, "stopped-by"),
+      !may() && onlyLook(),
+    );
     actions.hidden = !may();
     buttons.pause.hidden = state !== "running";
     const stalled = state === "running" && ["failed", "none"].includes(worker.state);
@@ -221,12 +226,12 @@ export function mount(root, context) {
     return `${count(left, "item")} to move${by}.`;
   }
 
-  function troubleOf(error) {
+  function troubleOf(what, why, testid) {
     return el(
       "div",
-      { class: "notice wrong", role: "alert", data: { testid: "worker-error" } },
+      { class: "notice wrong", role: "alert", data: { testid } },
       icon("alert"),
-      el("div", { class: "grow" }, el("strong", {}, "The worker stopped"), el("p", {}, error ?? "The log of the service says why.")),
+      el("div", { class: "grow" }, el("strong", {}, what), el("p", {}, why)),
     );
   }
 
@@ -239,7 +244,7 @@ export function mount(root, context) {
     fill(
       sentence,
       serving ? ["All ", count(context.gallery.items, "item"), context.gallery.items === 1 ? " is served by " : " are served by ", el("strong", {}, serving.encoder), ". "] : "",
-      view.last ?? "",
+      view.last ? `The last upgrade was ${view.last}.` : "",
     );
     progress.hidden = sides.hidden = tiles.hidden = true;
     actions.hidden = true;
@@ -250,16 +255,17 @@ export function mount(root, context) {
   // --------------------------------------------------------------------------------------------------- curve
 
   function showCurve() {
-    const plan = moving() ? view.plan : chosenPlan();
+    const past = !moving() && (offeredPlan() === null || ledTo(offeredPlan()));
+    const plan = moving() || past ? view.plan : offeredPlan();
     const line = plan ? lineOf(plan) : null;
-    const measured = moving() || !plan ? view.curve : [];
+    const measured = moving() || past ? view.curve : [];
     curve.hidden = !line && measured.length === 0;
     if (curve.hidden) return;
     const byFirst = plan?.metric === "r1" && measured.length > 0;
     const metric = byFirst || (plan?.metric === "r1" && !measured.length) ? "R@1" : measured.length ? "mAP@100" : plan?.metric === "map" ? "mAP" : "mAP@100";
-    const before = moving() && !byFirst ? view.level_before : (plan?.old_quality ?? null);
+    const before = measured.length > 0 && !byFirst && view.level_before !== null ? view.level_before : (plan?.old_quality ?? null);
     const labelled = line !== null || measured.some((point) => point.quality !== null);
-    curveTitle.textContent = moving() ? "Quality on the way" : measured.length ? "The last upgrade" : "What the plan foresees";
+    curveTitle.textContent = moving() ? "Quality on the way" : measured.length ? `The last upgrade, ${view.last ?? "ended"}` : "What the plan foresees";
     curveNote.textContent = line
       ? `${measured.length ? "Measured on the watched queries, over the plan's forecast" : "Forecast"} of ${lineName(line)}${line.low ? "; the shaded band is its 95 % interval." : "."}`
       : measured.length
@@ -398,10 +404,14 @@ export function mount(root, context) {
     if (curve.parentNode !== beside && candidates.length > 0) beside.append(curve);
   }
 
-  /** The plan that was made for the chosen encoder. */
-  function chosenPlan() {
+  /** Whether the last upgrade was begun after this plan. */
+  const ledTo = (plan) => !moving() && view.curve.length > 0 && plan.created_at < view.curve[0].time;
+
+  /** The plan for the chosen encoder that can still be followed. */
+  function offeredPlan() {
     const plan = job?.plan ?? null;
-    return plan && (plan.candidate === null || plan.candidate === form.candidate.value) ? plan : null;
+    if (plan === null || (plan.candidate !== null && plan.candidate !== form.candidate.value)) return null;
+    return view?.last === "finished" && ledTo(plan) ? null : plan;
   }
 
   function chosenLine(plan) {
@@ -411,7 +421,7 @@ export function mount(root, context) {
   const startable = (line) => !["do-not-upgrade", "switch-now"].includes(short(line.strategy));
 
   function showPlan() {
-    const plan = chosenPlan();
+    const plan = offeredPlan();
     const running = job?.state === "running";
     planButton.lastChild.textContent = plan ? "Plan again" : "Plan";
     planButton.hidden = running;
@@ -449,7 +459,7 @@ export function mount(root, context) {
         "div",
         { class: `notice ${good ? "right" : ""}`, data: { testid: "plan-recommendation" } },
         icon(good ? "check" : "alert"),
-        el("div", { class: "grow" }, el("strong", {}, sentenceCase(plan.recommendation)), el("p", { class: "small-text" }, plan.reason)),
+        el("div", { class: "grow" }, el("strong", {}, adviceOf(plan)), el("p", { class: "small-text" }, sentenceCase(plan.reason))),
       ),
       el(
         "dl",
@@ -478,6 +488,15 @@ export function mount(root, context) {
         ),
       ),
     ];
+  }
+
+  function adviceOf(plan) {
+    const line = plan.lines.find((one) => one.recommended);
+    if (plan.recommendation === "upgrade") {
+      if (!line) return "Upgrade";
+      return short(line.strategy) === "full" ? "Upgrade: encode everything, then switch" : `Upgrade by ${lineName(line)}`;
+    }
+    return { "do-not-upgrade": "Do not upgrade", "no-verdict": "No verdict" }[plan.recommendation] ?? sentenceCase(plan.recommendation);
   }
 
   async function loadPlan() {
@@ -519,7 +538,7 @@ export function mount(root, context) {
 
   async function startIt() {
     if (!form.rate.reportValidity() || !form.flips.reportValidity()) return;
-    const plan = chosenPlan();
+    const plan = offeredPlan();
     const line = plan ? lineOf(plan) : null;
     const candidate = form.candidate.value;
     const items = context.gallery.items;
