@@ -58,6 +58,7 @@ def create_app(settings: ServeSettings) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,  # it would load scripts of a foreign host
         redoc_url=None,
+        redirect_slashes=False,  # an address is right or it is not there
         responses=PROBLEMS,  # type: ignore[arg-type]
     )
     problems.install(app)

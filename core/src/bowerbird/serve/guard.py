@@ -164,6 +164,10 @@ class _Exchange:
             if metrics is not None:
                 metrics.client_gone()
         except Exception as error:
+            if self.gone.is_set():
+                if metrics is not None:
+                    metrics.client_gone()
+                return  # nobody is there to be told
             if self.status:
                 raise  # too late for an answer; the server ends the connection
             response = problems.bug(self.scope["method"], self.scope["path"], error)

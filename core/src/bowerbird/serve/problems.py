@@ -71,7 +71,7 @@ def problem(status: int, detail: str, *, headers: dict[str, str] | None = None, 
 def bug(method: str, path: str, error: Exception) -> JSONResponse:
     """The response to an error that nobody foresaw. The log has it whole; the client gets the number of the entry."""
     instance = secrets.token_hex(8)
-    log.error("%s %r failed (%s)", method, path, instance, exc_info=error)
+    log.error("%s %s failed (%s)", method, _line(path), instance, exc_info=error)
     return problem(500, f"a bug of the service; its log has the details under {instance}", instance=instance)
 
 
@@ -100,7 +100,7 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(BowerbirdError)
     async def _bowerbird(request: Request, error: BowerbirdError) -> JSONResponse:
         status = next(status for kind, status in STATUS_OF if isinstance(error, kind))
-        log.info("%s %s: %d %s", request.method, request.url.path, status, error)
+        log.info("%s %s: %d %s", request.method, _line(request.url.path), status, _line(str(error)))
         headers = {"Retry-After": "1"} if status == 503 else None
         return problem(status, str(error), headers=headers)
 
@@ -115,6 +115,11 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def _http(_: Request, error: HTTPException) -> JSONResponse:
         return problem(error.status_code, str(error.detail), headers=dict(error.headers or {}))
+
+
+def _line(text: str) -> str:
+    """For the log: what a client sent forges no line of it, and no colours."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text[:2000])
 
 
 def _short(part: str | int) -> str | int:

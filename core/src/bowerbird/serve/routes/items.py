@@ -180,6 +180,8 @@ async def _form(request: Request, *, most_files: int) -> AsyncIterator[Any]:
         raise ProblemError(415, "send multipart/form-data with a field `items` (JSON) and a file `files` for each item")
     try:
         form = await request.form(max_files=most_files, max_fields=10, max_part_size=MOST_JSON)
+    except UnicodeError as error:
+        raise ProblemError(400, "the form is not of the character set that its Content-Type names") from error
     except OSError as error:  # larger files lie in the temporary folder until they are looked at
         raise ProblemError(
             503, f"the upload cannot be received ({error.strerror})", headers={"Retry-After": "60"}
