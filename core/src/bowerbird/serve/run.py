@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import socket
@@ -79,6 +80,10 @@ class _Uvicorn(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        # Modules and encoders stay until the end. A full collection would look at all their objects every now and
+        # then, and every request would wait for it.
+        gc.collect()
+        gc.freeze()
         self.say()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
