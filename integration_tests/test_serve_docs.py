@@ -67,7 +67,7 @@ def test_every_block_of_the_tutorial_runs_against_a_real_server(
     assert (tmp_path / "thumbnail.webp").read_bytes()[8:12] == b"WEBP"
 
     assert " - " in plan
-    assert int(events) >= 2, "one event on connecting, and some while items move"
+    assert events.startswith('"new_items":')
     assert 0 < float(compared.split()[0]) < 1, "the comparison was made while items move"
     states = [line.split()[0] for line in acts.splitlines()]
     assert states == ["paused", "running", "none"]

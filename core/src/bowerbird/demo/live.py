@@ -149,14 +149,15 @@ def _guide(address: str, rate: float, stopped: threading.Event, say: Say) -> Non
 
 def _follow(address: str, stopped: threading.Event, say: Say) -> None:
     """Say every new measurement, until the upgrade is finished or rolled back."""
-    told, state = 0, "running"
+    told, state, done = 0, "running", False
     while state != "none":
         if stopped.wait(LOOK_SECONDS):
             return
         view = _ask(address, "/v1/upgrade")
         for point in view["curve"][told:]:
             say(f"{point['share']:6.0%} re-encoded   {_measured(point)}")
-        if view["state"] == "complete" != state:
+        if view["worker"]["state"] == "done" and not done:  # the last measurement, too
+            done = True
             say("Every item is in the new space. Finish it on the page, or roll it back.")
         told, state = len(view["curve"]), view["state"]
     say(f"The upgrade has ended: {view['last']}.")

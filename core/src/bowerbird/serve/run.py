@@ -36,8 +36,8 @@ def run(settings: ServeSettings, *, started: Callable[[str], None]) -> None:
         InputError: If the address cannot be used, or the settings do not allow it.
         GalleryError: If the gallery cannot be opened.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")  # of libraries: warnings
+    logging.getLogger("bowerbird").setLevel(logging.INFO)
     app = create_app(settings)
     config = uvicorn.Config(
         app,
