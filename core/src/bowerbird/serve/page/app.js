@@ -48,7 +48,6 @@ async function askToken(refused) {
   input.value = "";
   $("token-title").textContent = refused ? "The service does not know this token" : "This gallery needs a token";
   $("token-forget").hidden = api.token() === null;
-  $("token-cancel").onclick = () => $("token-dialog").close("cancel");
   const answer = await ask($("token-dialog"));
   if (answer === "forget") api.setToken(null);
   return answer === "ok" ? input.value.trim() || null : null;
@@ -277,6 +276,9 @@ for (const dialog of document.querySelectorAll("dialog")) {
   // A click beside a dialog closes it. The dialog itself has no padding: what is hit is the backdrop.
   dialog.addEventListener("click", (event) => event.target === dialog && dialog.close("cancel"));
 }
+// Not submit buttons: Enter in the field means the token.
+$("token-cancel").addEventListener("click", () => $("token-dialog").close("cancel"));
+$("token-forget").addEventListener("click", () => $("token-dialog").close("forget"));
 window.addEventListener("bowerbird-theme", nameTheme);
 window.addEventListener("hashchange", route);
 nameTheme();

@@ -64,6 +64,7 @@ export function empty({ symbol = "picture", title, text, actions = [] }) {
 }
 
 const PROBLEMS = {
+  401: "A token is needed",
   403: "You may not do this",
   404: "That is not there",
   409: "Not possible now",
