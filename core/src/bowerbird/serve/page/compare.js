@@ -14,6 +14,7 @@ export function mount(root, context) {
   let shown = null;
   let timer = null;
   let asked = 0;
+  let upgradeSeen = context.gallery.upgrade?.id ?? null;
   let wall = null; // of items to begin with
 
   const bar = queryBar(context, { view: "compare", end: [followSwitch()] });
@@ -33,6 +34,13 @@ export function mount(root, context) {
     work = new AbortController();
     const { signal } = work;
     const query = queryOf(params);
+    const { upgrade } = context.gallery;
+    root.querySelector(".switch").hidden = upgrade === null;
+    if (upgrade === null) {
+      shown = null;
+      fill(place, noUpgrade());
+      return;
+    }
     if (query === null || query.lost) {
       shown = null;
       await begin(query);
@@ -50,15 +58,15 @@ export function mount(root, context) {
     } catch (error) {
       if (signal.aborted || quiet) return;
       shown = null;
-      fill(place, error.status === 409 ? noUpgrade(error) : failure(error, () => compare(context.params)));
+      fill(place, failure(error, () => compare(context.params)));
     }
   }
 
-  function noUpgrade(error) {
+  function noUpgrade() {
     return empty({
       symbol: "compare",
-      title: "There is nothing to compare",
-      text: error.detail,
+      title: "There is one model now",
+      text: "While an upgrade is under way, this shows what the old model finds, what the new one finds, and what is served, side by side.",
       actions: [button("To the upgrade", () => context.navigate("upgrade"), { kind: "primary" }), button("Search instead", () => context.navigate("search", context.params))],
     });
   }
@@ -229,6 +237,11 @@ export function mount(root, context) {
     context.navigate("compare", { picture: remember(files[0]), where: context.params.where });
   });
   context.on("gallery", (info) => {
+    if ((info.upgrade?.id ?? null) !== upgradeSeen) {
+      upgradeSeen = info.upgrade?.id ?? null; // one has begun or ended
+      compare(context.params);
+      return;
+    }
     if (shown === null || timer !== null || info.epoch === shown.epoch || !following() || document.hidden) return;
     timer = setTimeout(() => compare(context.params, { quiet: true }), Math.max(0, asked + PAUSE - performance.now()));
   });

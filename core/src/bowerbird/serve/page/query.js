@@ -67,7 +67,7 @@ const valuesText = (value) => [...new Set([value].flat().map(String))].join(" or
 // --------------------------------------------------------------------------------------------------------- bar
 
 /** The bar. `view`: where its queries lead. `end`: further elements beside the filters. `take(files)`: what happens to
- *  chosen pictures; without it the first one is searched by. Gives {element, update}. */
+ *  chosen pictures; without it the first one is searched by. Gives {element, update, choose}. */
 export function queryBar(context, { view, end = [], take = null }) {
   const accepts = context.gallery.accepts;
   const purpose = accepts.text ? "Describe what you are looking for" : "Search by the id of an item";
@@ -141,7 +141,7 @@ export function queryBar(context, { view, end = [], take = null }) {
 
   function update(params) {
     const query = queryOf(params);
-    if (document.activeElement !== input) input.value = query?.kind === "text" ? query.value : !accepts.text && query?.kind === "item" ? query.value : "";
+    if (document.activeElement !== input) input.value = query?.kind === "text" ? query.value : "";
     subject.hidden = !query || query.kind === "text";
     input.placeholder = subject.hidden ? hint : "New search";
     fill(subject);
@@ -184,7 +184,7 @@ export function queryBar(context, { view, end = [], take = null }) {
   }
 
   update(context.params);
-  return { element, update };
+  return { element, update, choose: () => file.click() };
 }
 
 /** Key and value of a filter; `add(key, value)`. */

@@ -11,16 +11,18 @@ const MOST = 1000; // of a search, over all pages
 export function mount(root, context) {
   const { gallery } = context;
   const writer = gallery.role !== "read" && !gallery.read_only && gallery.accepts.image;
-  let adding = false;
+  let adding = writer && gallery.items === 0; // what dropped pictures are for
   let work = new AbortController(); // of the search under way
   let shown = null; // the last answer
 
   const drops =
     writer &&
-    dropChoice((add) => {
+    dropChoice(adding, (add) => {
       adding = add;
-      root.dataset.dropText = add ? "Drop pictures to add them to the gallery" : "Drop a picture to search by it";
+      tellDrops();
     });
+  const tellDrops = () => (root.dataset.dropText = adding ? "Drop pictures to add them to the gallery" : "Drop a picture to search by it");
+  tellDrops();
   const bar = queryBar(context, { view: "search", end: [drops], take: (files) => take(files) });
   const status = el("p", { class: "status", role: "status", data: { testid: "status" } });
   const stale = el("button", { type: "button", class: "link", hidden: true, title: "The gallery has changed since", data: { testid: "again" }, on: { click: () => search(context.params) } }, "changed since: search again");
@@ -138,7 +140,8 @@ export function mount(root, context) {
   function emptyGallery() {
     return empty({
       title: "This gallery is empty",
-      text: writer ? "Switch to “add”, and drop pictures here. Or use the command line: bowerbird gallery add." : "Somebody who may write has to add items first.",
+      text: writer ? "Drop pictures anywhere on this page to add them." : "Somebody who may write has to add items first.",
+      actions: writer ? [button("Choose pictures", bar.choose, { kind: "primary", symbol: "plus" })] : [],
     });
   }
 
@@ -161,6 +164,7 @@ export function mount(root, context) {
     try {
       const result = await addPictures(context, files, { progress: (done, all) => (line.textContent = `Adding pictures: ${done} of ${all}…`) });
       fill(report, result && outcome(result));
+      if (queryOf(context.params) === null) search(context.params);
     } catch (error) {
       fill(report, failure(error, () => take(files)));
     }
@@ -182,7 +186,7 @@ export function mount(root, context) {
     take(files);
   });
   context.on("gallery", (info) => {
-    if (shown === null || info.epoch === shown.epoch || queryOf(context.params) === null) return;
+    if (shown === null || info.epoch === shown.epoch) return;
     stale.hidden = false;
   });
   search(context.params);
@@ -193,7 +197,7 @@ export function mount(root, context) {
 }
 
 /** Whether pictures that are dropped, pasted or chosen are searched by, or added. */
-function dropChoice(choose) {
+function dropChoice(adding, choose) {
   const option = (value, label, checked) =>
     el("label", {}, el("input", { type: "radio", name: "drops", value, checked, data: { testid: `drops-${value}` }, on: { change: () => choose(value === "add") } }), label);
   return el(
@@ -201,7 +205,7 @@ function dropChoice(choose) {
     { class: "segmented" },
     el("legend", { class: "hidden-text" }, "What to do with pictures that are dropped, pasted or chosen"),
     el("span", { class: "segmented-name", "aria-hidden": "true" }, "Pictures"),
-    option("search", "Search by", true),
-    option("add", "Add", false),
+    option("search", "Search by", !adding),
+    option("add", "Add", adding),
   );
 }
