@@ -1,5 +1,7 @@
 """Searches of the service, before, during and after an upgrade, and what they refuse."""
 
+# ruff: noqa: F811  # fixtures that are imported and asked for
+
 from __future__ import annotations
 
 import asyncio
@@ -9,6 +11,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -35,9 +38,11 @@ from serve_world import (
 )
 
 from bowerbird.data.images import Preprocessing, open_image
-from bowerbird.encoders import load_encoder
+from bowerbird.encoders import load_encoder, save_encoder
 from bowerbird.errors import DataError
 from bowerbird.gallery import Gallery, Space
+from bowerbird.gallery.images import add_images
+from bowerbird.registry import get_registry
 from bowerbird.serve.batching import Batcher
 from bowerbird.serve.decoding import Decoders
 from bowerbird.serve.problems import MEDIA_TYPE, ProblemError
@@ -116,7 +121,7 @@ def test_pages_follow_each_other(gallery_path):
     with served(gallery_path) as client:
         whole = by_picture(client, 11, k=PHOTOS + 5)
         pages = [by_picture(client, 11, k=13, offset=offset) for offset in range(0, PHOTOS, 13)]
-        assert sum((ids(page) for page in pages), []) == ids(whole)
+        assert [name for page in pages for name in ids(page)] == ids(whole)
         assert [page.json()["more"] for page in pages] == [True, True, True, True, False]
         assert [page.json()["hits"][0]["rank"] for page in pages] == [1, 14, 27, 40, 53]
         assert ids(by_picture(client, 11, k=5, offset=PHOTOS)) == []
@@ -158,7 +163,7 @@ def test_filters_that_cannot_be_used_are_refused(gallery_path, where):
     ("body", "says"),
     [
         ('{"vector": [1, 2, 3]}', "width 3"),
-        ('{"vector": [%s]}' % ", ".join(["0"] * DIM), "zero"),
+        (json.dumps({"vector": [0] * DIM}), "zero"),
         ('{"vector": [NaN%s]}' % (", 1" * (DIM - 1)), "finite"),
         ('{"vector": [-Infinity%s]}' % (", 1" * (DIM - 1)), "finite"),
         ('{"vector": [1e999%s]}' % (", 1" * (DIM - 1)), "finite"),
@@ -329,6 +334,76 @@ def test_stacked_upgrades_are_searched_in_every_space(gallery_path, new_encoder,
         compared = client.post("/v1/compare/item", json={"id": photo_id(9), "k": PHOTOS}).json()
         spaces = {name: {hit["space"] for hit in compared[name]} for name in ("old", "new", "merged")}
         assert (len(spaces["old"]), len(spaces["new"]), len(spaces["merged"])) == (2, 1, 3)
+
+
+# ------------------------------------------------------------------------------------------------ texts and videos
+
+
+@pytest.fixture
+def films(tmp_path: Path) -> Iterator[Path]:
+    """A gallery of three films, three moments of a fourth and a still, under an encoder of videos and texts."""
+    strips = pytest.importorskip("test_gallery_videos", reason="videos need PyAV")
+    get_registry().register_module("strips", strips)
+    folder = tmp_path / "films"
+    folder.mkdir()
+    for name in strips.COLOURS:
+        strips.write(folder / f"{name}.mp4", strips.strip(name))
+    strips.write(folder / "flag.mp4", strips.strip("red", "green", "blue"))
+    Image.new("RGB", (9, 9), "blue").save(folder / "still.png")
+    for name, config in (("old", {}), ("new", {"turned": True, "frames": 2})):
+        save_encoder(
+            strips.ColourEncoder(strips.ColourConfig(**config)), tmp_path / name, use="strips:colour", config=config
+        )
+    loaded = load_encoder(tmp_path / "old", device="cpu")
+    sources = [*(folder / f"{name}.mp4" for name in strips.COLOURS), folder / "still.png"]
+    sources += [f"{folder}/flag.mp4#t={second},{second + 1}" for second in range(3)]
+    with Gallery.create(tmp_path / "gallery", loaded.space()) as gallery:
+        add_images(gallery, loaded, sources, ids=[Path(source).name for source in map(str, sources)])
+    yield tmp_path
+    get_registry().unregister("strips")
+
+
+def test_videos_are_found_by_texts_pictures_and_each_other_also_half_way_through_an_upgrade(films):
+    def first(answer, count):
+        return set(ids(answer)[:count])
+
+    def ask(client):
+        assert first(client.post("/v1/search/text", json={"text": "a green strip"}), 2) == {
+            "green.mp4",
+            "flag.mp4#t=1,2",
+        }
+        file = io.BytesIO()
+        Image.new("RGB", (20, 10), "red").save(file, "PNG")
+        red = client.post("/v1/search/image", files={"file": file.getvalue()})
+        assert first(red, 2) == {"red.mp4", "flag.mp4#t=0,1"}
+        for name in ("blue.mp4", "still.png", "flag.mp4#t=2,3"):  # whichever of them has been moved
+            blue = client.post("/v1/search/item", json={"id": name})
+            assert first(blue, 2) == {"blue.mp4", "still.png", "flag.mp4#t=2,3"} - {name}
+        return {hit["side"] for hit in red.json()["hits"]}
+
+    with served(films / "gallery") as client:
+        assert client.get("/v1/gallery").json()["accepts"] == {
+            "image": True, "text": True, "video": False, "vector": True
+        }  # fmt: skip
+        assert ask(client) == {"new"}
+        refused(client.post("/v1/search/text", json={"text": " \n"}), 422)
+        begin_upgrade(films / "gallery", films / "new", task_items=2)
+        move(films / "gallery", films / "new", share=0.5)
+        assert ask(client) == {"old", "new"}
+        compared = client.post("/v1/compare/text", json={"text": "green", "k": 2}).json()
+        assert {hit["id"] for hit in compared["merged"]} == {"green.mp4", "flag.mp4#t=1,2"}
+        assert compared["flip"] is None
+
+
+def test_the_thumbnail_of_a_moment_is_its_first_frame(films):
+    async def story(decoders):
+        source = films / "films" / "flag.mp4"
+        return [
+            Image.open(io.BytesIO(await decoders.thumbnail(f"{source}#t={start},3", 64))).getpixel((5, 5))
+            for start in (0, 1, 2)
+        ]
+
+    assert [int(np.argmax(pixel)) for pixel in asyncio.run(_with_decoders(story))] == [0, 1, 2]
 
 
 # ------------------------------------------------------------------------------------------------------- compare

@@ -77,13 +77,23 @@ class Decoders:
         """Pictures that are being decoded, or wait for it."""
         return self._waiting
 
-    async def prepare(self, source: bytes | str, preprocessings: Sequence[Preprocessing]) -> list[NDArray[np.float32]]:
+    async def prepare(
+        self,
+        source: bytes | str,
+        preprocessings: Sequence[Preprocessing],
+        *,
+        frames: Sequence[int | None] | None = None,
+    ) -> list[NDArray[np.float32]]:
         """The picture as each of the encoders wants it, float32 ``(3, height, width)``; decoded once.
 
         Args:
             source: The bytes of a file, or where a stored picture is (the ``uri`` of an item).
+            frames: Per encoder, how many frames of a video it takes: of a stored video (or picture) it is given
+                ``(frames, 3, height, width)``. ``None``: it takes pictures.
         """
-        return await self._run(_prepare, source, tuple(preprocessings), self.settings.max_pixels)
+        clips = frames if frames is not None and isinstance(source, str) else [None] * len(preprocessings)
+        wanted = tuple(zip(preprocessings, clips, strict=True))
+        return await self._run(_prepare, source, wanted, self.settings.max_pixels)
 
     async def thumbnail(self, source: bytes | str, size: int) -> bytes:
         """The picture in at most ``size`` x ``size`` pixels, as WebP. Of a video (or a moment of it) the first frame.
@@ -185,12 +195,17 @@ def _confine(memory: int) -> None:
 
 
 def _prepare(
-    source: bytes | str, preprocessings: Sequence[Preprocessing], max_pixels: int
+    source: bytes | str, wanted: Sequence[tuple[Preprocessing, int | None]], max_pixels: int
 ) -> list[NDArray[np.float32]]:
     opened: dict[tuple[int, int, int], Image.Image] = {}
     prepared = []
-    for preprocessing in preprocessings:
+    for preprocessing, frames in wanted:
         background = preprocessing.background
+        if frames is not None:
+            from bowerbird.data.videos import prepare_clip, read_clip
+
+            prepared.append(prepare_clip(read_clip(source, frames), preprocessing, frames))
+            continue
         if background not in opened:
             opened[background] = _open(source, max_pixels, background)
         prepared.append(preprocessing(opened[background]))

@@ -160,8 +160,13 @@ class Encoders:
             raise InputError(f"the encoder of space {fingerprint[:12]} takes no pictures; search by text")
         return served.preprocessing
 
+    def frames(self, fingerprint: str) -> int | None:
+        """How many frames of a video this encoder takes; ``None`` where it takes pictures."""
+        return self._loaded[fingerprint].frames
+
     async def encode(self, fingerprint: str, prepared: NDArray[np.float32]) -> NDArray[np.float32]:
-        """float32 ``(D,)`` unit vector of a picture that was prepared for this encoder, ``(3, height, width)``.
+        """float32 ``(D,)`` unit vector of what was prepared for this encoder: a picture ``(3, height, width)``, or a
+        clip ``(frames, 3, height, width)`` where it takes videos.
 
         Raises ``DataError`` where the encoder gives no usable vector for it.
         """
@@ -204,8 +209,9 @@ class _Served:
 
         if self.frames is None:
             return self._usable(self.encoder.forward({"image": torch.from_numpy(np.stack(prepared))}))
-        clips = np.zeros((len(prepared), self.frames, *prepared[0].shape), np.float32)
-        clips[:, 0] = prepared  # a picture is a video of one frame
+        clips = np.zeros((len(prepared), self.frames, *prepared[0].shape[-3:]), np.float32)
+        for clip, found in zip(clips, prepared, strict=True):
+            clip[: 1 if found.ndim == 3 else self.frames] = found  # a picture is a video of one frame
         return self._usable(self.encoder.forward({"video": torch.from_numpy(clips)}))
 
     def _encode_texts(self, texts: Sequence[str]) -> list[NDArray[np.float32] | Exception]:

@@ -170,7 +170,11 @@ class Engine:
         async def encode(spaces: Sequence[Space]) -> Vectors:
             names = [space.fingerprint for space in spaces]
             await self._load(spaces)
-            prepared = await self.decoders.prepare(source, [self.encoders.preprocessing(name) for name in names])
+            prepared = await self.decoders.prepare(
+                source,
+                [self.encoders.preprocessing(name) for name in names],
+                frames=[self.encoders.frames(name) for name in names],
+            )
             encoded = [self.encoders.encode(name, array) for name, array in zip(names, prepared, strict=True)]
             return dict(zip(names, await asyncio.gather(*encoded), strict=True))
 
