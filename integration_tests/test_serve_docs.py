@@ -81,7 +81,7 @@ def test_every_block_of_the_tutorial_runs_against_a_real_server(
 def test_every_option_of_a_documented_command_exists() -> None:
     from bowerbird.cli.serve import command
 
-    known = {option for parameter in command.params for option in parameter.opts}
+    known = {"--help"} | {option for parameter in command.params for option in parameter.opts}
     commands = 0
     for page in (PAGE, DOCS / "serve-security.md", DOCS.parent / "README.md"):
         text = page.read_text().replace("\\\n", " ") if page.is_file() else ""
@@ -91,7 +91,7 @@ def test_every_option_of_a_documented_command_exists() -> None:
             used = {word.partition("=")[0] for word in words if word.startswith("--")}
             assert used <= known, line
         for option in re.findall(r"`(--[a-z-]+)[^`]*`", text) if page == PAGE else ():
-            assert option in known | {"--workers", "--serve"}, option
+            assert option in known | {"--workers"}, option
     assert commands > 5
 
 
