@@ -169,7 +169,7 @@ export function createWall(context, { label, pick = null, deleted = () => {} }) 
  *  has been deleted. Resolves when the dialog is closed. */
 export function openItem(context, items, index, removed = () => {}) {
   const body = el("div", { class: "item" });
-  const dialog = el("dialog", { class: "dialog", "aria-label": "Item", data: { testid: "item-dialog" } }, body);
+  const dialog = el("dialog", { class: "dialog", "aria-label": "Item", tabindex: "-1", data: { testid: "item-dialog" } }, body);
   const opener = document.activeElement;
   let at = index;
 
@@ -181,7 +181,10 @@ export function openItem(context, items, index, removed = () => {}) {
   function step(by) {
     if (at + by < 0 || at + by >= items.length) return;
     at += by;
+    const held = document.activeElement?.getAttribute("aria-label");
     draw();
+    // What had the focus is gone: without one in the dialog, the next arrow would reach nobody.
+    if (!dialog.contains(document.activeElement)) (body.querySelector(`[aria-label="${held}"]:enabled`) ?? dialog).focus();
   }
 
   async function erase(item) {
@@ -291,11 +294,14 @@ export function openItem(context, items, index, removed = () => {}) {
     }
   });
   dialog.addEventListener("click", (event) => event.target === dialog && dialog.close());
+  const left = () => dialog.close(); // by the browser's back button
+  window.addEventListener("hashchange", left);
   draw();
   document.body.append(dialog);
   dialog.showModal();
   return new Promise((resolve) => {
     dialog.addEventListener("close", () => {
+      window.removeEventListener("hashchange", left);
       dialog.remove();
       // Back to where one was; after a walk, to the card of the item that was open last.
       const card = [...document.querySelectorAll(".card")].find((each) => each.dataset.id === items[at]?.id);
