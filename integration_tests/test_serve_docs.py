@@ -30,7 +30,8 @@ def page(tmp_path: Path) -> Iterator[Path]:
     port = free_port()
     text = PAGE.read_text().replace("127.0.0.1:8000", f"127.0.0.1:{port}")
     copy = tmp_path / "serve.md"
-    copy.write_text(text.replace("bowerbird serve photos --", f"bowerbird serve photos --port {port} --"))
+    options = f"--port {port} --backfill-nice 0"  # tests run beside each other
+    copy.write_text(text.replace("bowerbird serve photos --", f"bowerbird serve photos {options} --"))
     yield copy
     with suppress(OSError, ValueError):
         os.kill(int((tmp_path / "serve.pid").read_text()), signal.SIGKILL)

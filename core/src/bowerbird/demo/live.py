@@ -77,6 +77,7 @@ def serve_demo(
             {
                 "gallery": str(gallery), "host": HOST, "port": port, "label_key": LABEL,
                 "candidates": {CANDIDATE: str(new.resolve())},
+                "backfill_nice": 5,  # somebody waits for it, and its rate keeps it from disturbing
             }
         )  # fmt: skip
         stopped = threading.Event()
