@@ -137,6 +137,13 @@ def test_another_picture_or_other_metadata_replace_an_item(client: TestClient) -
     assert nearest(client, picture_bytes(OTHER + 4))[0] == "r"
 
 
+def test_metadata_that_only_looks_the_same_replaces_an_item(client: TestClient) -> None:
+    for value in (1, True, 1.5, "1", None):
+        ok(add(client, [{"id": "typed", "metadata": {"n": value}}], [picture_bytes(OTHER + 8)]))
+        found = ok(client.get("/v1/item", params={"id": "typed"}))["metadata"]["n"]
+        assert (found, type(found)) == (value, type(value))
+
+
 def test_a_picture_whose_file_was_lost_is_kept_again_when_it_is_sent_again(client: TestClient) -> None:
     ok(add(client, [{"id": "lost"}], [picture_bytes(OTHER + 5)]))
     Path(str(gallery_of(client).get("lost").uri)).unlink()
@@ -517,6 +524,65 @@ def test_a_batch_that_was_encoded_before_an_upgrade_ended_is_encoded_again(
         assert ok(client.get("/v1/item", params={"id": "late"}))["spaces"] == [serving]
 
 
+def test_a_lifted_gallery_takes_pictures_by_the_encoder_that_its_vectors_came_from(
+    gallery_path: Path, old_encoder: Path, world: None
+) -> None:
+    from bowerbird.encoders import load_encoder
+    from bowerbird.gallery import Space
+    from bowerbird.gallery.transform import VectorTransform
+    from bowerbird.upgrade.lift import begin_lift, lifter
+    from bowerbird.upgrade.run import run
+    from bowerbird.upgrade.state import finish
+
+    old = load_encoder(old_encoder, device="cpu")
+    target = Space("new " * 4, "a new encoder", 8)
+    weight = np.random.default_rng(0).normal(size=(8, old.dim))
+    transform = VectorTransform.linear(old.fingerprint, target.fingerprint, weight)
+    data = [picture_bytes(OTHER), picture_bytes(OTHER + 1)]
+    with served(gallery_path) as client:
+        with Gallery.open(gallery_path) as other:
+            begin_lift(other, transform, target, strategy="world:two-queries")
+            ok(add(client, [{"id": "during"}], data[:1]))
+            run(other, lifter(other))
+            finish(other, encoder=lifter(other))
+        ok(add(client, [{"id": "after"}], data[1:]))
+        assert np.allclose(gallery_of(client).vectors_of(["during", "after"]), transform(old.encode(data)), atol=1e-5)
+
+
+def test_clients_that_go_away_leave_items_with_their_pictures_or_nothing(gallery_path: Path) -> None:
+    import asyncio
+
+    from serve_world import settings_for
+    from starlette.datastructures import UploadFile
+
+    from bowerbird.serve.schemas import NewItem
+    from bowerbird.serve.server import Server
+
+    async def upload(server: Server, number: int, seconds: float) -> bool:
+        files = [UploadFile(io.BytesIO(picture_bytes(OTHER + number))) for _ in "xy"]
+        call = server.contents.add([NewItem(id=f"x/{number}"), NewItem(id=f"y/{number}")], files)
+        try:
+            async with asyncio.timeout(seconds):
+                await call
+        except TimeoutError:
+            return False
+        return True
+
+    async def everybody() -> list[bool]:
+        async with Server(settings_for(gallery_path)) as server:
+            assert await upload(server, 0, 60)
+            return list(await asyncio.gather(*(upload(server, n, 0.004 * n) for n in range(1, 60))))
+
+    stayed = asyncio.run(everybody())
+    with Gallery.open(gallery_path) as gallery:
+        assert gallery.verify().ok
+        uris = {item.id: Path(str(item.uri)) for item in gallery.items() if item.id[:2] in ("x/", "y/")}
+    assert {f"{side}/{n}" for n, stays in enumerate(stayed, 1) if stays for side in "xy"} <= set(uris)
+    assert {name[1:] for name in uris if name[0] == "x"} == {name[1:] for name in uris if name[0] == "y"}
+    kept = {file for file in (gallery_path / "contents").rglob("*") if file.is_file() and file.name != "owner.json"}
+    assert kept == set(uris.values())
+
+
 def test_a_read_only_service_refuses_changes(gallery_path: Path) -> None:
     with served(gallery_path, read_only=True) as client:
         problem(add(client, [{"id": "a"}], [picture_bytes(OTHER)]), 403)
@@ -678,16 +744,21 @@ def test_the_command_serves_until_it_is_told_to_stop(gallery_path: Path) -> None
     with running_server(gallery_path, "--read-only") as running:
         assert httpx.get(f"{running.url}/ready").json()["ready"]
         assert httpx.get(running.url).headers["content-type"].startswith("text/html")
-        port = running.url.rpartition(":")[2]
         with contextlib.suppress(httpx.HTTPError), httpx.stream("GET", f"{running.url}/v1/events", timeout=5) as stream:
             next(stream.iter_lines())
             assert running.stop() == 0  # an open stream does not keep it
         assert any("read-only" in line for line in running.lines)
-    with running_server(gallery_path) as running:
-        from click.testing import CliRunner
 
-        from bowerbird.cli import main
 
-        port = running.url.rpartition(":")[2]
-        taken = CliRunner().invoke(main, ["serve", str(gallery_path), "--port", port])
-        assert taken.exit_code == 2 and "--port 0" in taken.output
+def test_a_port_that_is_taken_is_named(gallery_path: Path) -> None:
+    import socket
+
+    from click.testing import CliRunner
+
+    from bowerbird.cli import main
+
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        taken = CliRunner().invoke(main, ["serve", str(gallery_path), "--port", str(other.getsockname()[1])])
+    assert taken.exit_code == 2 and "--port 0" in taken.output

@@ -528,7 +528,12 @@ def _check(items: Sequence[NewItem]) -> None:
 
 
 def _same(item: Item | None, digest: str, metadata: Mapping[str, Any]) -> bool:
-    return item is not None and item.content_hash == digest and dict(item.metadata) == dict(metadata)
+    return item is not None and item.content_hash == digest and _text(item.metadata) == _text(metadata)
+
+
+def _text(metadata: Mapping[str, Any]) -> str:
+    """As it is stored: ``1`` is not ``true``."""
+    return json.dumps(dict(metadata), sort_keys=True)
 
 
 def _sha256(data: bytes) -> str:

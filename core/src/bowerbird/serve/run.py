@@ -38,6 +38,7 @@ def run(settings: ServeSettings, *, started: Callable[[str], None]) -> None:
     """
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")  # of libraries: warnings
     logging.getLogger("bowerbird").setLevel(logging.INFO)
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of every form that is none
     app = create_app(settings)
     config = uvicorn.Config(
         app,
