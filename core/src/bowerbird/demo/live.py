@@ -6,7 +6,6 @@ upgrade, slow enough to be watched.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import shutil
@@ -14,15 +13,14 @@ import socket
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 from bowerbird.demo.encoders import is_trained, recipes, train_encoder
 from bowerbird.demo.pictures import new_gallery, write_pictures
-from bowerbird.demo.setup import Clock, check_installed, own_folder
+from bowerbird.demo.setup import Clock, check_installed, only_one, own_folder
 from bowerbird.encoders import LoadedEncoder, load_encoder
 from bowerbird.errors import InputError
 from bowerbird.serve.run import run
@@ -68,7 +66,7 @@ def serve_demo(
     check_installed("serve", "fastapi", "uvicorn")
     _check_port(port)
     own_folder(out, keep=True)
-    with _only_one(out):
+    with only_one(out):
         gallery, items = _prepare(
             out, Clock(say), seed=seed, epochs=epochs, limit=limit, new_split=new_split, show=show
         )
@@ -195,16 +193,5 @@ def _check_port(port: int) -> None:
         socket.create_server((HOST, port)).close()
     except OSError as error:
         raise InputError(
-            f"port {port} is taken ({error.strerror}); choose another with --port, 0 for a free one"
+            f"port {port} cannot be used ({error.strerror}); choose another with --port, 0 for a free one"
         ) from error
-
-
-@contextmanager
-def _only_one(out: Path) -> Iterator[None]:
-    """The gallery is made anew: not while another process serves it. The lock ends with its process."""
-    with (out / "emoji.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"another process serves the demo of {out}; end it, or choose another --out") from error
-        yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from importlib import util
 from pathlib import Path
 from typing import Any
 
-from bowerbird.errors import GalleryError, MissingExtraError, UnknownNameError
+from bowerbird.errors import GalleryError, InputError, MissingExtraError, UnknownNameError
 from bowerbird.registry import get_registry
 
 MARKER = "demo.json"  # in every folder of a demo
@@ -53,13 +54,28 @@ def check_installed(extra: str, *modules: str) -> None:
 def own_folder(out: Path, *, keep: bool = False) -> None:
     """A folder of a demo at ``out``, empty unless ``keep``.
 
-    Raises ``GalleryError`` where something else than an earlier demo is there.
+    Raises ``GalleryError`` where something else than an earlier demo is there, ``InputError`` where it is being served.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not (out / MARKER).is_file():
             raise GalleryError(f"{out} is not empty and holds no demo. Choose another folder with --out.")
         if keep:
             return
-        shutil.rmtree(out)
+        with only_one(out):
+            shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
     (out / MARKER).write_text("{}\n")  # from now on this is a demo's folder, also if the demo is interrupted
+
+
+@contextmanager
+def only_one(out: Path) -> Iterator[None]:
+    """Held while the demo of ``out`` is served: its galleries must stay. The lock ends with its process.
+
+    Raises ``InputError`` where another process holds it.
+    """
+    with (out / "serving.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"another process serves the demo of {out}; end it, or choose another --out") from error
+        yield
