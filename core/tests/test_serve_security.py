@@ -560,7 +560,9 @@ def test_an_error_names_no_file_of_the_server() -> None:
     ("text", "seen"),
     [
         ("gallery /srv/a/b was opened readonly", "gallery [path] was opened readonly"),
-        ("cannot read '/srv/my photos/b.jpg'", "photos/b.jpg'"),
+        ("cannot read '/srv/my photos/b.jpg'", "cannot read '[path]'"),
+        ("cannot read /srv/a/my photos/ada.jpg now", "cannot read [path] now"),
+        ("/srv/a/b and /srv/c/d, 1/2", "[path] and [path], 1/2"),
         (r"no file C:\Users\ada\cat.jpg here", "no file [path] here"),
         ("at file:///srv/photos/cat.jpg#xywh=1,2,3,4", "at [address]"),
         ("at ~/photos/cat.jpg", "at [path]"),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import hashlib
 import json
 import re
 import socket
@@ -22,7 +23,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +32,7 @@ sys.path[:0] = [str(ROOT / "core/tests"), str(Path(__file__).parent)]
 import httpx  # noqa: E402
 import psutil  # noqa: E402
 import serve_world  # noqa: E402
-from hostile import DIM, Request, hostile_request  # noqa: E402
+from hostile import DIM, TOKEN, Request, hostile_request  # noqa: E402
 
 PATIENCE = 20.0  # seconds until an answer must be there
 UNFINISHED = 0.5  # seconds to wait for an answer to bytes that may be no whole request
@@ -139,9 +140,15 @@ class Bystander:
     """An ordinary client, which must not notice anything."""
 
     def __init__(self, url: str) -> None:
-        self.client = httpx.Client(base_url=url, timeout=PATIENCE)
+        self.client = httpx.Client(base_url=url, timeout=PATIENCE, headers={"Authorization": f"Bearer {TOKEN}"})
         self.slowest = 0.0
         self.searches = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.client.close()
 
     def faults(self) -> list[str]:
         """What does not work."""
@@ -173,7 +180,7 @@ def fuzz(url: str, secrets: tuple[bytes, ...], *, count: int, seed: int, first: 
     """Send ``count`` hostile requests to a service; every ``CHECK_EVERY`` of them an ordinary client looks."""
     parts = urlsplit(url)
     address = (str(parts.hostname), int(parts.port or 80))
-    findings, bystander = Findings(), Bystander(url)
+    findings = Findings()
 
     def one(number: int) -> None:
         request = hostile_request(number, seed)
@@ -185,7 +192,7 @@ def fuzz(url: str, secrets: tuple[bytes, ...], *, count: int, seed: int, first: 
             outcome, faults = "unreachable", [repr(error)]
         findings.note(number, request, outcome, time.monotonic() - began, faults)
 
-    with ThreadPoolExecutor(AT_ONCE) as threads:
+    with ThreadPoolExecutor(AT_ONCE) as threads, Bystander(url) as bystander:
         for start in range(first, first + count, CHECK_EVERY):
             list(threads.map(one, range(start, min(start + CHECK_EVERY, first + count))))
             findings.faults += [
@@ -196,13 +203,16 @@ def fuzz(url: str, secrets: tuple[bytes, ...], *, count: int, seed: int, first: 
 
 @contextlib.contextmanager
 def hostile_world(folder: Path) -> Iterator[tuple[serve_world.Running, tuple[bytes, ...]]]:
-    """A service over a gallery of 60 pictures, and what must never be in an answer."""
+    """A service over a gallery of 60 pictures, asking for tokens, and what must never be in an answer."""
     old = serve_world.make_encoder(folder / "old", seed=1, dim=DIM)
     new = serve_world.make_encoder(folder / "new", seed=2, dim=32)
     photos = serve_world.make_photos(folder / "photos")
     gallery = serve_world.fill(folder / "gallery", old, photos)
+    digest = hashlib.sha256(TOKEN.encode()).hexdigest()
+    tokens = folder / "tokens.toml"
+    tokens.write_text(f'[[token]]\nname = "fuzz"\nrole = "admin"\nsha256 = "{digest}"\n')
     secrets = (str(folder).encode(), sys.prefix.encode(), str(ROOT).encode(), b"Traceback", b'File \\"')
-    with serve_world.running_server(gallery, *OPTIONS, f"--candidate=new={new}") as running:
+    with serve_world.running_server(gallery, *OPTIONS, f"--candidate=new={new}", f"--tokens={tokens}") as running:
         yield running, secrets
 
 

@@ -21,6 +21,7 @@ from PIL import Image
 
 DIM = 24  # of the space that is searched
 BOUNDARY = b"fuzz-7d1"
+TOKEN = "known-to-the-service"  # strangers get no further than 401: these requests come from somebody who may do all
 
 
 @dataclass(frozen=True)
@@ -94,13 +95,14 @@ def _http(
     length: bool = True,
 ) -> bytes:
     target = target.encode("latin-1") if isinstance(target, str) else target
-    lines = [b"%s %s HTTP/1.1" % (method.encode(), target), b"Host: localhost", b"Connection: close"]
+    lines = [b"%s %s HTTP/1.1" % (method.encode(), target), b"Host: localhost", b"Connection: close", KNOWN]
     if length and (body or method != "GET"):
         lines.append(b"Content-Length: %d" % len(body))
     lines += [name + b": " + value for name, value in headers or []]
     return b"\r\n".join(lines) + b"\r\n\r\n" + body
 
 
+KNOWN = b"Authorization: Bearer " + TOKEN.encode()
 JSON = [(b"Content-Type", b"application/json")]
 
 
@@ -399,7 +401,7 @@ def path(rng: random.Random) -> Request:
 
 # ------------------------------------------------------------------------------------------------------------ framing
 
-_POST = b"POST /v1/search/text HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+_POST = b"POST /v1/search/text HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n" + KNOWN + b"\r\n"
 _CHUNKED = _POST + b"Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
 _HIDDEN = b"GET /v1/hidden HTTP/1.1\r\nHost: localhost\r\n\r\n"
 FRAMES = (

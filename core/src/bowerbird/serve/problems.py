@@ -30,11 +30,15 @@ from bowerbird.errors import (
 
 log = logging.getLogger("bowerbird.serve")
 
-# Absolute paths of two parts or more, up to a quote, a space or another mark that ends a word of a message.
+# Absolute paths of two parts or more, up to a quote or another mark that ends one in a message. A space ends one, too,
+# unless what follows has a slash: "/srv/my photos/cat.jpg".
+_PART = r"[^\s/\\'\"`<>|:;,()\[\]]"
 _PATH = re.compile(
-    r"(?<![\w.~/\\\]])(?:~|[A-Za-z]:)?[/\\](?!v1/|page/)[^\s/\\'\"`<>|:;,()\[\]]+[/\\][^\s'\"`<>|:;,()\[\]]*"
+    rf"(?<![\w.~/\\\]])(?:~|[A-Za-z]:)?[/\\](?!v1/|page/){_PART}+[/\\]"
+    rf"(?:(?:[/\\]|{_PART})+(?: (?={_PART}+[/\\]))?)*"
 )
 _ADDRESS = re.compile(r"\b(?!https?://)[a-z][a-z0-9+.-]*://[^\s'\"`<>]*", re.IGNORECASE)
+LONGEST = 2000  # characters of a detail: it may quote what a client sent
 MEDIA_TYPE = "application/problem+json"
 # The first class that fits decides.
 STATUS_OF = (
