@@ -1,6 +1,6 @@
 // Pictures that are dropped while "Add" is on become items; the file's name is the id.
 
-import { count } from "./dom.js";
+import { count, mebibytes } from "./dom.js";
 
 /** What the service takes in one request, with room for the form around the pictures. */
 function batches(files, { max_files: most, max_upload_bytes: bytes }) {
@@ -35,7 +35,7 @@ export async function addPictures(context, files, { metadata = {}, progress = ()
   const result = { added: [], replaced: [], unchanged: [], failed: {} };
   const fitting = files.filter((file) => {
     const fits = file.size <= gallery.max_upload_bytes * 0.9;
-    if (!fits) result.failed[file.name] = `it has ${Math.round(file.size / 2 ** 20)} MiB; the service takes ${Math.floor(gallery.max_upload_bytes / 2 ** 20)}`;
+    if (!fits) result.failed[file.name] = `it has ${mebibytes(file.size)}; the service takes ${mebibytes(gallery.max_upload_bytes)} at a time`;
     return fits;
   });
   const there = [];

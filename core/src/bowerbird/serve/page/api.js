@@ -99,7 +99,7 @@ export function createApi({ askToken }) {
 
   function next() {
     while (fetching < AT_ONCE && waiting.length > 0) {
-      const { id, size, resolve, reject } = waiting.pop(); // the newest first: it is what is looked at
+      const { id, size, resolve, reject } = waiting.shift();
       fetching += 1;
       fetchPicture(id, size)
         .then(resolve, reject)

@@ -124,11 +124,12 @@ async function route() {
         },
       },
     });
-    const cleanup = module.mount(root, scoped);
+    let cleanup = null;
     current.leave = () => {
       own.forEach((off) => off());
       cleanup?.();
     };
+    cleanup = module.mount(root, scoped);
   } catch (error) {
     console.error(error);
     if (mine === turn) fill(root, failure(error, () => location.reload()));

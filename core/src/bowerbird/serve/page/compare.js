@@ -52,7 +52,7 @@ export function mount(root, context) {
     }
     asked = performance.now();
     try {
-      const answer = await send(context.api, "/v1/compare", query, { k: K, signal });
+      const answer = await send(context, "/v1/compare", query, { k: K, signal });
       if (signal.aborted) return;
       draw(answer, query);
     } catch (error) {
@@ -109,7 +109,7 @@ export function mount(root, context) {
       "div",
       { class: "columns", data: { shown: chosen, testid: "columns" } },
       COLUMNS.map((name) => {
-        lists[name] = el("ol", { class: "found-list", "aria-label": titleOf(name, answer), data: { testid: `column-${name}` } });
+        lists[name] = el("ol", { class: "found-list", "aria-label": titleOf(name), data: { testid: `column-${name}` } });
         names[name] = el("div", { class: "column-head" });
         return el("section", { class: `column ${name}`, data: { column: name } }, names[name], lists[name]);
       }),
@@ -155,7 +155,7 @@ export function mount(root, context) {
     fill(head, verdict(answer, query));
     const merged = new Map(answer.merged.map((hit) => [hit.id, hit.rank]));
     for (const name of COLUMNS) {
-      fill(names[name], el("h2", {}, titleOf(name, answer)), el("p", { class: "muted small-text ellipsis" }, subtitleOf(name, answer)));
+      fill(names[name], el("h2", {}, titleOf(name)), el("p", { class: "muted small-text ellipsis" }, subtitleOf(name, answer)));
       const before = places(lists[name]);
       fill(
         lists[name],
@@ -253,9 +253,7 @@ export function mount(root, context) {
   };
 }
 
-function titleOf(name) {
-  return { old: "Old", new: "New, as far as filled", merged: "Served now" }[name];
-}
+const titleOf = (name) => ({ old: "Old model", new: "New model, as far as filled", merged: "Served now" })[name];
 
 function subtitleOf(name, answer) {
   return { old: answer.old_name, new: `${answer.new_name} · ${percent(answer.share)} of the items`, merged: `epoch ${number(answer.epoch)}` }[name];

@@ -105,6 +105,8 @@ export function percent(share, digits = 1) {
 export const decimal = (value, digits = 3) => value.toFixed(digits).replace("-", "\u2212");
 /** "1 item", "2 items" */
 export const count = (n, noun, plural = `${noun}s`) => `${number(n)} ${n === 1 ? noun : plural}`;
+/** 1.5 MiB */
+export const mebibytes = (bytes) => `${decimal(bytes / 2 ** 20, 1)} MiB`;
 /** Seconds in words: 45 s, 12 min, 3 h 20 min, 2 days 4 h */
 export function duration(seconds) {
   if (seconds < 1) return "under a second";

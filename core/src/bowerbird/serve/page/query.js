@@ -1,7 +1,8 @@
 // What is looked for: the bar with text, picture and filters, and the request that it makes. The address holds the query
 // (`text`, `item`, or `picture`, and `where`), so that it can be kept, shared, and walked by the browser's back button.
 
-import { button, el, fill, icon, put, shortId } from "./dom.js";
+import { ApiError } from "./api.js";
+import { button, el, fill, icon, mebibytes, put, shortId } from "./dom.js";
 
 // A picture cannot be in an address: it has a number there, and stays here as long as the page does.
 const pictures = new Map();
@@ -26,9 +27,13 @@ export function queryOf(params) {
 export const paramsOf = ({ picture, item, text, where }) => ({ picture, item, text, where });
 
 /** Ask the service. `path`: "/v1/search" or "/v1/compare". */
-export function send(api, path, query, { k, offset = 0, signal }) {
+export async function send({ api, gallery }, path, query, { k, offset = 0, signal }) {
   const where = Object.keys(query.where).length > 0 ? query.where : null;
   if (query.kind === "image") {
+    // Said here: a service that refuses a body closes the connection, and then the browser cannot say why.
+    if (query.file.size > gallery.max_upload_bytes) {
+      throw new ApiError(413, `The picture has ${mebibytes(query.file.size)}; the service takes ${mebibytes(gallery.max_upload_bytes)}.`);
+    }
     const data = new FormData();
     data.append("file", query.file, query.file.name || "picture");
     data.append("k", k);

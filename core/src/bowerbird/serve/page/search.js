@@ -58,7 +58,7 @@ export function mount(root, context) {
       wall.loading(12);
     }, shown === null && place.childElementCount === 0 ? 0 : 150); // what is quick does not flicker
     try {
-      const answer = await send(context.api, "/v1/search", query, { k: PAGE, signal });
+      const answer = await send(context, "/v1/search", query, { k: PAGE, signal });
       clearTimeout(waiting);
       if (signal.aborted) return;
       shown = answer;
@@ -78,7 +78,7 @@ export function mount(root, context) {
     more.setAttribute("aria-busy", "true");
     try {
       const offset = shown.offset ?? shown.hits.length;
-      const answer = await send(context.api, "/v1/search", query, { k: Math.min(PAGE, MOST - offset), offset, signal });
+      const answer = await send(context, "/v1/search", query, { k: Math.min(PAGE, MOST - offset), offset, signal });
       if (signal.aborted) return;
       const here = new Set(wall.items().map((hit) => hit.id));
       const first = wall.items().length;
