@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
-from httpx import Response
 from PIL import Image
 from serve_world import (
     begin_upgrade,
@@ -50,20 +49,20 @@ def client(tmp_path_factory: pytest.TempPathFactory, old_encoder: Path, photos: 
         yield found
 
 
-def add(client: Any, items: list[dict[str, Any]], files: list[bytes], *, on_error: str = "raise") -> Response:
+def add(client: Any, items: list[dict[str, Any]], files: list[bytes], *, on_error: str = "raise") -> Any:
     parts = [("items", (None, json.dumps(items)))]
     parts += [("files", (f"{number}.png", data, "image/png")) for number, data in enumerate(files)]  # type: ignore[misc]
-    answer: Response = client.post("/v1/items", params={"on_error": on_error}, files=parts)
+    answer: Any = client.post("/v1/items", params={"on_error": on_error}, files=parts)
     return answer
 
 
-def ok(answer: Response) -> dict[str, Any]:
+def ok(answer: Any) -> dict[str, Any]:
     assert answer.status_code == 200, answer.text
     found: dict[str, Any] = answer.json()
     return found
 
 
-def problem(answer: Response, status: int) -> str:
+def problem(answer: Any, status: int) -> str:
     assert answer.status_code == status, answer.text
     assert answer.headers["content-type"] == "application/problem+json"
     detail: str = answer.json()["detail"]
