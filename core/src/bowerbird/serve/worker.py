@@ -179,7 +179,10 @@ def plan(*, gallery: str, candidate: str, ref: str, device: str, label_key: str 
                 raise KeyboardInterrupt
             tell({"event": "step", "what": what, "done": done, "total": total})
 
-        made = make_plan(opened, new, old_encoder=old, label_key=label_key, sample=sample, progress=progress)
+        # The page draws what `watch` measures over this forecast: both are of one metric.
+        made = make_plan(
+            opened, new, old_encoder=old, label_key=label_key, metric="map@100", sample=sample, progress=progress
+        )
         note = {
             "candidate": candidate, "old": made.old["fingerprint"], "new": made.new["fingerprint"],
             "created_at": made.created_at, "bands": _bands(made),

@@ -13,6 +13,7 @@ export function mount(root, context) {
   let view = null;
   let job = null;
   let busy = false;
+  let acting = null; // the button whose answer is awaited
   let timer = null;
   let over = false;
 
@@ -61,9 +62,10 @@ export function mount(root, context) {
     return spaceNames([view.old, view.new].filter(Boolean)).get(space.fingerprint);
   }
 
-  async function act(path, body, done) {
+  async function act(path, body, done, by = null) {
     if (busy) return false;
     busy = true;
+    acting = by;
     shown();
     try {
       const answer = await api.post(path, body);
@@ -90,14 +92,14 @@ export function mount(root, context) {
   async function pause() {
     const { id, new_items: moved, items } = view;
     const text = `The worker commits what it has in hand, then stops at about ${percent(view.share, 0)}. Searches go on as now: ${count(moved, "item")} by the new vectors, ${number(items - moved)} by the old ones. Nothing is lost; resume at any time.`;
-    if (await confirm({ title: "Pause the upgrade?", text, action: "Pause" })) await act("/v1/upgrade/pause", { id }, "The upgrade is paused.");
+    if (await confirm({ title: "Pause the upgrade?", text, action: "Pause" })) await act("/v1/upgrade/pause", { id }, "The upgrade is paused.", buttons.pause);
   }
 
   async function resume() {
     const { id, items, new_items: moved, worker } = view;
     const rate = worker.rate ? ` At the last rate that takes about ${duration((items - moved) / worker.rate)}.` : "";
     const text = `A background worker encodes the ${count(items - moved, "item")} that ${items - moved === 1 ? "is" : "are"} left by ${nameOf(view.new)}.${rate}`;
-    if (await confirm({ title: "Resume the upgrade?", text, action: "Resume" })) await act("/v1/upgrade/resume", { id }, "The upgrade goes on.");
+    if (await confirm({ title: "Resume the upgrade?", text, action: "Resume" })) await act("/v1/upgrade/resume", { id }, "The upgrade goes on.", buttons.resume);
   }
 
   async function finish() {
@@ -107,7 +109,7 @@ export function mount(root, context) {
     const cost = accept ? `\n\n${count(left, "item")} could not be encoded: searches will no longer find ${left === 1 ? "it" : "them"}, until ${left === 1 ? "it gets a vector" : "they get vectors"}.` : "";
     const text = `Drops the ${count(oldVectors(), "old vector")}; there is no way back. From then on ${nameOf(view.new)} alone serves ${count(items - (accept ? left : 0), "item")}.${cost}`;
     const sure = await confirm({ title: "Finish the upgrade?", text, action: accept ? `Finish without ${number(left)}` : "Finish", danger: true });
-    if (sure) await act("/v1/upgrade/finish", { id, accept_failed: accept }, `Finished: ${nameOf(view.new)} serves the gallery.`);
+    if (sure) await act("/v1/upgrade/finish", { id, accept_failed: accept }, `Finished: ${nameOf(view.new)} serves the gallery.`, buttons.finish);
   }
 
   async function rollback() {
@@ -116,6 +118,7 @@ export function mount(root, context) {
     const text = `Drops the ${count(moved, "new vector")} that were made so far. ${back} serves every item again, with the exact results of before.`;
     if (!(await confirm({ title: "Roll the upgrade back?", text, action: "Roll back", danger: true }))) return;
     busy = true;
+    acting = buttons.rollback;
     shown();
     try {
       const answer = await api.post("/v1/upgrade/rollback", { id, leave_pending: false });
@@ -129,7 +132,7 @@ export function mount(root, context) {
       if (!pending) return refused(error);
       const more = `${error.detail}\n\nLeave such items without a vector? They stay in the gallery, and searches will not find them until they get one.`;
       if (await confirm({ title: "Some items have no old vector", text: more, action: "Leave them pending", danger: true })) {
-        await act("/v1/upgrade/rollback", { id, leave_pending: true }, `Rolled back: ${back} serves the gallery.`);
+        await act("/v1/upgrade/rollback", { id, leave_pending: true }, `Rolled back: ${back} serves the gallery.`, buttons.rollback);
       }
     }
   }
@@ -154,10 +157,8 @@ export function mount(root, context) {
     else showNone();
     showCurve();
     showFailures();
-    for (const one of Object.values(buttons)) {
-      one.disabled = busy;
-      one.setAttribute("aria-busy", String(busy));
-    }
+    for (const one of Object.values(buttons)) one.disabled = busy;
+    for (const one of [...Object.values(buttons), startButton]) one.setAttribute("aria-busy", String(busy && one === acting));
   }
 
   function showMoving() {
@@ -261,13 +262,15 @@ export function mount(root, context) {
     const measured = moving() || past ? view.curve : [];
     curve.hidden = !line && measured.length === 0;
     if (curve.hidden) return;
-    const byFirst = plan?.metric === "r1" && measured.length > 0;
-    const metric = byFirst || (plan?.metric === "r1" && !measured.length) ? "R@1" : measured.length ? "mAP@100" : plan?.metric === "map" ? "mAP" : "mAP@100";
-    const before = measured.length > 0 && !byFirst && view.level_before !== null ? view.level_before : (plan?.old_quality ?? null);
+    const byFirst = plan?.metric === "r1";
+    // A forecast of another measure than what is watched would lie beside the curve without meaning anything.
+    const foreign = measured.length > 0 && plan !== null && !["map@100", "r1"].includes(plan.metric);
+    const metric = byFirst ? "R@1" : measured.length > 0 || plan?.metric !== "map" ? "mAP@100" : "mAP";
+    const before = measured.length > 0 && !byFirst ? view.level_before : (plan?.old_quality ?? null);
     const labelled = line !== null || measured.some((point) => point.quality !== null);
     curveTitle.textContent = moving() ? "Quality on the way" : measured.length ? `The last upgrade, ${view.last ?? "ended"}` : "What the plan foresees";
     curveNote.textContent = line
-      ? `${measured.length ? "Measured on the watched queries, over the plan's forecast" : "Forecast"} of ${lineName(line)}${line.low ? "; the shaded band is its 95 % interval." : "."}`
+      ? `${measured.length ? "Measured on the watched queries, over the plan's forecast" : "Forecast"} of ${lineName(line)}${foreign ? `. The plan forecasts ${plan.metric === "map" ? "mAP over all results" : plan.metric}, another measure, which is left out.` : line.low ? "; the shaded band is its 95\u00a0% interval." : "."}`
       : measured.length
         ? "Measured on the watched queries."
         : "";
@@ -280,7 +283,7 @@ export function mount(root, context) {
         height: 200,
         format: (value) => decimal(value),
         lines: [
-          line && { name: "Forecast", tone: measured.length ? "forecast" : "quality", dashed: true, points: of(line.quality), band: line.low && line.high ? line.shares.map((x, place) => ({ x, low: line.low[place], high: line.high[place] })) : null },
+          line && !foreign && { name: "Forecast", tone: measured.length ? "forecast" : "quality", dashed: true, points: of(line.quality), band: line.low && line.high ? line.shares.map((x, place) => ({ x, low: line.low[place], high: line.high[place] })) : null },
           measured.length > 0 && { name: "Measured", tone: "quality", dots: true, points: point(byFirst ? "r1" : "quality") },
         ].filter(Boolean),
         levels: before === null ? [] : [{ name: "Before the upgrade", tone: "old", y: before }],
@@ -350,6 +353,7 @@ export function mount(root, context) {
   };
   const planButton = button("Plan", () => planIt(), { kind: "primary", data: { testid: "plan-start" } });
   const startButton = button("Start the upgrade", () => startIt(), { data: { testid: "upgrade-start" } });
+  const starting = el("span", { class: "muted small-text", hidden: true }, "Loading the new encoder and freezing the queries to watch\u2026");
   const advice = el("div", { class: "stack", "aria-live": "polite", data: { testid: "plan" } });
   const field = (label, input, hint = null, more = "") => el("label", { class: `field ${more}`.trim() }, el("span", {}, label), input, hint && el("span", { class: "muted hint" }, hint));
   let offered = "";
@@ -368,7 +372,7 @@ export function mount(root, context) {
       fill(form.candidate, candidates.map((name) => el("option", { value: name }, name)));
       if (job?.candidate && candidates.includes(job.candidate)) form.candidate.value = job.candidate;
       const all = [...new Set([key, ...(keys ?? [])].filter(Boolean))];
-      fill(form.label, el("option", { value: "" }, "none"), all.map((name) => el("option", { value: name }, name)));
+      fill(form.label, !key && el("option", { value: "" }, "none"), all.map((name) => el("option", { value: name }, name)));
       form.label.value = key ?? "";
       fill(
         start,
@@ -395,12 +399,14 @@ export function mount(root, context) {
             field("Most items per second", form.rate),
             field("Pause above negative flips, %", form.flips),
           ),
-          el("div", { class: "row" }, startButton),
+          el("div", { class: "row" }, startButton, starting),
         ),
       );
       showPlan();
     }
-    planButton.disabled = startButton.disabled = busy;
+    planButton.disabled = busy;
+    starting.hidden = !(busy && acting === startButton);
+    startButton.disabled = busy || job?.state === "running";
     if (curve.parentNode !== beside && candidates.length > 0) beside.append(curve);
   }
 
@@ -476,12 +482,12 @@ export function mount(root, context) {
         el(
           "table",
           { class: "table number", data: { testid: "plan-lines" } },
-          el("caption", { class: "hidden-text" }, "Forecast of quality by the share of moved items"),
-          el("thead", {}, el("tr", {}, ["Strategy", "at 0 %", "50 %", "100 %", "most negative flips"].map((name) => el("th", { scope: "col" }, name)))),
+          el("caption", { class: "hidden-text" }, "Forecast of quality by the share of moved items, and the largest share of negative flips on the way"),
+          el("thead", {}, el("tr", {}, ["Strategy", "0\u00a0%", "50\u00a0%", "100\u00a0%", "most flips"].map((name) => el("th", { scope: "col" }, name)))),
           el(
             "tbody",
             {},
-            plan.lines.map((line) =>
+            sorted(plan.lines).map((line) =>
               el("tr", { class: line.recommended ? "recommended" : null }, el("th", { scope: "row" }, lineName(line), line.recommended && el("span", { class: "badge right" }, "recommended")), el("td", {}, at(line, 0)), el("td", {}, at(line, 0.5)), el("td", {}, at(line, 1)), el("td", {}, most(line))),
             ),
           ),
@@ -497,6 +503,12 @@ export function mount(root, context) {
       return short(line.strategy) === "full" ? "Upgrade: encode everything, then switch" : `Upgrade by ${lineName(line)}`;
     }
     return { "do-not-upgrade": "Do not upgrade", "no-verdict": "No verdict" }[plan.recommendation] ?? sentenceCase(plan.recommendation);
+  }
+
+  /** The recommended line first, then by the area below the curve. */
+  function sorted(lines) {
+    const area = ({ shares, quality }) => shares.slice(1).reduce((sum, x, place) => sum + ((x - shares[place]) * (quality[place] + quality[place + 1])) / 2, 0);
+    return [...lines].sort((a, b) => b.recommended - a.recommended || area(b) - area(a));
   }
 
   async function loadPlan() {
@@ -558,7 +570,7 @@ export function mount(root, context) {
       label_key: form.label.value || null,
       rate: form.rate.value ? Number(form.rate.value) : null,
       max_nfr: form.flips.value ? Number(form.flips.value) / 100 : null,
-    });
+    }, null, startButton);
   }
 
   // ---------------------------------------------------------------------------------------------------- live
