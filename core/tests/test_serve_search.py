@@ -584,7 +584,7 @@ def test_a_decoder_that_takes_too_long_or_is_killed_costs_one_request(tmp_path):
         return [await decoders.prepare(picture_bytes(number), [how]) for number in range(3)]
 
     assert decoding.BASE_MEMORY < 4 << 30
-    found = asyncio.run(_with_decoders(story, decode_seconds=1.0, max_pixels=10_000))
+    found = asyncio.run(_with_decoders(story, decode_seconds=3.0, max_pixels=10_000))
     for number, (array,) in enumerate(found):
         assert array.tobytes() == how(open_image(picture_bytes(number))).tobytes()
 

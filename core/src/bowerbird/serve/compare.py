@@ -86,8 +86,8 @@ def compare(gallery: Gallery, service: SearchService, snapshot: Snapshot, asked:
     found: list[SearchResult] = []
     for view in (old, new, snapshot):
         # Each system is asked with its own vectors: others might reach it by a relation, and that is not that system.
-        needs = service.state(view).needs
-        vectors = {name: np.asarray(asked.vectors[name])[None] for name in needs if name in asked.vectors}
+        own = {*service.state(view).needs, *view.stack}
+        vectors = {name: np.asarray(asked.vectors[name])[None] for name in own if name in asked.vectors}
         found.append(service.search(vectors=vectors, k=top, where=asked.search.where, snapshot=view))
     without = -1 if asked.item is None else asked.item.num
     nums = [[num for num in result.nums[0].tolist() if num >= 0 and num != without] for result in found]

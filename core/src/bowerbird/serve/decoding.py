@@ -141,7 +141,7 @@ class Decoders:
             max_workers=self.settings.decoders,
             initializer=_confine,
             initargs=(BASE_MEMORY + BYTES_PER_PIXEL * self.settings.max_pixels,),
-            context=context,  # type: ignore[arg-type]
+            context=context,
         )
 
     async def _call(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -156,7 +156,7 @@ class Decoders:
                     future = pool.schedule(function, args=args, timeout=max(seconds, START_SECONDS * (not args)))
                 except RuntimeError as error:
                     raise BrokenProcessPool(str(error)) from error
-                return await asyncio.wrap_future(future)  # type: ignore[arg-type]
+                return await asyncio.wrap_future(future)
             except BrokenProcessPool:
                 if last:
                     raise

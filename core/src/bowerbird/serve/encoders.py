@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -18,23 +18,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bowerbird.data.images import Preprocessing
-from bowerbird.errors import BowerbirdError, DataError, InputError, SpaceError
+from bowerbird.errors import BowerbirdError, DataError, InputError, PluginError, SpaceError, UnknownNameError
 from bowerbird.gallery.gallery import Gallery
 from bowerbird.gallery.space import Space
 from bowerbird.registry import get_registry
 from bowerbird.serve.batching import Batcher
 from bowerbird.serve.metrics import Metrics
+from bowerbird.serve.problems import ProblemError
 from bowerbird.serve.schemas import Accepts
 from bowerbird.serve.settings import ServeSettings
 from bowerbird.upgrade.encoding import ItemEncoder
-from bowerbird.upgrade.serve import SearchService
+from bowerbird.upgrade.serve import SearchService, ServingState
 
 if TYPE_CHECKING:
     from bowerbird.encoders import LoadedEncoder
+    from bowerbird.gallery.protocol import Snapshot
 
 log = logging.getLogger("bowerbird.serve")
 
 TRY_AGAIN = 30.0  # seconds after which an encoder that could not be loaded is tried once more
+UNUSED_SECONDS = 60.0  # longer than any request that has begun with an encoder
 TEXTS_AT_ONCE = 64
 
 
@@ -51,10 +54,16 @@ class Encoders:
         self._loaded: dict[str, _Served] = {}
         self._loading: dict[str, asyncio.Task[LoadedEncoder]] = {}
         self._failed: dict[str, tuple[float, SpaceError]] = {}
+        self._last_needed: dict[str, float] = {}
         self.service = self._new_service()
 
     async def __aenter__(self) -> Self:
-        for fingerprint in (await asyncio.to_thread(self.service.state)).needs:
+        try:
+            needs = (await asyncio.to_thread(self.service.state)).needs
+        except BowerbirdError as error:  # an upgrade can still be looked at, and rolled back
+            log.warning("this gallery cannot be searched now: %s", error)
+            return self
+        for fingerprint in needs:
             with contextlib.suppress(SpaceError):  # said in the log; searches by vectors and by items go on
                 await self.get(self.gallery.snapshot().spaces[fingerprint])
         return self
@@ -63,8 +72,7 @@ class Encoders:
         for task in self._loading.values():
             task.cancel()
         for served in self._loaded.values():
-            await served.pictures.stop()
-            await served.texts.stop()
+            await served.stop()
         await asyncio.to_thread(self._thread.shutdown, cancel_futures=True)
 
     # ------------------------------------------------------------------------------------------------------ loading
@@ -91,6 +99,7 @@ class Encoders:
             raise SpaceError(str(failed[1]))
         if fingerprint not in self._loading:
             self._loading[fingerprint] = asyncio.create_task(self._load(space))
+            self._loading[fingerprint].add_done_callback(lambda task: task.cancelled() or task.exception())
         return await asyncio.shield(self._loading[fingerprint])  # one who goes away does not end it for the others
 
     async def load(self, reference: str) -> LoadedEncoder:
@@ -109,6 +118,20 @@ class Encoders:
         self._loaded[encoder.fingerprint] = served
         self._failed.pop(encoder.fingerprint, None)
         self.service = self._new_service()
+
+    async def keep(self, needed: Collection[str]) -> None:
+        """Forget encoders that searches needed once, and have not needed for ``UNUSED_SECONDS``: after an upgrade was
+        finished or rolled back. To be called now and then."""
+        now = time.monotonic()
+        self._last_needed |= dict.fromkeys(needed, now)
+        for fingerprint, last in list(self._last_needed.items()):
+            if now - last < UNUSED_SECONDS:
+                continue
+            del self._last_needed[fingerprint]
+            served = self._loaded.pop(fingerprint, None)
+            if served is not None:
+                self.service = self._new_service()
+                await served.stop()
 
     async def _load(self, space: Space) -> LoadedEncoder:
         try:
@@ -141,6 +164,14 @@ class Encoders:
         return SearchService(self.gallery, [served.encoder for served in self._loaded.values()], loader=load)
 
     # ----------------------------------------------------------------------------------------------------- encoding
+
+    def state(self, snapshot: Snapshot) -> ServingState:
+        """What a search of ``snapshot`` does. Raises ``ProblemError`` 409 where its upgrade's strategy is not installed
+        here."""
+        try:
+            return self.service.state(snapshot)
+        except (UnknownNameError, PluginError) as error:
+            raise ProblemError(409, f"this service cannot search during this upgrade: {error}") from error
 
     def accepts(self) -> Accepts:
         """By what the gallery can be searched now. Videos are no uploads: none is decoded for a stranger."""
@@ -204,6 +235,10 @@ class _Served:
             self._encode_texts, thread, most=TEXTS_AT_ONCE, seen=seen
         )
 
+    async def stop(self) -> None:
+        await self.pictures.stop()
+        await self.texts.stop()
+
     def _encode(self, prepared: Sequence[NDArray[np.float32]]) -> list[NDArray[np.float32] | Exception]:
         import torch
 
@@ -218,7 +253,7 @@ class _Served:
         return self._usable(self.encoder.forward({"text": self.encoder.module.tokenize(list(texts))}))  # type: ignore
 
     def _usable(self, vectors: NDArray[np.float32]) -> list[NDArray[np.float32] | Exception]:
-        good = np.isfinite(vectors).all(axis=1) & vectors.any(axis=1)
+        good: list[bool] = (np.isfinite(vectors).all(axis=1) & vectors.any(axis=1)).tolist()
         return [
             vector if usable else DataError("the encoder gives no usable vector (NaN, infinite or zero) for this")
             for vector, usable in zip(vectors, good, strict=True)

@@ -137,7 +137,7 @@ class Engine:
 
     async def compare_item(self, search: ItemSearch) -> CompareResponse:
         item = await self._item(search.id)
-        return await self._compared(lambda needs: self._vectors_of_item(item, needs), search, item)
+        return await self._compared(lambda needs: self._vectors_of_item(item, needs, all_of_them=True), search, item)
 
     def describe(self, nums: Iterable[int]) -> dict[int, Item]:
         """Items by number, those included that were deleted since a search found them. Blocks."""
@@ -148,7 +148,7 @@ class Engine:
     def _needs(self) -> list[Space]:
         """The spaces in which a query is needed now. Blocks."""
         snapshot = self.gallery.snapshot()
-        return [snapshot.spaces[name] for name in self.encoders.service.state(snapshot).needs]
+        return [snapshot.spaces[name] for name in self.encoders.state(snapshot).needs]
 
     async def _encoded(self, kind: str, encode: Encode, search: Search) -> SearchResponse:
         _check(search)
@@ -200,9 +200,12 @@ class Engine:
             raise ProblemError(404, f"the gallery has no item {name[:200]!r}")
         return item
 
-    async def _vectors_of_item(self, item: Item, needs: Sequence[Space]) -> Vectors:
-        vectors = await asyncio.to_thread(self._stored_vectors, item.num, [space.fingerprint for space in needs])
+    async def _vectors_of_item(self, item: Item, needs: Sequence[Space], *, all_of_them: bool = False) -> Vectors:
+        names = [space.fingerprint for space in needs]
+        vectors, enough = await asyncio.to_thread(self._stored_vectors, item.num, names)
         missing = [space for space in needs if space.fingerprint not in vectors]
+        if enough and not all_of_them:
+            missing = []
         if missing and item.uri is not None:
             try:
                 vectors |= await self._picture_of(item.uri)(missing)
@@ -214,8 +217,12 @@ class Engine:
             raise ProblemError(409, f"item {item.id[:200]!r} has no vector, and no picture that could be encoded now")
         return vectors
 
-    def _stored_vectors(self, num: int, needs: Sequence[str]) -> Vectors:
-        """Of an item: in the needed spaces; where it has none there, in those of the gallery's other spaces."""
+    def _stored_vectors(self, num: int, needs: Sequence[str]) -> tuple[Vectors, bool]:
+        """Of an item: in the needed spaces; where it has none there, in those of the gallery's other spaces.
+
+        And whether they are enough: all that are needed, or (a lifted space is not encoded in) one in every space that
+        is searched.
+        """
         snapshot = self.gallery.snapshot()
         found: Vectors = {}
         for name in (*needs, *snapshot.stack):
@@ -226,7 +233,8 @@ class Engine:
                 if num < snapshot.num_limit and rows.contains(np.array([num]))[0]:
                     found[name] = rows.vectors_of(np.array([num]))[0]
                     break
-        return found
+        searched = {part.space.fingerprint for part in snapshot.served_parts if part.count}
+        return found, found.keys() >= set(needs) or found.keys() >= searched
 
     # --------------------------------------------------------------------------------------------- the search thread
 
@@ -254,7 +262,7 @@ class Engine:
             where = query.search.where
             key = (query.top, json.dumps(where, sort_keys=True) if where else None, tuple(rows))
             together[key].append((position, rows))
-        share = service.state(snapshot).share
+        share = self.encoders.state(snapshot).share
         for (top, _, names), members in together.items():
             first = queries[members[0][0]]
             start = time.perf_counter()
@@ -284,6 +292,7 @@ class Engine:
         _check(search)
         for attempt in range(ATTEMPTS):
             snapshot = await asyncio.to_thread(self.gallery.snapshot)
+            await asyncio.to_thread(self.encoders.state, snapshot)  # raises where it cannot be searched at all
             needs = await asyncio.to_thread(compared_spaces, self.encoders.service, snapshot)
             vectors = await encode(needs)
             start = time.perf_counter()
@@ -306,23 +315,26 @@ class Engine:
     # ------------------------------------------------------------------------------------------- upgrades of others
 
     async def _follow(self) -> None:
-        """Load the new encoder of an upgrade that another process has begun, before a search has to wait for it."""
+        """Load the new encoder of an upgrade that another process has begun, before a search has to wait for it; and
+        forget the old one some time after the end."""
         while True:
             await asyncio.sleep(FOLLOW_SECONDS)
             try:
-                for space in await asyncio.to_thread(self._soon_needed):
+                needed = await asyncio.to_thread(self._soon_needed)
+                await self.encoders.keep([space.fingerprint for space in needed])
+                for space in needed:
                     await self.encoders.get(space)
-            except BowerbirdError:  # the log has it; searches by vectors go on
+            except (BowerbirdError, ProblemError):  # the log has it; searches by vectors go on
                 continue
             except Exception:
                 log.exception("the service could not look for encoders that are needed")
 
     def _soon_needed(self) -> list[Space]:
         snapshot = self.gallery.snapshot()
-        soon = list(self.encoders.service.state(snapshot).needs)
+        soon = list(self.encoders.state(snapshot).needs)
         if snapshot.upgrade is not None and not snapshot.write_space.lifted:
             soon.append(snapshot.write_space.fingerprint)
-        return [snapshot.spaces[name] for name in dict.fromkeys(soon) if not self.encoders.known(name)]
+        return [snapshot.spaces[name] for name in dict.fromkeys(soon)]
 
 
 class _MissingVectorsError(ProblemError):
