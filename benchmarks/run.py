@@ -4,8 +4,8 @@
     python benchmarks/run.py gallery_search  only these
 
 Each measures its subject and its limit in turns in one process, and states the limit that it is held against.
-Those of LONG take from minutes to an hour, and run only when they are named. benchmarks/scale_growth.py is run by hand:
-it needs a folder with room for 25 GB, and resumes where it ended.
+Those of LONG and MINUTES take from minutes to an hour, and run only when they are named. benchmarks/scale_growth.py is
+run by hand: it needs a folder with room for 25 GB, and resumes where it ended.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from pathlib import Path
 HERE = Path(__file__).parent
 LONG = ("serve_share_exact", "serve_share_ivf", "serve_share_hnsw")  # 1M items
 SHORT = ("cli_startup", "gallery_search", "gallery_ann", "gallery_add", "gallery_open", "serve_passes", "scale_shards")
+MINUTES = ("serve_upgrade",)  # ten
 STEPS = ("compat_losses", "mim_steps", "mim_data_wait", "dsu_step", "mimdet_sampling", "soft_topk", "spartan_step")
+HTTP = ("serve_http",)
 VIDEO = ("videotext_steps", "videotext_data")
 DETECTION = ("acsl_loss", "deformable_attention", "detector_inference")
-ONE_CORE = (*SHORT, *LONG, *STEPS, *DETECTION, *VIDEO)
+ONE_CORE = (*SHORT, *LONG, *MINUTES, *STEPS, *DETECTION, *VIDEO, *HTTP)
 TWO_CORES = ("transforms", "sparse_vit")
-ALL = (*SHORT, "embed", "upgrade_run", "upgrade_workers", *STEPS, *DETECTION, *VIDEO, *TWO_CORES)
+ALL = (*SHORT, "embed", "upgrade_run", "upgrade_workers", *STEPS, *DETECTION, *VIDEO, *HTTP, *TWO_CORES)
 
 
 def measure(name: str) -> None:
@@ -46,7 +48,7 @@ def measure(name: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", choices=[*ALL, *LONG, []], help="default: all but the long ones")
+    parser.add_argument("names", nargs="*", choices=[*ALL, *LONG, *MINUTES, []], help="default: all but the long ones")
     options = parser.parse_args()
     for name in options.names or ALL:
         measure(name)
