@@ -27,6 +27,7 @@ from bowerbird.errors import DataError, InputError, StoreUnavailableError
 from bowerbird.serve import guard as guard_module
 from bowerbird.serve import problems, protocol
 from bowerbird.serve.access import Access, Caller, new_token, read_tokens
+from bowerbird.serve.app import create_app
 from bowerbird.serve.depends import Admin, Reader, Writer
 from bowerbird.serve.guard import POLICY, guard
 from bowerbird.serve.metrics import Metrics
@@ -276,6 +277,79 @@ def test_a_token_file_that_everybody_can_write_is_refused(tmp_path: Path) -> Non
         read_tokens(file)
 
 
+OPEN = ("/health", "/ready")  # nobody is asked who they are
+
+
+def needed_role(method: str, path: str) -> str:
+    """As the interface promises: looking and searching, changing items, deciding about upgrades."""
+    if method == "GET" or path.startswith(("/v1/search/", "/v1/compare/")):
+        return "read"
+    return "write" if path.startswith("/v1/items") else "admin"
+
+
+def whole_app(tmp_path: Path, **parts: Any) -> tuple[FastAPI, dict[str, str]]:
+    """The application itself, not started: enough for what is refused. With it a token of every role."""
+    file, tokens = token_file(tmp_path, read="read", write="write", admin="admin")
+    settings = ServeSettings(gallery="unused", tokens=file, requests_per_minute=0)
+    app = create_app(settings)
+    app.state.server = SimpleNamespace(
+        settings=settings,
+        access=Access(settings),
+        metrics=Metrics(_Gallery()),  # type: ignore[arg-type]
+        **parts,
+    )
+    return app, tokens
+
+
+def test_every_operation_asks_for_its_role(tmp_path: Path) -> None:
+    app, tokens = whole_app(tmp_path)
+    client = client_of(app)
+    operations = [
+        (method.upper(), path)
+        for path, methods in app.openapi()["paths"].items()
+        for method in methods
+        if path not in OPEN
+    ]
+    assert len(operations) > 20
+    for method, path in operations:
+        body: dict[str, Any] = {} if method == "GET" else {"json": {}}
+        is_problem(client.request(method, path, **body), 401)
+        needed = needed_role(method, path)
+        for role in ("read", "write", "admin"):
+            if role == needed:
+                break
+            is_problem(client.request(method, path, headers=bearer(tokens[role]), **body), 403)
+
+
+def test_every_act_of_an_administrator_is_noted_before_it_is_done(tmp_path: Path) -> None:
+    class Refusing:
+        """A ``Control`` that does nothing."""
+
+        def __getattr__(self, name: str) -> Any:
+            async def refuse(*_: Any) -> None:
+                raise problems.ProblemError(409, f"{len(store.lines)} acts are noted")
+
+            return refuse
+
+    store = _Lines()
+    app, tokens = whole_app(tmp_path, control=Refusing())
+    app.state.server.access.storage = store
+    client, noted = client_of(app), 0
+    for path, methods in app.openapi()["paths"].items():
+        if "post" in methods and needed_role("POST", path) == "admin":
+            noted += 1
+            answer = client.post(path, json=BODIES.get(path, {"id": 7}), headers=bearer(tokens["admin"]))
+            is_problem(answer, 409)
+            assert answer.json()["detail"] == f"{noted} acts are noted"
+    assert noted == 7
+    acts = [json.loads(line) for _, line in store.lines]
+    assert {entry["caller"] for entry in acts} == {"admin"}
+    assert [entry["act"] for entry in acts].count("finish") == 1
+
+
+BODIES = {"/v1/upgrade/plan": {"candidate": "new"}, "/v1/upgrade/start": {"candidate": "new"}}
+
+
 # --------------------------------------------------------------------------------------------------- behind a proxy
 
 
@@ -292,7 +366,9 @@ def test_a_user_that_the_proxy_names_has_the_role_of_the_file_or_may_read(tmp_pa
 def test_the_proxy_header_is_believed_from_the_proxy_alone(tmp_path: Path) -> None:
     file, _ = token_file(tmp_path)
     app = small_app(tokens=file, proxy_header="X-User", host="0.0.0.0")
-    for address, status in (("10.1.2.3", 200), ("127.0.0.1", 200), ("10.2.0.1", 401), ("203.0.113.9", 401)):
+    believed = ("10.1.2.3", "127.0.0.1", "::1", "::ffff:10.1.2.3", "::ffff:127.0.0.1")
+    others = ("10.2.0.1", "203.0.113.9", "::ffff:10.2.0.1", "fe80::1", "testclient")
+    for address, status in [*((one, 200) for one in believed), *((one, 401) for one in others)]:
         answer = client_of(app, address).get("/v1/who", headers={"X-User": "ada@example.org"})
         assert answer.status_code == status, address
 

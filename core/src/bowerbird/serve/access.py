@@ -251,13 +251,15 @@ class Access:
         return found
 
     def _is_proxy(self, address: str) -> bool:
-        if address == "unix" or is_loopback(address):
+        if address == "unix":
             return True
         try:
             ip = ipaddress.ip_address(address)
         except ValueError:
             return False
-        return self.tokens is not None and any(ip in network for network in self.tokens.proxies)
+        if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:  # a socket for both versions says so
+            ip = ip.ipv4_mapped
+        return ip.is_loopback or (self.tokens is not None and any(ip in network for network in self.tokens.proxies))
 
     def _too_many(self, what: str, key: str, limit: RateLimitItemPerMinute | None = None) -> ProblemError:
         item = limit or self._limit

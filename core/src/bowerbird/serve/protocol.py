@@ -87,6 +87,9 @@ class Protocol(HttpToolsProtocol):
     def _refuse(self, status: int, detail: str) -> None:
         if self.transport.is_closing():
             return
+        if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
+            self.transport.abort()  # in the midst of an answer there is no place for another one
+            return
         response = problems.problem(status, detail)
         head: list[Any] = [*response.raw_headers, *HEADERS, NO_STORE, (b"connection", b"close")]
         lines = b"".join(name + b": " + value + b"\r\n" for name, value in head)
