@@ -84,7 +84,13 @@ def test_the_buttons_of_an_upgrade_are_reached_and_answered_by_keys(world: Any, 
 
 
 PLACES = ("#/search?item=ring-03.png", "#/compare?item=ring-03.png", "#/upgrade", "#/spaces", "#/map")
-READY = {"search": "hit", "compare": "found", "upgrade": "upgrade-facts", "spaces": "matrix", "map": "map-canvas"}
+READY = {  # the selector of what a view is about
+    "search": "[data-testid=hit]",
+    "compare": "[data-testid=column-merged] [data-testid=found]",
+    "upgrade": "[data-testid=upgrade-facts]",
+    "spaces": "[data-testid=matrix]",
+    "map": "[data-testid=map-legend] li",
+}
 
 
 def test_on_a_phone_nothing_is_wider_than_the_screen_and_everything_can_be_touched(
@@ -93,7 +99,7 @@ def test_on_a_phone_nothing_is_wider_than_the_screen_and_everything_can_be_touch
     page = open_page(world.half_way, PLACES[0], viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
     for view, place in zip(VIEWS, PLACES, strict=True):
         page.goto(f"{world.half_way.url}/{place}")
-        page.get_by_test_id(READY[view]).first.wait_for()
+        page.locator(READY[view]).first.wait_for(timeout=120_000)  # spaces and map are measured at a low priority
         widths = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
         assert widths == [360, 360], (view, widths)
         targets = page.evaluate(TARGETS)

@@ -96,6 +96,7 @@ export function mount(root, context) {
 
   function tell(answer) {
     const n = wall.items().length;
+    stale.hidden = context.gallery.epoch <= answer.epoch; // it may have changed while the answer was on its way
     more.hidden = !answer.more || (shown.offset ?? shown.hits.length) >= MOST;
     fill(
       status,
