@@ -65,8 +65,8 @@ export function mount(root, context) {
   function noUpgrade() {
     return empty({
       symbol: "compare",
-      title: "There is one model now",
-      text: "While an upgrade is under way, this shows what the old model finds, what the new one finds, and what is served, side by side.",
+      title: "There is nothing to compare now",
+      text: "One model serves. While an upgrade is under way, this shows what the old model finds, what the new one finds, and what is served, side by side.",
       actions: [button("To the upgrade", () => context.navigate("upgrade"), { kind: "primary" }), button("Search instead", () => context.navigate("search", context.params))],
     });
   }
@@ -253,7 +253,7 @@ export function mount(root, context) {
   };
 }
 
-const titleOf = (name) => ({ old: "Old model", new: "New model, as far as filled", merged: "Served now" })[name];
+const titleOf = (name) => ({ old: "Old model", new: "New model", merged: "Served now" })[name];
 
 function subtitleOf(name, answer) {
   return { old: answer.old_name, new: `${answer.new_name} · ${percent(answer.share)} of the items`, merged: `epoch ${number(answer.epoch)}` }[name];

@@ -99,7 +99,7 @@ export const number = (value) => whole.format(value);
 /** 0.1234 -> 12.3 %; 1 -> 100 % */
 export function percent(share, digits = 1) {
   const text = (100 * share).toFixed(digits);
-  return `${text.includes(".") ? text.replace(/\.?0+$/, "") : text} %`;
+  return `${text.includes(".") ? text.replace(/\.?0+$/, "") : text}\u00a0%`;
 }
 /** Cosines and the like. */
 export const decimal = (value, digits = 3) => value.toFixed(digits).replace("-", "\u2212");

@@ -215,6 +215,6 @@ function filterFields(context, add) {
     key,
     el("span", { "aria-hidden": "true" }, "="),
     value,
-    el("button", { type: "submit", class: "button", data: { testid: "filter-add" } }, "Add filter"),
+    el("button", { type: "submit", class: "button", data: { testid: "filter-add" } }, "Add"),
   );
 }
