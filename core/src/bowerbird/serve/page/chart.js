@@ -20,13 +20,14 @@ function svg(tag, attributes = {}, ...children) {
 const known = (value) => value !== null && value !== undefined && Number.isFinite(value);
 
 /** Round numbers that span the values: {low, high, ticks}. */
-export function scaleOf(values, { zero = false, wanted = 4 } = {}) {
+export function scaleOf(values, { zero = false, least = 0.01, wanted = 4 } = {}) {
   const real = values.filter(known);
   let low = Math.min(...real);
   let high = Math.max(...real);
   if (real.length === 0) [low, high] = [0, 1];
   if (zero) low = Math.min(0, low);
-  if (high - low < 0.01) [low, high] = zero ? [low, low + 0.01] : [low - 0.005, high + 0.005];
+  const missing = least - (high - low);
+  if (missing > 0) [low, high] = zero ? [low, low + least] : [low - missing / 2, high + missing / 2];
   const rough = (high - low) / wanted;
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 2.5, 5, 10].map((factor) => factor * power).find((size) => size >= rough * 0.999);
@@ -49,7 +50,7 @@ export function valueAt(points, x) {
 
 /**
  * `root` gets the chart. `draw(model)`:
- *   {label, now: share|null, panels: [{title, height, zero, digits, format(value),
+ *   {label, now: share|null, panels: [{title, height, zero, least, format(value),
  *     lines: [{name, tone, dashed, dots, points: [{x, y}], band: [{x, low, high}]|null}], levels: [{name, tone, y}]}]}
  * Shares are 0 to 1. `tone` is a class of live.css. Returns {draw, close}.
  */
@@ -112,7 +113,7 @@ export function chart(root) {
         ...line.points.map((point) => point.y),
         ...(line.band ?? []).flatMap((point) => [point.low, point.high]),
       ]);
-      panel.scale = scaleOf([...values, ...panel.levels.map((level) => level.y)], { zero: panel.zero });
+      panel.scale = scaleOf([...values, ...panel.levels.map((level) => level.y)], { zero: panel.zero, least: panel.least });
       const span = panel.scale.high - panel.scale.low;
       panel.down = (value) => panel.bottom - ((value - panel.scale.low) / span) * panel.height;
       drawn.push(drawPanel(panel));

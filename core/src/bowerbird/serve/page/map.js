@@ -56,6 +56,7 @@ export function mount(root, context) {
   let hovered = -1;
   let chosen = -1;
   let byKeys = false;
+  let pictured = false; // whether the points in view are shown as pictures
   let asked = 0;
   let turn = 0;
   let stop = new AbortController();
@@ -274,6 +275,7 @@ export function mount(root, context) {
   function over(drawing, camera) {
     if (!data) return;
     const few = camera.scale > 1.5 * camera.fit || data.ids.length <= PICTURES ? plot.inside(PICTURES) : null;
+    pictured = few !== null && few.length > 0;
     if (few) for (const place of few) drawPicture(drawing, place);
     for (const [place, width] of [[hovered, 2], [chosen, 3]]) {
       if (place < 0) continue;
@@ -281,7 +283,7 @@ export function mount(root, context) {
       if (few) drawPicture(drawing, place);
       ring(drawing, px, py, few && pictures.get(data.ids[place]) instanceof Image ? 0 : plot.radius() + 3, width);
     }
-    if (byKeys && document.activeElement === canvas) {
+    if (byKeys && chosen < 0 && document.activeElement === canvas) {
       const [px, py] = [camera.width / 2, camera.height / 2];
       drawing.strokeStyle = color("ink");
       drawing.lineWidth = 1.5;
@@ -315,6 +317,11 @@ export function mount(root, context) {
     drawing.fillStyle = groups[groupOf(place)]?.color ?? color("line");
     drawing.fillRect(px - width / 2 - 2, py - height / 2 - 2, width + 4, height + 4);
     drawing.drawImage(image, px - width / 2, py - height / 2, width, height);
+  }
+
+  /** The point under the pointer; pictures are larger than points. */
+  function pointAt(px, py, touched = false) {
+    return plot.at(px, py, pictured ? PICTURE / 2 : touched ? 22 : 12);
   }
 
   function groupOf(place) {
@@ -380,8 +387,14 @@ export function mount(root, context) {
     const place = chosen >= 0 ? chosen : hovered;
     if (place < 0 || card.hidden || !data) return;
     const [px, py] = plot.toCanvas(place);
+    card.classList.toggle("flat", plot.camera.width < 480);
     const [width, height] = [card.offsetWidth, card.offsetHeight];
-    const gap = plot.radius() + 12;
+    if (plot.camera.width < 480) {
+      card.style.left = "8px";
+      card.style.top = `${py > plot.camera.height / 2 ? 8 : plot.camera.height - height - 8}px`;
+      return;
+    }
+    const gap = (pictured ? PICTURE / 2 : plot.radius()) + 12;
     const left = px + gap + width > plot.camera.width ? px - gap - width : px + gap;
     card.style.left = `${Math.max(8, Math.min(plot.camera.width - width - 8, left))}px`;
     card.style.top = `${Math.max(8, Math.min(plot.camera.height - height - 8, py - height / 2))}px`;
@@ -407,7 +420,7 @@ export function mount(root, context) {
     const here = placeOf(event);
     const before = pointers.get(event.pointerId);
     if (!before) {
-      if (event.pointerType !== "touch" && data) hover(plot.at(...here));
+      if (event.pointerType !== "touch" && data) hover(pointAt(...here));
       return;
     }
     dragged += Math.hypot(here[0] - before[0], here[1] - before[1]);
@@ -428,7 +441,7 @@ export function mount(root, context) {
     const [px, py] = placeOf(event);
     const tap = pointers.delete(event.pointerId) && pointers.size === 0 && dragged <= 6 && event.type === "pointerup";
     canvas.classList.remove("dragging");
-    if (tap && data) choose(plot.at(px, py, event.pointerType === "touch" ? 22 : 12));
+    if (tap && data) choose(pointAt(px, py, event.pointerType === "touch"));
   };
   canvas.addEventListener("pointerup", lift);
   canvas.addEventListener("pointercancel", lift);

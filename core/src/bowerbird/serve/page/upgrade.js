@@ -269,11 +269,10 @@ export function mount(root, context) {
     const before = measured.length > 0 && !byFirst ? view.level_before : (plan?.old_quality ?? null);
     const labelled = line !== null || measured.some((point) => point.quality !== null);
     curveTitle.textContent = moving() ? "Quality on the way" : measured.length ? `The last upgrade, ${view.last ?? "ended"}` : "What the plan foresees";
-    curveNote.textContent = line
-      ? `${measured.length ? "Measured on the watched queries, over the plan's forecast" : "Forecast"} of ${lineName(line)}${foreign ? `. The plan forecasts ${plan.metric === "map" ? "mAP over all results" : plan.metric}, another measure, which is left out.` : line.low ? "; the shaded band is its 95\u00a0% interval." : "."}`
-      : measured.length
-        ? "Measured on the watched queries."
-        : "";
+    const watched = "Measured on the watched queries";
+    if (!line) curveNote.textContent = measured.length > 0 ? `${watched}.` : "";
+    else if (foreign) curveNote.textContent = `${watched}. The plan's forecast is of ${plan.metric === "map" ? "mAP over all results" : plan.metric}, another measure, and is left out.`;
+    else curveNote.textContent = `${measured.length > 0 ? `${watched}, over the plan's forecast` : "Forecast"} of ${lineName(line)}${line.low ? "; the shaded band is its 95\u00a0% interval." : "."}`;
     const point = (key) => measured.map((entry) => ({ x: entry.share, y: entry[key] }));
     const of = (values) => values.map((y, place) => ({ x: line.shares[place], y }));
     const panels = [];
@@ -281,6 +280,7 @@ export function mount(root, context) {
       panels.push({
         title: `Quality, ${metric}`,
         height: 200,
+        least: 0.05, // a change in the third digit must not look like a cliff
         format: (value) => decimal(value),
         lines: [
           line && !foreign && { name: "Forecast", tone: measured.length ? "forecast" : "quality", dashed: true, points: of(line.quality), band: line.low && line.high ? line.shares.map((x, place) => ({ x, low: line.low[place], high: line.high[place] })) : null },
@@ -354,7 +354,7 @@ export function mount(root, context) {
   const planButton = button("Plan", () => planIt(), { kind: "primary", data: { testid: "plan-start" } });
   const startButton = button("Start the upgrade", () => startIt(), { data: { testid: "upgrade-start" } });
   const starting = el("span", { class: "muted small-text", hidden: true }, "Loading the new encoder and freezing the queries to watch\u2026");
-  const advice = el("div", { class: "stack", "aria-live": "polite", data: { testid: "plan" } });
+  const advice = el("div", { class: "stack advice", "aria-live": "polite", data: { testid: "plan" } });
   const field = (label, input, hint = null, more = "") => el("label", { class: `field ${more}`.trim() }, el("span", {}, label), input, hint && el("span", { class: "muted hint" }, hint));
   let offered = "";
 
