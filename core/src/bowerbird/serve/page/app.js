@@ -152,7 +152,7 @@ function learn(info) {
   chip.href = upgrade ? "#/upgrade" : "#/spaces";
   fill(
     chip,
-    el("span", { class: "dot", title: "Live", data: { testid: "live" } }),
+    el("span", { class: "dot", data: { testid: "live" } }),
     el("strong", { class: "ellipsis" }, name),
     el("span", { class: "muted" }, upgrade ? `${percent(upgrade.share, 0)} moved` : count(items, "item")),
   );
@@ -173,6 +173,7 @@ function connect() {
     },
     live: (live) => {
       document.documentElement.dataset.live = String(live);
+      $("gallery").title = live ? "What is shown is up to date" : "No connection to the service; trying again";
       emit("live", live);
     },
   });
