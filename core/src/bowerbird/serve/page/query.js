@@ -146,7 +146,8 @@ export function queryBar(context, { view, end = [], take = null }) {
 
   function update(params) {
     const query = queryOf(params);
-    if (document.activeElement !== input) input.value = query?.kind === "text" ? query.value : "";
+    // What is being typed stays; an id that was typed is the subject now.
+    if (document.activeElement !== input || query?.kind !== "text") input.value = query?.kind === "text" ? query.value : "";
     subject.hidden = !query || query.kind === "text";
     input.placeholder = subject.hidden ? hint : "New search";
     fill(subject);
