@@ -42,11 +42,15 @@ from bowerbird.encoders import load_encoder, save_encoder
 from bowerbird.errors import DataError
 from bowerbird.gallery import Gallery, Space
 from bowerbird.gallery.images import add_images
+from bowerbird.gallery.transform import VectorTransform
 from bowerbird.registry import get_registry
+from bowerbird.serve import decoding, encoders, engine
 from bowerbird.serve.batching import Batcher
 from bowerbird.serve.decoding import Decoders
 from bowerbird.serve.problems import MEDIA_TYPE, ProblemError
 from bowerbird.upgrade import finish, rollback
+from bowerbird.upgrade.lift import begin_lift, lifter
+from bowerbird.upgrade.run import run
 
 pytestmark = pytest.mark.usefixtures("world")
 DIM = 24
@@ -336,6 +340,66 @@ def test_stacked_upgrades_are_searched_in_every_space(gallery_path, new_encoder,
         assert (len(spaces["old"]), len(spaces["new"]), len(spaces["merged"])) == (2, 1, 3)
 
 
+def test_a_lifted_gallery_is_searched_by_the_new_encoders_pictures_and_by_its_own_vectors(
+    gallery_path, old_encoder, new_encoder
+):
+    old, new = (load_encoder(path, device="cpu") for path in (old_encoder, new_encoder))
+    pictures = [picture_bytes(number) for number in range(100, 250)]
+    x, y = old.encode(pictures), new.encode(pictures)
+    weight = np.linalg.solve(x.T @ x + 0.01 * np.eye(x.shape[1]), x.T @ y).T
+    forward = VectorTransform.linear(old.fingerprint, new.fingerprint, weight, method="tests:ridge")
+
+    def check(client, spaces):
+        answer = by_picture(client, 9, k=PHOTOS)
+        assert len(ids(answer)) == PHOTOS
+        assert {hit["space"] for hit in answer.json()["hits"]} == spaces
+        for number in (0, 9, 17):
+            assert photo_id(number) in ids(by_picture(client, number, k=6))
+            assert len(ids(by_item(client, number, k=PHOTOS))) == PHOTOS - 1
+
+    with served(gallery_path) as client, Gallery.open(gallery_path) as gallery:
+        begin_lift(gallery, forward, new.space(), strategy="world:two-queries", task_items=10)
+        lifted = gallery.snapshot().write_space.fingerprint
+        check(client, {old.fingerprint})
+        run(gallery, lifter(gallery), stop_at_share=0.5)
+        check(client, {old.fingerprint, lifted})
+        assert client.post("/v1/compare/item", json={"id": photo_id(9), "k": 3}).status_code == 200
+        run(gallery, lifter(gallery))
+        finish(gallery, encoder=lifter(gallery))
+        check(client, {lifted})
+        assert client.get("/v1/gallery").json()["accepts"]["image"] is True
+        row = gallery.vectors_of([photo_id(9)])
+        assert ids(by_item(client, 9, k=7)) == gallery.search(row, 8).ids[0][1:]
+        assert (
+            ids(client.post("/v1/search/vector", json={"vector": row[0].tolist(), "k": 8}))
+            == (gallery.search(row, 8).ids[0])
+        )
+
+
+def test_the_old_encoder_is_forgotten_some_time_after_the_upgrade(gallery_path, old_encoder, new_encoder, monkeypatch):
+    monkeypatch.setattr(encoders, "UNUSED_SECONDS", 0.3)
+    monkeypatch.setattr(engine, "FOLLOW_SECONDS", 0.05)
+    old, new = (load_encoder(path, device="cpu").fingerprint for path in (old_encoder, new_encoder))
+    with served(gallery_path) as client:
+        known = client.app.state.server.encoders.known
+        begin_upgrade(gallery_path, new_encoder)
+        _until(lambda: known(new))  # before anything is moved, so that no search waits for it
+        time.sleep(0.6)
+        assert known(old) and known(new)
+        move(gallery_path, new_encoder)
+        with Gallery.open(gallery_path) as gallery:
+            finish(gallery)
+        _until(lambda: not known(old))
+        assert ids(by_picture(client, 9, k=1)) == [photo_id(9)]
+
+
+def _until(condition, seconds=20.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 # ------------------------------------------------------------------------------------------------ texts and videos
 
 
@@ -567,8 +631,6 @@ def test_a_prepared_picture_is_to_the_bit_what_the_encoder_would_have_read(tmp_p
 
 
 def test_a_decoder_that_takes_too_long_or_is_killed_costs_one_request(tmp_path):
-    from bowerbird.serve import decoding
-
     how = Preprocessing(size=8)
 
     async def story(decoders):
@@ -590,8 +652,6 @@ def test_a_decoder_that_takes_too_long_or_is_killed_costs_one_request(tmp_path):
 
 
 def test_pictures_that_cannot_wait_are_told_to_come_again(monkeypatch):
-    from bowerbird.serve import decoding
-
     monkeypatch.setattr(decoding, "MOST_WAITING", 2)
 
     async def story(decoders):
