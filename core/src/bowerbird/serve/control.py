@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -121,7 +121,7 @@ class Control:
                 return snapshot.epoch, None, False
         return snapshot.epoch, snapshot.upgrade, self._complete[1]
 
-    async def changes(self, until: asyncio.Event, beat: float) -> AsyncIterator[int | None]:
+    async def changes(self, until: asyncio.Event, beat: float) -> AsyncGenerator[int | None, None]:
         """A number at once and whenever something changed, at most two a second; ``None`` after ``beat`` quiet seconds.
 
         It ends with ``until``. Nothing is kept for a client that reads slowly: it hears of the newest state next.

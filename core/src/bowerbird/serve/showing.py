@@ -68,7 +68,7 @@ class Showing:
         items = self.gallery.snapshot().live
         return UpgradeView(
             state="none", id=None, strategy=None, order=None, merger=None, old=None, new=None, items=items,
-            new_items=0, share=1.0, failures=[], failed=0, worker=NO_WORKER,
+            new_items=0, old_vectors=0, share=1.0, failures=[], failed=0, worker=NO_WORKER,
             level_before=self._levels.get(last["id"]) if last else None,
             curve=[_point(entry) for entry in self._curve(last["id"])] if last else [],
             plan=self.plan(),

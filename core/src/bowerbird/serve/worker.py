@@ -48,7 +48,7 @@ def step_back(nice: int) -> None:
 
 
 def main() -> int:
-    tasks = {"move": move, "plan": plan}
+    tasks: dict[str, Callable[..., dict[str, Any]]] = {"move": move, "plan": plan}
 
     def do(line: dict[str, Any], tell: Tell, stop: Stop) -> None:
         task = tasks[line.pop("task")]
