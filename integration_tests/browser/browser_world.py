@@ -22,7 +22,6 @@ from PIL import Image, ImageDraw
 
 LABELS = ("circle", "square", "triangle", "cross", "ring", "bars")
 ADDRESS = re.compile(r"http://[\w.\[\]:-]+:\d+")
-PATIENCE = 60  # seconds for a service to start on a busy machine
 
 # What strangers may call their pictures, and write into their metadata: every value that could run, break a line, turn
 # the direction of reading, leave a folder, or fill the screen.
@@ -142,10 +141,15 @@ def move_half(path: Path, old: Path, new: Path) -> None:
 
 @dataclass
 class Service:
-    """``bowerbird serve`` as a process on the loopback address. A context manager."""
+    """A command of ``bowerbird`` that serves, as a process on the loopback address. A context manager.
 
-    gallery: Path
-    options: Sequence[str] = ()
+    Attributes:
+        arguments: Of the command, without its port: ``["serve", GALLERY, ...]``.
+        patience: Seconds to wait until it is there.
+    """
+
+    arguments: Sequence[str]
+    patience: float = 180.0  # on a busy machine
     port: int = 0
     url: str = ""
     _process: subprocess.Popen[str] | None = None
@@ -160,7 +164,7 @@ class Service:
 
     def start(self) -> None:
         """Start it, on the port that it had before, and wait until it is ready."""
-        line = [sys.executable, "-m", "bowerbird", "serve", str(self.gallery), "--port", str(self.port), *self.options]
+        line = [sys.executable, "-m", "bowerbird", *self.arguments, "--port", str(self.port)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         self._printed = []
         self._process = subprocess.Popen(
@@ -168,7 +172,7 @@ class Service:
         )
         found = threading.Event()
         threading.Thread(target=self._read, args=(self._process, found), daemon=True).start()
-        if not found.wait(PATIENCE) or not self.url:
+        if not found.wait(self.patience) or not self.url:
             self.stop()
             raise AssertionError(f"no address from {' '.join(line)}:\n{self.printed}")
         self.port = int(self.url.rsplit(":", 1)[1])
@@ -209,7 +213,7 @@ class Service:
         found.set()  # it has ended: do not let anybody wait for it
 
     def _wait_until_ready(self) -> None:
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + self.patience
         while time.monotonic() < end:
             assert self._process is not None
             if self._process.poll() is not None:

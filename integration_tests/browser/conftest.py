@@ -55,8 +55,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     upgraded = make_gallery(folder / "photos gallery", encoders["old"], items)
     options = [*(f"--candidate={name}={encoders[name]}" for name in ("better", "other")), "--label-key=label"]
     services = (
-        Service(half_way, [*options, f"--tokens={folder / 'tokens.toml'}"]),
-        Service(upgraded, [*options, "--backfill-nice=0"]),  # a busy machine would starve its worker
+        Service(["serve", str(half_way), *options, f"--tokens={folder / 'tokens.toml'}"]),
+        Service(["serve", str(upgraded), *options, "--backfill-nice=0"]),  # a busy machine would starve its worker
     )
     try:
         with ThreadPoolExecutor() as pool:
