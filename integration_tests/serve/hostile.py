@@ -63,24 +63,23 @@ def _bodies(rng: random.Random) -> tuple[str, dict[str, Any]]:
     """A route that takes JSON, and a body that it would take."""
     where = rng.choice([None, {"label": "dots"}, {"label": ["dots", "bars"], "number": 3}])
     search = {"k": rng.randint(1, 20), "offset": rng.randint(0, 5), "where": where}
-    return rng.choice(
-        [
-            ("/v1/search/text", {**search, "text": "a dot"}),
-            ("/v1/search/item", {**search, "id": "dots/000.png"}),
-            ("/v1/search/vector", {**search, "vector": _vector(rng)}),
-            ("/v1/search/vector", {**search, "vectors": {"ab" * 32: _vector(rng)}}),
-            ("/v1/compare/text", {**search, "text": "a dot"}),
-            ("/v1/compare/item", {**search, "id": "dots/000.png"}),
-            ("/v1/items/vectors", {"items": [{"id": "v", "metadata": {"a": 1}, "vector": _vector(rng)}]}),
-            ("/v1/items/delete", {"ids": ["nobody", "v"]}),
-            ("/v1/upgrade/plan", {"candidate": "nobody", "label_key": "label", "sample": 10}),
-            ("/v1/upgrade/start", {"candidate": "nobody", "strategy": "core:compatible", "rate": 1.0, "max_nfr": 0.5}),
-            ("/v1/upgrade/pause", {"id": 1}),
-            ("/v1/upgrade/resume", {"id": 1}),
-            ("/v1/upgrade/finish", {"id": 1, "accept_failed": True}),
-            ("/v1/upgrade/rollback", {"id": 1, "leave_pending": False}),
-        ]
-    )
+    known: list[tuple[str, dict[str, Any]]] = [
+        ("/v1/search/text", {**search, "text": "a dot"}),
+        ("/v1/search/item", {**search, "id": "dots/000.png"}),
+        ("/v1/search/vector", {**search, "vector": _vector(rng)}),
+        ("/v1/search/vector", {**search, "vectors": {"ab" * 32: _vector(rng)}}),
+        ("/v1/compare/text", {**search, "text": "a dot"}),
+        ("/v1/compare/item", {**search, "id": "dots/000.png"}),
+        ("/v1/items/vectors", {"items": [{"id": "v", "metadata": {"a": 1}, "vector": _vector(rng)}]}),
+        ("/v1/items/delete", {"ids": ["nobody", "v"]}),
+        ("/v1/upgrade/plan", {"candidate": "nobody", "label_key": "label", "sample": 10}),
+        ("/v1/upgrade/start", {"candidate": "nobody", "strategy": "core:compatible", "rate": 1.0, "max_nfr": 0.5}),
+        ("/v1/upgrade/pause", {"id": 1}),
+        ("/v1/upgrade/resume", {"id": 1}),
+        ("/v1/upgrade/finish", {"id": 1, "accept_failed": True}),
+        ("/v1/upgrade/rollback", {"id": 1, "leave_pending": False}),
+    ]
+    return rng.choice(known)
 
 
 # ------------------------------------------------------------------------------------------------------- requests

@@ -201,6 +201,7 @@ class Access:
         if role != "read" and self.settings.read_only:
             raise ProblemError(403, "this service was started read-only; nothing can be changed through it")
         if not caller.may(role):
+            log.info("refused: %r has the role %s and asked for what needs %s", caller.name, caller.role, role)
             raise ProblemError(403, f"this needs the role {role}; {caller.name!r} has the role {caller.role}")
         return caller
 

@@ -54,13 +54,14 @@ WATCH_AFTER = 0.1  # seconds after which a request is worth looking whether its 
 
 
 def guard(app: FastAPI, settings: ServeSettings) -> None:
-    app.add_middleware(Guard, settings=settings)  # type: ignore[arg-type]
+    app.add_middleware(Guard, settings=settings)
 
 
 class Guard:
     def __init__(self, app: Any, settings: ServeSettings) -> None:
         self.app, self.settings = app, settings
-        self.hosts = {"localhost", "127.0.0.1", "[::1]", *(name.lower() for name in settings.allowed_hosts)}
+        self.allowed = {name.lower() for name in settings.allowed_hosts}
+        self.hosts = {"localhost", "127.0.0.1", "[::1]", *self.allowed}
         if not _is_any(settings.host):
             self.hosts.add(_bracketed(settings.host.lower()))
         # Where callers show tokens, a page under a foreign name has none, and names need not be known.
@@ -119,7 +120,7 @@ class Guard:
         origin = headers.get("origin")
         if origin is not None:
             scheme, _, authority = origin.lower().partition("://")
-            same = authority == host.lower() or _name(authority) in self.settings.allowed_hosts
+            same = authority == host.lower() or _name(authority) in self.allowed
             if scheme not in ("http", "https") or not same:
                 raise ProblemError(403, f"requests of the site {origin[:100]!r} are refused")
         elif headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
