@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from bowerbird import errors
@@ -66,7 +67,7 @@ def main() -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     from bowerbird.serve import mapping, spaces
 
-    tasks = {"map": mapping.make_layout, "matrix": spaces.make_matrix}
+    tasks: dict[str, Callable[..., Any]] = {"map": mapping.make_layout, "matrix": spaces.make_matrix}
     try:
         made = {"result": tasks[request.pop("task")](**request)}
     except BowerbirdError as exc:

@@ -83,8 +83,8 @@ class Maps:
                 f"the service cannot draw {method!r}: it needs umap-learn (pip install umap-learn where the service "
                 f"runs); here is {', '.join(available())}"
             )
-        snapshot, space, nums, total = await asyncio.to_thread(self._choose, limit, space)
-        key = (method, space, hashlib.sha256(nums.tobytes()).hexdigest())
+        snapshot, chosen, nums, total = await asyncio.to_thread(self._choose, limit, space)
+        key = (method, chosen, hashlib.sha256(nums.tobytes()).hexdigest())
         if key not in self._kept:
             async with self._turn:
                 if key not in self._kept:
@@ -92,12 +92,12 @@ class Maps:
                         "map",
                         seconds=SECONDS[method],
                         gallery=self.settings.gallery,
-                        space=space,
+                        space=chosen,
                         nums=nums.tolist(),
                         method=method,
                         label_key=self.settings.label_key,
                     )
-                    self._kept[key] = await asyncio.to_thread(_layout, made, method, space)
+                    self._kept[key] = await asyncio.to_thread(_layout, made, method, chosen)
                     while len(self._kept) > KEPT:
                         self._kept.popitem(last=False)
         self._kept.move_to_end(key)
