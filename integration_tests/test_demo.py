@@ -116,8 +116,10 @@ def test_served_it_plans_and_upgrades_by_itself_with_the_encoders_that_are_there
         assert view["state"] == "complete" and view["items"] == result["gallery"]["items"]
         assert view["plan"]["lines"] and view["curve"][-1]["share"] == 1
 
-        process.send_signal(signal.SIGINT)
-        rest, errors = process.communicate(timeout=300)
+        with urllib.request.urlopen(f"{address}/v1/events") as open_page:  # a page that stays open holds nothing up
+            assert open_page.readline() == b"event: gallery\n"
+            process.send_signal(signal.SIGINT)
+            rest, errors = process.communicate(timeout=300)
         assert process.returncode == 0 and "Traceback" not in errors
         assert "to go on with it" in rest
     finally:

@@ -59,7 +59,8 @@ def recipes(old_run: Path, *, seed: int, epochs: int, new_split: str = "new-trai
 
 
 def train_encoder(recipe: Recipe, run_dir: Path, *, show: bool) -> LoadedEncoder:
-    train(recipe, run_dir, show=show)
+    if not train(recipe, run_dir, show=show).finished:
+        raise KeyboardInterrupt  # which training turns into a checkpoint; the demo ends
     return load_encoder(run_dir)
 
 
