@@ -92,6 +92,7 @@ class Encoders:
             SpaceError: It cannot be loaded, or is another one by now. The log says why; clients need not know folders.
         """
         fingerprint = space.fingerprint
+        self._last_needed[fingerprint] = time.monotonic()
         if fingerprint in self._loaded:
             return self._loaded[fingerprint].encoder
         failed = self._failed.get(fingerprint)
@@ -120,8 +121,8 @@ class Encoders:
         self.service = self._new_service()
 
     async def keep(self, needed: Collection[str]) -> None:
-        """Forget encoders that searches needed once, and have not needed for ``UNUSED_SECONDS``: after an upgrade was
-        finished or rolled back. To be called now and then."""
+        """Forget encoders that were needed once, and neither are now nor were for ``UNUSED_SECONDS``: after an upgrade
+        was finished or rolled back. To be called now and then."""
         now = time.monotonic()
         self._last_needed |= dict.fromkeys(needed, now)
         for fingerprint, last in list(self._last_needed.items()):
@@ -253,7 +254,7 @@ class _Served:
         return self._usable(self.encoder.forward({"text": self.encoder.module.tokenize(list(texts))}))  # type: ignore
 
     def _usable(self, vectors: NDArray[np.float32]) -> list[NDArray[np.float32] | Exception]:
-        good: list[bool] = (np.isfinite(vectors).all(axis=1) & vectors.any(axis=1)).tolist()
+        good: Any = np.isfinite(vectors).all(axis=1) & vectors.any(axis=1)
         return [
             vector if usable else DataError("the encoder gives no usable vector (NaN, infinite or zero) for this")
             for vector, usable in zip(vectors, good, strict=True)

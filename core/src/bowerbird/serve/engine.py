@@ -320,8 +320,8 @@ class Engine:
         while True:
             await asyncio.sleep(FOLLOW_SECONDS)
             try:
-                needed = await asyncio.to_thread(self._soon_needed)
-                await self.encoders.keep([space.fingerprint for space in needed])
+                needed, alive = await asyncio.to_thread(self._soon_needed)
+                await self.encoders.keep(alive)
                 for space in needed:
                     await self.encoders.get(space)
             except (BowerbirdError, ProblemError):  # the log has it; searches by vectors go on
@@ -329,12 +329,13 @@ class Engine:
             except Exception:
                 log.exception("the service could not look for encoders that are needed")
 
-    def _soon_needed(self) -> list[Space]:
+    def _soon_needed(self) -> tuple[list[Space], set[str]]:
+        """The spaces whose encoders searches need now or will, and with them those that comparisons may need."""
         snapshot = self.gallery.snapshot()
         soon = list(self.encoders.state(snapshot).needs)
         if snapshot.upgrade is not None and not snapshot.write_space.lifted:
             soon.append(snapshot.write_space.fingerprint)
-        return [snapshot.spaces[name] for name in dict.fromkeys(soon)]
+        return [snapshot.spaces[name] for name in dict.fromkeys(soon)], {*soon, *snapshot.stack}
 
 
 class _MissingVectorsError(ProblemError):
