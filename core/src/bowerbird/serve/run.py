@@ -90,6 +90,7 @@ class _Uvicorn(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.app.state.server.stopping.set()
         await super().shutdown(sockets)
+        gc.unfreeze()  # libraries look at the end for what was never collected, and complain
 
 
 def _listening(settings: ServeSettings) -> socket.socket:
