@@ -1,20 +1,18 @@
 // The upgrade as it happens: where it is, what it did to quality so far, what the plan foresaw, and what can be done now.
 
 import { chart } from "./chart.js";
-import { button, count, decimal, duration, el, empty, failure, fill, icon, number, percent, shortId } from "./dom.js";
-import { short, spaceNames } from "./names.js";
+import { button, count, decimal, duration, el, failure, fill, icon, number, percent, shortId } from "./dom.js";
+import { lineName, sentenceCase, short, spaceNames } from "./names.js";
+import { planning } from "./plan.js";
 
-const POLL = 1000; // milliseconds between two looks at a plan that is being made
 const RANK = { read: 0, write: 1, admin: 2 };
 
 export function mount(root, context) {
   const { api, toast, confirm } = context;
   const may = () => RANK[context.gallery?.role ?? "read"] >= RANK.admin && !context.gallery?.read_only;
   let view = null;
-  let job = null;
   let busy = false;
   let acting = null; // the button whose answer is awaited
-  let timer = null;
   let over = false;
 
   // ------------------------------------------------------------------------------------------------ skeleton
@@ -48,9 +46,8 @@ export function mount(root, context) {
   const curveChart = chart(curveBox);
 
   const failed = el("section", { class: "panel stack", "aria-label": "Failures", hidden: true });
-  const start = el("div", { class: "start", hidden: true });
-  const beside = el("div", { class: "stack" }); // where the curve is while nothing is under way
-  fill(root, el("div", { class: "stack upgrade" }, now, start, curve, failed));
+  const planner = planning(context, { act, changed: () => shown(), spent: (plan) => view?.last === "finished" && ledTo(plan) });
+  fill(root, el("div", { class: "stack upgrade" }, now, planner.root, curve, failed));
   fill(title, el("span", { class: "skeleton line" }));
 
   // -------------------------------------------------------------------------------------------------- acting
@@ -147,7 +144,7 @@ export function mount(root, context) {
     shown();
     if (before !== undefined && before !== view.state) {
       spoken.textContent = title.textContent;
-      loadPlan();
+      planner.load();
     }
   }
 
@@ -158,7 +155,7 @@ export function mount(root, context) {
     showCurve();
     showFailures();
     for (const one of Object.values(buttons)) one.disabled = busy;
-    for (const one of [...Object.values(buttons), startButton]) one.setAttribute("aria-busy", String(busy && one === acting));
+    for (const one of [...Object.values(buttons), planner.startButton]) one.setAttribute("aria-busy", String(busy && one === acting));
   }
 
   function showMoving() {
@@ -205,8 +202,8 @@ export function mount(root, context) {
     buttons.resume.lastChild.textContent = stalled ? "Start the worker again" : "Resume";
     buttons.finish.hidden = state !== "complete";
     buttons.rollback.hidden = false;
-    start.hidden = true;
-    if (curve.previousSibling !== start) start.after(curve);
+    planner.root.hidden = true;
+    if (curve.previousSibling !== planner.root) planner.root.after(curve);
   }
 
   function sentenceOf({ state, worker, left, to, from }) {
@@ -250,14 +247,19 @@ export function mount(root, context) {
     progress.hidden = sides.hidden = tiles.hidden = true;
     actions.hidden = true;
     fill(trouble, !may() && onlyLook());
-    showStart();
+    planner.root.hidden = !may();
+    if (!may()) return;
+    planner.show({ busy, acting });
+    // While nothing is under way the curve is beside the plan, where there is one.
+    if (planner.possible() && curve.parentNode !== planner.beside) planner.beside.append(curve);
   }
 
   // --------------------------------------------------------------------------------------------------- curve
 
   function showCurve() {
-    const past = !moving() && (offeredPlan() === null || ledTo(offeredPlan()));
-    const plan = moving() || past ? view.plan : offeredPlan();
+    const offered = planner.plan();
+    const past = !moving() && (offered === null || ledTo(offered));
+    const plan = moving() || past ? view.plan : offered;
     const line = plan ? lineOf(plan) : null;
     const measured = moving() || past ? view.curve : [];
     curve.hidden = !line && measured.length === 0;
@@ -306,16 +308,14 @@ export function mount(root, context) {
     curveChart.draw({ label: `${curveTitle.textContent}.`, now: moving() ? view.share : null, panels });
   }
 
-  const lineName = (line) => short(line.strategy) + (line.merger ? `, merger ${short(line.merger)}` : "");
+  /** Whether the last upgrade was begun after this plan. */
+  const ledTo = (plan) => !moving() && view !== null && view.curve.length > 0 && plan.created_at < view.curve[0].time;
 
-  /** The line of a plan that belongs to what is under way or chosen; the recommended one where that is open. */
+  /** The line of a plan that belongs to what is under way, or to what is chosen. */
   function lineOf(plan) {
-    const wanted = moving() ? { strategy: view.strategy, merger: view.merger } : chosenLine(plan);
+    if (!moving()) return planner.lineOf(plan);
     const same = (a, b) => short(a) === short(b);
-    return (
-      (wanted && plan.lines.find((line) => same(line.strategy, wanted.strategy) && same(line.merger, wanted.merger))) ??
-      (moving() ? null : (plan.lines.find((line) => line.recommended) ?? null))
-    );
+    return plan.lines.find((line) => same(line.strategy, view.strategy) && same(line.merger, view.merger)) ?? null;
   }
 
   // ------------------------------------------------------------------------------------------------ failures
@@ -341,238 +341,6 @@ export function mount(root, context) {
     );
   }
 
-  // --------------------------------------------------------------------------------------------- plan, start
-
-  const form = {
-    candidate: el("select", { data: { testid: "start-candidate" }, on: { change: () => (showPlan(), shown()) } }),
-    label: el("select", { data: { testid: "start-label" } }),
-    sample: el("input", { type: "number", min: "10", max: "100000", step: "1", value: "1000", inputmode: "numeric", data: { testid: "start-sample" } }),
-    strategy: el("select", { data: { testid: "start-strategy" }, on: { change: () => showCurve() } }),
-    rate: el("input", { type: "number", min: "0.1", step: "any", placeholder: "as many as it can", inputmode: "decimal", data: { testid: "start-rate" } }),
-    flips: el("input", { type: "number", min: "0", max: "100", step: "any", placeholder: "no limit", inputmode: "decimal", data: { testid: "start-flips" } }),
-  };
-  const planButton = button("Plan", () => planIt(), { kind: "primary", data: { testid: "plan-start" } });
-  const startButton = button("Start the upgrade", () => startIt(), { data: { testid: "upgrade-start" } });
-  const starting = el("span", { class: "muted small-text", hidden: true }, "Loading the new encoder and freezing the queries to watch\u2026");
-  const advice = el("div", { class: "stack advice", "aria-live": "polite", data: { testid: "plan" } });
-  const field = (label, input, hint = null, more = "") => el("label", { class: `field ${more}`.trim() }, el("span", {}, label), input, hint && el("span", { class: "muted hint" }, hint));
-  let offered = "";
-
-  function showStart() {
-    start.hidden = !may();
-    if (start.hidden) return;
-    const { candidates, metadata_keys: keys, label_key: key } = context.gallery;
-    const offer = JSON.stringify([candidates, keys, key]);
-    if (offer !== offered) {
-      offered = offer;
-      if (candidates.length === 0) {
-        fill(start, el("section", { class: "panel" }, empty({ symbol: "upgrade", title: "No encoder to move to", text: "Start the service with one: bowerbird serve GALLERY --candidate NAME=ENCODER. A path is never taken from a page." })));
-        return;
-      }
-      fill(form.candidate, candidates.map((name) => el("option", { value: name }, name)));
-      if (job?.candidate && candidates.includes(job.candidate)) form.candidate.value = job.candidate;
-      const all = [...new Set([key, ...(keys ?? [])].filter(Boolean))];
-      fill(form.label, !key && el("option", { value: "" }, "none"), all.map((name) => el("option", { value: name }, name)));
-      form.label.value = key ?? "";
-      fill(
-        start,
-        el(
-          "section",
-          { class: "panel stack", "aria-label": "Plan" },
-          el("div", { class: "stack tight" }, el("h2", {}, "Plan"), el("p", { class: "muted small-text" }, "Measures both encoders on a sample and forecasts every way to move. Changes nothing.")),
-          el("div", { class: "fields" }, field("To the encoder", form.candidate), field("Label in the metadata", form.label, "For quality and flips."), field("Items in the sample", form.sample)),
-          el("div", { class: "row" }, planButton),
-          advice,
-        ),
-        beside,
-      );
-      fill(
-        beside,
-        el(
-          "section",
-          { class: "panel stack", "aria-label": "Start" },
-          el("div", { class: "stack tight" }, el("h2", {}, "Start"), el("p", { class: "muted small-text" }, "Searches go on all the time. Until you finish, you can go back to the exact old state.")),
-          el(
-            "div",
-            { class: "fields" },
-            field("Strategy", form.strategy, null, "wide"),
-            field("Most items per second", form.rate),
-            field("Pause above negative flips, %", form.flips),
-          ),
-          el("div", { class: "row" }, startButton, starting),
-        ),
-      );
-      showPlan();
-    }
-    planButton.disabled = busy;
-    starting.hidden = !(busy && acting === startButton);
-    startButton.disabled = busy || job?.state === "running";
-    if (curve.parentNode !== beside && candidates.length > 0) beside.append(curve);
-  }
-
-  /** Whether the last upgrade was begun after this plan. */
-  const ledTo = (plan) => !moving() && view.curve.length > 0 && plan.created_at < view.curve[0].time;
-
-  /** The plan for the chosen encoder that can still be followed. */
-  function offeredPlan() {
-    const plan = job?.plan ?? null;
-    if (plan === null || (plan.candidate !== null && plan.candidate !== form.candidate.value)) return null;
-    return view?.last === "finished" && ledTo(plan) ? null : plan;
-  }
-
-  function chosenLine(plan) {
-    return form.strategy.value === "" ? null : (plan.lines[Number(form.strategy.value)] ?? null);
-  }
-
-  const startable = (line) => !["do-not-upgrade", "switch-now"].includes(short(line.strategy));
-
-  function showPlan() {
-    const plan = offeredPlan();
-    const running = job?.state === "running";
-    planButton.lastChild.textContent = plan ? "Plan again" : "Plan";
-    planButton.hidden = running;
-    fill(
-      form.strategy,
-      el("option", { value: "" }, plan?.lines.some((line) => line.recommended) ? "as the plan recommends" : "default"),
-      (plan?.lines ?? []).flatMap((line, place) => (startable(line) ? [el("option", { value: place }, lineName(line) + (line.recommended ? " (recommended)" : ""))] : [])),
-    );
-    const clear = plan?.lines.some((line) => line.recommended && startable(line));
-    startButton.classList.toggle("primary", Boolean(clear));
-    planButton.classList.toggle("primary", !clear);
-    if (running) {
-      fill(
-        advice,
-        el("div", { class: "notice", data: { testid: "plan-running" } }, el("span", { class: "spinner", "aria-hidden": "true" }), el("div", { class: "grow" }, el("strong", {}, `Planning the move to ${job.candidate}`), el("p", { class: "small-text" }, job.step ?? "")), button("Cancel", () => cancelPlan(), { data: { testid: "plan-cancel" } })),
-      );
-    } else if (job?.state === "failed") {
-      fill(advice, failure({ title: "The plan failed", detail: job.error ?? "" }));
-    } else if (plan) {
-      fill(advice, planOf(plan));
-    } else {
-      fill(advice);
-    }
-  }
-
-  function planOf(plan) {
-    const good = /^upgrade/i.test(plan.recommendation);
-    const at = (line, share) => {
-      const place = line.shares.findIndex((x) => Math.abs(x - share) < 1e-6);
-      return place < 0 ? "" : decimal(line.quality[place]);
-    };
-    const most = (line) => (line.nfr ? percent(Math.max(...line.nfr)) : "");
-    return [
-      el(
-        "div",
-        { class: `notice ${good ? "right" : ""}`, data: { testid: "plan-recommendation" } },
-        icon(good ? "check" : "alert"),
-        el("div", { class: "grow" }, el("strong", {}, adviceOf(plan)), el("p", { class: "small-text" }, sentenceCase(plan.reason))),
-      ),
-      el(
-        "dl",
-        { class: "facts number" },
-        fact("Quality now", plan.old_quality === null ? null : decimal(plan.old_quality)),
-        fact("Quality then", plan.new_quality === null ? null : decimal(plan.new_quality)),
-        fact("Time of one worker", plan.hours === null ? null : duration(3600 * plan.hours)),
-        fact("Price", plan.price ? plan.price.toFixed(2) : null),
-        fact("Made", `${duration(Math.max(1, Date.now() / 1000 - plan.created_at))} ago`),
-      ),
-      el(
-        "div",
-        { class: "table-scroll" },
-        el(
-          "table",
-          { class: "table number", data: { testid: "plan-lines" } },
-          el("caption", { class: "hidden-text" }, "Forecast of quality by the share of moved items, and the largest share of negative flips on the way"),
-          el("thead", {}, el("tr", {}, ["Strategy", "0\u00a0%", "50\u00a0%", "100\u00a0%", "most flips"].map((name) => el("th", { scope: "col" }, name)))),
-          el(
-            "tbody",
-            {},
-            sorted(plan.lines).map((line) =>
-              el("tr", { class: line.recommended ? "recommended" : null }, el("th", { scope: "row" }, lineName(line), line.recommended && el("span", { class: "badge right" }, "recommended")), el("td", {}, at(line, 0)), el("td", {}, at(line, 0.5)), el("td", {}, at(line, 1)), el("td", {}, most(line))),
-            ),
-          ),
-        ),
-      ),
-    ];
-  }
-
-  function adviceOf(plan) {
-    const line = plan.lines.find((one) => one.recommended);
-    if (plan.recommendation === "upgrade") {
-      if (!line) return "Upgrade";
-      return short(line.strategy) === "full" ? "Upgrade: encode everything, then switch" : `Upgrade by ${lineName(line)}`;
-    }
-    return { "do-not-upgrade": "Do not upgrade", "no-verdict": "No verdict" }[plan.recommendation] ?? sentenceCase(plan.recommendation);
-  }
-
-  /** The recommended line first, then by the area below the curve. */
-  function sorted(lines) {
-    const area = ({ shares, quality }) => shares.slice(1).reduce((sum, x, place) => sum + ((x - shares[place]) * (quality[place] + quality[place + 1])) / 2, 0);
-    return [...lines].sort((a, b) => b.recommended - a.recommended || area(b) - area(a));
-  }
-
-  async function loadPlan() {
-    clearTimeout(timer);
-    try {
-      job = await api.get("/v1/upgrade/plan");
-    } catch (error) {
-      if (job?.state !== "running") return;
-      job = { ...job, state: "failed", error: error.detail };
-    }
-    if (over) return;
-    if (!moving() && offered) showPlan();
-    shown();
-    if (job.state === "running") timer = setTimeout(loadPlan, POLL);
-  }
-
-  async function planIt() {
-    if (!form.sample.reportValidity()) return;
-    planButton.disabled = true;
-    try {
-      job = await api.post("/v1/upgrade/plan", { candidate: form.candidate.value, label_key: form.label.value || null, sample: Number(form.sample.value) });
-      showPlan();
-      timer = setTimeout(loadPlan, POLL / 2);
-    } catch (error) {
-      toast(error.detail ?? error.message, "wrong");
-    } finally {
-      planButton.disabled = false;
-    }
-  }
-
-  async function cancelPlan() {
-    try {
-      job = await api.post("/v1/upgrade/plan/cancel", {});
-    } catch (error) {
-      toast(error.detail ?? error.message, "wrong");
-    }
-    showPlan();
-  }
-
-  async function startIt() {
-    if (!form.rate.reportValidity() || !form.flips.reportValidity()) return;
-    const plan = offeredPlan();
-    const line = plan ? lineOf(plan) : null;
-    const candidate = form.candidate.value;
-    const items = context.gallery.items;
-    const against = plan && !/^upgrade/i.test(plan.recommendation);
-    const time = plan?.hours ? ` One worker needs about ${duration(Math.max(3600 * plan.hours, form.rate.value ? items / Number(form.rate.value) : 0))}.` : "";
-    const text = [
-      against && `The plan does not recommend this: ${plan.reason}\n\n`,
-      !plan && "There is no plan for this encoder: what it does to quality is not known.\n\n",
-      `A background worker encodes ${count(items, "item")} by ${candidate}${line ? ` and serves them by ${lineName(line)}` : ""}.${time} Searches go on. Nothing is dropped before you finish, and you can roll back until then.`,
-    ].filter(Boolean).join("");
-    if (!(await confirm({ title: `Move ${context.gallery.name} to ${candidate}?`, text, action: "Start", danger: Boolean(against) }))) return;
-    const picked = plan ? chosenLine(plan) : null;
-    await act("/v1/upgrade/start", {
-      candidate,
-      strategy: picked?.strategy ?? null,
-      merger: picked?.merger || null,
-      label_key: form.label.value || null,
-      rate: form.rate.value ? Number(form.rate.value) : null,
-      max_nfr: form.flips.value ? Number(form.flips.value) / 100 : null,
-    }, null, startButton);
-  }
-
   // ---------------------------------------------------------------------------------------------------- live
 
   context.on("upgrade", apply);
@@ -580,7 +348,7 @@ export function mount(root, context) {
   (async () => {
     try {
       if (context.upgrade) apply(context.upgrade);
-      const [first] = await Promise.all([api.get("/v1/upgrade"), loadPlan()]);
+      const [first] = await Promise.all([api.get("/v1/upgrade"), planner.load()]);
       if (!over) apply(first);
     } catch (error) {
       if (!over && view === null) fill(root, failure(error, () => context.navigate("upgrade")));
@@ -588,7 +356,7 @@ export function mount(root, context) {
   })();
   return () => {
     over = true;
-    clearTimeout(timer);
+    planner.close();
     curveChart.close();
   };
 }
@@ -597,6 +365,4 @@ function tile(name, value, note, key, tone = "") {
   return el("div", { class: "tile", data: { testid: `fact-${key}` } }, el("dt", {}, name), el("dd", { class: "number" }, value), el("dd", { class: `tile-note ${tone}` }, note));
 }
 
-const fact = (name, value) => (value === null ? null : [el("dt", {}, name), el("dd", {}, value)]);
 const rateText = (rate) => (rate < 10 ? rate.toFixed(1) : number(Math.round(rate)));
-const sentenceCase = (text) => text.charAt(0).toUpperCase() + text.slice(1);
