@@ -35,7 +35,7 @@ from serve_world import (
 
 from bowerbird.errors import GalleryLockedError, InputError, StoreUnavailableError
 from bowerbird.gallery import Gallery
-from bowerbird.serve.contents import suffix_of
+from bowerbird.serve.uploads import suffix_of
 
 __all__ = ["gallery_path", "new_encoder", "old_encoder", "photos", "world"]
 OTHER = 100  # pictures from this number on are not in the gallery
@@ -560,12 +560,13 @@ def test_clients_that_go_away_leave_items_with_their_pictures_or_nothing(gallery
     async def upload(server: Server, number: int, seconds: float) -> bool:
         files = [UploadFile(io.BytesIO(picture_bytes(OTHER + number))) for _ in "xy"]
         call = server.contents.add([NewItem(id=f"x/{number}"), NewItem(id=f"y/{number}")], files)
-        try:
-            async with asyncio.timeout(seconds):
-                await call
-        except TimeoutError:
-            return False
-        return True
+        task = asyncio.create_task(call)
+        done, _ = await asyncio.wait([task], timeout=seconds)
+        task.cancel()
+        await asyncio.sleep(0)
+        task.cancel()  # as a service does that stops while a client goes away
+        await asyncio.wait([task])
+        return bool(done)
 
     async def everybody() -> list[bool]:
         async with Server(settings_for(gallery_path)) as server:
@@ -613,7 +614,7 @@ def test_a_full_disk_refuses_the_batch_and_leaves_nothing(gallery_path: Path, mo
     with served(gallery_path) as client:
         with monkeypatch.context() as patch:
             if where == "file":
-                patch.setattr("bowerbird.serve.contents.write_atomically", full)
+                patch.setattr("bowerbird.serve.uploads.write_atomically", full)
             else:
                 patch.setattr(gallery_of(client), "add", full)
             answer = add(client, [{"id": "a"}, {"id": "b"}], [picture_bytes(OTHER), picture_bytes(OTHER + 1)])
@@ -658,7 +659,7 @@ def test_pictures_may_be_kept_in_another_folder_which_belongs_to_one_gallery(
 def test_a_gallery_without_a_folder_takes_vectors_and_says_what_pictures_need(
     gallery_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("bowerbird.serve.contents.folder_of", lambda url: None)  # as of postgresql://...
+    monkeypatch.setattr("bowerbird.serve.uploads.folder_of", lambda url: None)  # as of postgresql://...
     with served(gallery_path) as client:
         detail = problem(add(client, [{"id": "a"}], [picture_bytes(OTHER)]), 409)
         assert "--contents" in detail
