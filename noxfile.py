@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent
 CORE = "./core"
 # package -> (folder, extras of it that its tests need, what they need of core)
 PACKAGES = {
-    "core": (CORE, "", f"{CORE}[torch,transformers,lite,faiss-cpu,digits,report,tables,video,testing]"),
+    "core": (CORE, "", f"{CORE}[torch,transformers,lite,faiss-cpu,digits,report,tables,video,serve,testing]"),
     "compat": ("./packages/compat-plugins", "", f"{CORE}[torch,faiss-cpu,digits,testing]"),
     "detection": ("./packages/detection-plugins", "[testing]", f"{CORE}[torch,digits,testing]"),
     "domain": ("./packages/domain-plugins", "", f"{CORE}[torch,digits,testing]"),
@@ -86,6 +86,7 @@ def tests(session: nox.Session, package: str) -> None:
     folder, extras, needs = PACKAGES[package]
     install(session, needs, *([] if package == "core" else [folder + extras]))
     if package == "core":  # where torch is missing its tests are left out: never here
+        session.install("httpx>=0.27")  # the client of the service's tests
         session.run("python", "-c", "import importlib.util as u; assert u.find_spec('torch') and u.find_spec('faiss')")
     pytest(session, f"{folder}/tests")
 
@@ -144,7 +145,7 @@ def template(session: nox.Session) -> None:
 def api(session: nox.Session) -> None:
     """The HTTP service against its own schema (schemathesis), and hostile requests (a fuzzer)."""
     install(session, f"{CORE}[torch,serve,faiss-cpu,testing]")
-    session.install("schemathesis>=4", "httpx>=0.27")
+    session.install("schemathesis>=4", "httpx>=0.27", "psutil")
     pytest(session, "integration_tests/serve", parallel=False)
 
 
