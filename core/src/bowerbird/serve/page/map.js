@@ -1,6 +1,7 @@
 // The map: every item a point, similar ones near each other. Drag, pinch and wheel; near enough, points become pictures.
 
 import { animated, button, color, el, empty, failure, fill, icon, number, percent, shortId } from "./dom.js";
+import { gestures } from "./gestures.js";
 import { spaceNames } from "./names.js";
 import { rgb, scatter } from "./scatter.js";
 
@@ -400,79 +401,21 @@ export function mount(root, context) {
     card.style.top = `${Math.max(8, Math.min(plot.camera.height - height - 8, py - height / 2))}px`;
   }
 
-  // ------------------------------------------------------------------------------------- pointers, wheel, keys
+  // ----------------------------------------------------------------------------------------------------- live
 
-  const pointers = new Map();
-  let dragged = 0;
-  const placeOf = (event) => {
-    const box = canvas.getBoundingClientRect();
-    return [event.clientX - box.left, event.clientY - box.top];
-  };
-
-  canvas.addEventListener("pointerdown", (event) => {
-    if (event.button !== 0) return;
-    canvas.setPointerCapture(event.pointerId);
-    pointers.set(event.pointerId, placeOf(event));
-    if (pointers.size === 1) dragged = 0;
-    byKeys = false;
-  });
-  canvas.addEventListener("pointermove", (event) => {
-    const here = placeOf(event);
-    const before = pointers.get(event.pointerId);
-    if (!before) {
-      if (event.pointerType !== "touch" && data) hover(pointAt(...here));
-      return;
-    }
-    dragged += Math.hypot(here[0] - before[0], here[1] - before[1]);
-    pointers.set(event.pointerId, here);
-    const other = [...pointers].find(([id]) => id !== event.pointerId)?.[1];
-    if (other) {
-      const middle = (a) => [(a[0] + other[0]) / 2, (a[1] + other[1]) / 2];
-      const [from, to] = [middle(before), middle(here)];
-      const spread = (a) => Math.max(12, Math.hypot(a[0] - other[0], a[1] - other[1]));
-      plot.pan(to[0] - from[0], to[1] - from[1]);
-      plot.zoom(spread(here) / spread(before), ...to);
-    } else if (dragged > 3) {
-      canvas.classList.add("dragging");
-      plot.pan(here[0] - before[0], here[1] - before[1]);
-    }
-  });
-  const lift = (event) => {
-    const [px, py] = placeOf(event);
-    const tap = pointers.delete(event.pointerId) && pointers.size === 0 && dragged <= 6 && event.type === "pointerup";
-    canvas.classList.remove("dragging");
-    if (tap && data) choose(pointAt(px, py, event.pointerType === "touch"));
-  };
-  canvas.addEventListener("pointerup", lift);
-  canvas.addEventListener("pointercancel", lift);
-  canvas.addEventListener("pointerleave", () => pointers.size === 0 && hover(-1));
-  canvas.addEventListener("dblclick", (event) => plot.zoom(2, ...placeOf(event)));
-  canvas.addEventListener(
-    "wheel",
-    (event) => {
-      event.preventDefault();
-      const lines = event.deltaMode === 1 ? 16 : 1;
-      plot.zoom(Math.exp(-event.deltaY * lines * (event.ctrlKey ? 0.01 : 0.0016)), ...placeOf(event));
+  gestures(canvas, {
+    pan: plot.pan,
+    zoom: plot.zoom,
+    fit: () => plot.fit(!animated()),
+    hover: (place) => data && hover(place ? pointAt(...place) : -1),
+    tap: ([px, py], touched) => data && choose(pointAt(px, py, touched)),
+    choose: () => data && choose(plot.at(plot.camera.width / 2, plot.camera.height / 2, 4000)),
+    leave: () => chosen >= 0 && (choose(-1), true),
+    by: (keys) => {
+      byKeys = keys;
     },
-    { passive: false },
-  );
-  canvas.addEventListener("blur", () => plot.redraw());
-  canvas.addEventListener("keydown", (event) => {
-    if (event.ctrlKey || event.metaKey || event.altKey || !data) return;
-    const far = event.shiftKey ? 240 : 60;
-    const move = { ArrowLeft: [far, 0], ArrowRight: [-far, 0], ArrowUp: [0, far], ArrowDown: [0, -far] }[event.key];
-    byKeys = true;
-    if (move) plot.pan(...move);
-    else if (event.key === "+" || event.key === "=") plot.zoom(1.35);
-    else if (event.key === "-" || event.key === "_") plot.zoom(1 / 1.35);
-    else if (event.key === "0" || event.key === "Home") plot.fit(!animated());
-    else if (event.key === "Enter" || event.key === " ") choose(plot.at(plot.camera.width / 2, plot.camera.height / 2, 4000));
-    else if (event.key === "Escape" && chosen >= 0) choose(-1);
-    else return;
-    event.preventDefault();
-    event.stopPropagation();
   });
-
+  canvas.addEventListener("blur", () => plot.redraw());
   const observer = new ResizeObserver(([entry]) => plot.resize(Math.floor(entry.contentRect.width), Math.floor(entry.contentRect.height)));
   observer.observe(stage);
   context.on("theme", showColors);
