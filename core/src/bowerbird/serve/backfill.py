@@ -135,8 +135,12 @@ class Backfill:
                 await self._start(begin=settings)
                 number = await self._begun  # set by a look
             except BaseException:
-                await self._forget()
-                raise
+                await self.stop()
+                state = await asyncio.to_thread(self.gallery.store.upgrade_state)
+                if state is None or not job.is_of(state):
+                    await self._forget()
+                    raise
+                number = state.id  # it had begun when its process died
             finally:
                 self._begun = None
             await self._take(replace(job, upgrade=number))
@@ -160,8 +164,7 @@ class Backfill:
     async def _forget(self) -> None:
         if self._process is not None:
             self._show("stopping")
-            await end_child(self._process)
-            self._process = None
+        await self.stop()
         if self.job is not None:
             await asyncio.to_thread(self._remember, None)
         self.job, self._error, self._moved = None, None, 0
@@ -284,8 +287,13 @@ class Backfill:
             self._process.interrupt()
             self._stop_at = time.monotonic() + PATIENCE
 
+    def abandon(self) -> None:
+        """Wait no longer for an upgrade to begin."""
+        if self._begun is not None and not self._begun.done():
+            self._begun.set_exception(errors.StoreUnavailableError("the service was stopped before the upgrade began"))
+
     async def stop(self) -> None:
-        """With the service: the job stays, for the next one."""
+        """End the process. The job stays, for the next service."""
         if self._process is not None:
             process, self._process = self._process, None
             await end_child(process)

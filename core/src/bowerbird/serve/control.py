@@ -72,6 +72,7 @@ class Control:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
+        self.backfill.abandon()
         if self._acts:  # what was begun is ended, one way or the other
             await asyncio.wait(self._acts, timeout=30)
         if self._follower is not None:
@@ -169,7 +170,7 @@ class Control:
         try:
             view = await self.view()
             info = await asyncio.to_thread(gallery_info, self.settings, self.gallery, self.encoders.accepts(), role)
-        except BowerbirdError:  # a store that is away: the next change tells more
+        except (BowerbirdError, ProblemError):  # a store that is away: the next change tells more
             return ()
         return (
             f"event: gallery\nid: {info.epoch}\ndata: {info.model_dump_json()}\n\n",

@@ -13,7 +13,8 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 BATCH = 16  # pictures per call of the encoder: an end, a pause and the rate are looked at between two
 NICE_AWAITED = 10  # while somebody waits: a plan, the beginning of an upgrade
 TASK_SECONDS = 5.0  # of work in one task at most, where the rate is limited
+LOOK_SECONDS = 0.2
 PLAN_FILE = "plan/latest.json"  # where `bowerbird upgrade plan` keeps it, too
 PLAN_NOTE = "serve/plan.json"
 Tell = Callable[[Event], None]
@@ -89,9 +91,11 @@ def move(
         if upgrade is not None and (state is None or state.id != upgrade):
             return {"reason": "ended", "encoded": 0, "failed": 0, "seconds": 0.0}
         space = None if state is None else opened.snapshot().spaces[state.new]
-        new = encoder_of(ref, BATCH, device, space)
-        if upgrade is None:
-            upgrade = _begin(opened, new, device, begin, rate)
+        with _ended_with_service(stop):
+            new = encoder_of(ref, BATCH, device, space)
+            begins = upgrade is None
+            upgrade = upgrade or _begin(opened, new, device, begin, rate)
+        if begins:
             tell({"event": "begun", "upgrade": upgrade})
         step_back(nice)
         if opened.storage.read_file(f"watch/{upgrade}.npz") is None:  # begun by a command that watches nothing
@@ -112,6 +116,23 @@ def move(
             stop=stop,
         )  # fmt: skip
     return {name: getattr(report, name) for name in ("reason", "encoded", "failed", "seconds")}
+
+
+@contextlib.contextmanager
+def _ended_with_service(stop: Stop) -> Iterator[None]:
+    """Where nothing else looks whether the service is still there: end at once, which the gallery survives anywhere."""
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.wait(LOOK_SECONDS):
+            if stop():
+                os._exit(1)
+
+    threading.Thread(target=look, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 def _begin(gallery: Gallery, new: ItemEncoder, device: str, asked: dict[str, Any], rate: float | None) -> int:
@@ -169,14 +190,12 @@ def plan(*, gallery: str, candidate: str, ref: str, device: str, label_key: str 
     from bowerbird.gallery.open import open_gallery
     from bowerbird.upgrade.plan import plan as make_plan
 
-    with open_gallery(gallery) as opened:
+    with open_gallery(gallery) as opened, _ended_with_service(stop):
         tell({"event": "step", "what": "loading the encoders", "done": 0, "total": 0})
         new = encoder_of(ref, BATCH, device)
         old = _old_encoder(opened, device)
 
         def progress(what: str, done: int, total: int) -> None:
-            if stop():
-                raise KeyboardInterrupt
             tell({"event": "step", "what": what, "done": done, "total": total})
 
         # The page draws what `watch` measures over this forecast: both are of one metric.
