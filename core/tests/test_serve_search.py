@@ -263,7 +263,8 @@ def test_searches_are_right_at_every_step_of_an_upgrade_and_none_is_dropped(gall
 
     def all_the_time(client):
         while not stop.is_set():
-            seen.append(by_picture(client, len(seen) % PHOTOS, k=3).status_code)
+            ask = (by_picture, by_item)[len(seen) % 2]
+            seen.append(ask(client, len(seen) % PHOTOS, k=3).status_code)
 
     with served(gallery_path) as client, Gallery.open(gallery_path) as gallery:
         busy = threading.Thread(target=all_the_time, args=(client,))

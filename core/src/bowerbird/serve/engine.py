@@ -113,12 +113,8 @@ class Engine:
     async def item(self, search: ItemSearch) -> SearchResponse:
         """Items like one of the gallery, by its stored vectors; in a space where it has none yet its picture is
         encoded."""
-        _check(search)
-        began = time.perf_counter()
         item = await self._item(search.id)
-        needs = await asyncio.to_thread(self._needs)
-        vectors = await self._vectors_of_item(item, needs)
-        return await self._searches(_Query("item", vectors, search, began, item.num))
+        return await self._encoded("item", lambda needs: self._vectors_of_item(item, needs), search, without=item.num)
 
     async def vector(self, search: VectorSearch) -> SearchResponse:
         """Search by a vector of the space that serves (during an upgrade: the old one), or by one per space."""
@@ -150,7 +146,8 @@ class Engine:
         snapshot = self.gallery.snapshot()
         return [snapshot.spaces[name] for name in self.encoders.state(snapshot).needs]
 
-    async def _encoded(self, kind: str, encode: Encode, search: Search) -> SearchResponse:
+    async def _encoded(self, kind: str, encode: Encode, search: Search, *, without: int = -1) -> SearchResponse:
+        """``encode`` gives the vectors of the query in the spaces that it is asked for, as far as it can."""
         _check(search)
         began = time.perf_counter()
         vectors: Vectors = {}
@@ -161,10 +158,10 @@ class Engine:
                 break
             vectors |= await encode(missing)
             try:
-                return await self._searches(_Query(kind, vectors, search, began))
+                return await self._searches(_Query(kind, vectors, search, began, without))
             except _MissingVectorsError:
                 continue  # an upgrade was begun, or has ended, since the needs were asked for
-        return await self._searches(_Query(kind, vectors, search, began))
+        return await self._searches(_Query(kind, vectors, search, began, without))
 
     def _picture_of(self, source: bytes | str) -> Encode:
         async def encode(spaces: Sequence[Space]) -> Vectors:
@@ -210,9 +207,7 @@ class Engine:
             try:
                 vectors |= await self._picture_of(item.uri)(missing)
             except (ProblemError, DataError, InputError) as error:  # relations may lead there from what it has
-                log.info(
-                    "item %r has no vector in a space that is needed, and its picture gives none: %s", item.id, error
-                )
+                log.info("item %r lacks a vector that is needed, and its picture gives none: %s", item.id, error)
         if not vectors:
             raise ProblemError(409, f"item {item.id[:200]!r} has no vector, and no picture that could be encoded now")
         return vectors
@@ -251,7 +246,7 @@ class Engine:
 
     def _answer_at(self, snapshot: Snapshot, queries: Sequence[_Query]) -> list[SearchResponse | Exception]:
         service = self.encoders.service
-        answers: list[SearchResponse | Exception] = [InputError("not answered")] * len(queries)
+        answers: dict[int, SearchResponse | Exception] = {}
         together: dict[Any, list[tuple[int, Vectors]]] = defaultdict(list)
         for position, query in enumerate(queries):
             try:
@@ -260,15 +255,15 @@ class Engine:
                 answers[position] = error
                 continue
             where = query.search.where
-            key = (query.top, json.dumps(where, sort_keys=True) if where else None, tuple(rows))
+            key = (query.kind, query.top, json.dumps(where, sort_keys=True) if where else None, tuple(rows))
             together[key].append((position, rows))
         share = self.encoders.state(snapshot).share
-        for (top, _, names), members in together.items():
-            first = queries[members[0][0]]
+        for (kind, top, _, names), members in together.items():
+            where = queries[members[0][0]].search.where
             start = time.perf_counter()
             try:
                 vectors = {name: np.stack([rows[name] for _, rows in members]) for name in names}
-                found = service.search(vectors=vectors, k=top, where=first.search.where, snapshot=snapshot)
+                found = service.search(vectors=vectors, k=top, where=where, snapshot=snapshot)
                 items = self.describe(np.unique(found.nums[found.nums >= 0]).tolist())
             except SnapshotGoneError:
                 raise
@@ -281,10 +276,10 @@ class Engine:
                 for position, _ in members:
                     answers[position] = error
                 continue
-            self.metrics.searched(first.kind, time.perf_counter() - start, len(members))
+            self.metrics.searched(kind, time.perf_counter() - start, len(members))
             for row, (position, _) in enumerate(members):
                 answers[position] = _response(queries[position], found, row, items, share)
-        return answers
+        return [answers[position] for position in range(len(queries))]
 
     # ------------------------------------------------------------------------------------------------------ compare
 
