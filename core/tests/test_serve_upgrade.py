@@ -266,10 +266,13 @@ class TestPauseAndRollback:
             assert now["curve"][-1]["nfr"] > 0.05
             assert now["share"] < 1
 
-    def test_the_rate_is_kept(self, light):
-        with light.served(backfill_rate=25.0) as client:
+    def test_the_rate_and_the_priority_are_kept(self, light):
+        nice = max(6, os.getpriority(os.PRIO_PROCESS, 0))
+        with light.served(backfill_rate=25.0, backfill_nice=nice) as client:
             start(client, rate=1000)
             begun = time.monotonic()
+            [pid] = children(os.getpid())
+            assert os.getpriority(os.PRIO_PROCESS, pid) == nice
             until(client, lambda now: now["state"] == "complete")
             assert time.monotonic() - begun >= (ITEMS - 10) / 25
 
@@ -299,6 +302,14 @@ class TestWhenProcessesDie:
             away.rename(vectors)
             assert act(client, "resume").status_code == 200
             until(client, lambda now: now["worker"]["state"] == "done")
+
+    def test_a_process_that_dies_before_it_has_begun_leaves_nothing_begun(self, light, monkeypatch):
+        monkeypatch.setattr(backfill, "start_child", lambda task, line: WorkerProcess("this", line, {}))
+        with light.served() as client:
+            answer = client.post("/v1/upgrade/start", json={"candidate": "new"})
+            assert (answer.status_code, "ended with code 0" in answer.text) == (503, True)
+            now = view(client)
+            assert (now["state"], now["worker"]["state"]) == ("none", "none")
 
     def test_a_worker_that_always_dies_is_given_up(self, light, monkeypatch):
         monkeypatch.setattr(backfill, "FIRST_PAUSE", 0.02)
