@@ -491,7 +491,7 @@ def test_new_items_go_into_the_space_that_is_written_while_an_upgrade_is_under_w
             stored = gallery_of(client).vectors_of([name], new.fingerprint)
             assert np.allclose(stored, new.encode([content]), atol=1e-5)
         vector = {"id": "v", "vector": [1.0] * 24}
-        assert "space" in problem(client.post("/v1/items/vectors", json={"items": [vector]}), 422)
+        assert "say of which `space`" in problem(client.post("/v1/items/vectors", json={"items": [vector]}), 422)
         old = load_encoder(old_encoder, device="cpu").fingerprint
         ok(client.post("/v1/items/vectors", json={"items": [vector], "space": old}))
         assert ok(client.get("/v1/item", params={"id": "v"}))["side"] == "old"
@@ -710,6 +710,8 @@ def test_help_teaches_by_examples() -> None:
         (["nowhere"], "no such folder"),
         (["nowhere", "--candidate", "runs/new"], "NAME=ENCODER"),
         (["nowhere", "--candidate", "a=x", "--candidate", "a=y"], "given twice"),
+        (["nowhere", "--candidate", "new=runs/nwe"], "no folder 'runs/nwe'"),
+        (["nowhere", "--candidate", "new=core:perceptorn?image_size=16"], "core:perceptron"),
         (["nowhere", "--host", "0.0.0.0"], "--tokens"),
         (["nowhere", "--host", "host.invalid"], "--host"),
         (["nowhere", "--port", "70000"], "70000"),

@@ -29,6 +29,22 @@ def _named(ctx: click.Context, _param: click.Parameter, values: tuple[str, ...])
     return named
 
 
+def _refuse_unknown(name: str, encoder: str) -> None:
+    """A candidate that cannot be there is found when the service starts, not when somebody wants it."""
+    from bowerbird.errors import InputError
+    from bowerbird.registry import get_registry
+
+    kind = encoder.partition("?")[0]
+    if Path(encoder).is_dir():
+        return
+    if ":" not in kind or kind.startswith((".", "/")):
+        raise InputError(
+            f"candidate {name}: there is no folder {encoder!r}. Expected an encoder's folder, a run's folder, or a name "
+            "such as core:efficientnet-lite?model=lite0"
+        )
+    get_registry().get("encoder", kind)
+
+
 @click.command(
     epilog=examples(
         "bowerbird serve photos --open",
@@ -103,6 +119,8 @@ def command(gallery: str | None, open_page: bool, new_token: str | None, token_n
         raise InputError("--token-name goes with --new-token")
     if gallery is None:
         raise InputError("say which gallery to serve: bowerbird serve GALLERY (a folder, or the URL of a store)")
+    for name, encoder in values["candidates"].items():
+        _refuse_unknown(name, encoder)
     from bowerbird.serve.run import run
     from bowerbird.serve.settings import ServeSettings
 

@@ -149,7 +149,13 @@ class Contents:
             DataError: If a vector is not finite or has length zero.
         """
         _check(request.items)
-        snapshot = await asyncio.to_thread(self.gallery.snapshot)
+        rows = await asyncio.to_thread(self._rows_of_vectors, request)
+        return await self.commits.add(rows, request.space)
+
+    def _rows_of_vectors(self, request: NewVectors) -> list[Row]:
+        snapshot = self.gallery.snapshot()
+        if request.space is None and snapshot.upgrade is not None:
+            raise SpaceError("an upgrade is under way: say of which `space` the vectors are; /v1/spaces has them")
         space = snapshot.spaces.get(request.space) if request.space is not None else snapshot.write_space
         if space is None:
             raise SpaceError(f"this gallery knows no space {request.space!r}; /v1/spaces has the fingerprints")
@@ -163,7 +169,7 @@ class Contents:
                 raise DataError(f"the vector of {item.id!r} has NaN or infinity, or is zero; it has no direction")
             digest = _sha256(space.fingerprint.encode() + vector.tobytes())
             rows.append(Row(item.id, vector, item.metadata, digest))
-        return await self.commits.add(rows, request.space)
+        return rows
 
     async def delete(self, ids: Sequence[str]) -> Deleted:
         """Delete items and their uploaded pictures, in one commit. Ids that are not there are no error.
