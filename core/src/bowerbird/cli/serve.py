@@ -39,7 +39,7 @@ def _refuse_unknown(name: str, encoder: str) -> None:
         return
     if ":" not in kind or kind.startswith((".", "/")):
         raise InputError(
-            f"candidate {name}: there is no folder {encoder!r}. Expected an encoder's folder, a run's folder, or a name "
+            f"candidate {name}: there is no folder {encoder!r}. Expected an encoder's or a run's folder, or a name "
             "such as core:efficientnet-lite?model=lite0"
         )
     get_registry().get("encoder", kind)
