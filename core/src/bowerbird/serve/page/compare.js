@@ -3,7 +3,7 @@
 
 import { animated, button, count, decimal, el, empty, failure, fill, icon, number, percent, shortId } from "./dom.js";
 import { queryBar, queryOf, remember, send } from "./query.js";
-import { createWall, frame, labelOf, openItem, sideBadge } from "./wall.js";
+import { createWall, frame, idBeside, labelOf, openItem, sideBadge } from "./wall.js";
 
 const K = 20;
 const PAUSE = 2500; // milliseconds between two comparisons while the gallery changes
@@ -188,7 +188,7 @@ export function mount(root, context) {
           "span",
           { class: "found-text" },
           el("strong", { class: "ellipsis", title: hit.id }, label ?? shortId(hit.id)),
-          label !== null && el("span", { class: "muted small-text ellipsis" }, shortId(hit.id)),
+          label !== null && el("span", { class: "muted small-text ellipsis" }, idBeside(label, hit.id)),
           el(
             "span",
             { class: "row found-badges" },

@@ -57,6 +57,9 @@ export function labelOf(context, item) {
   return value === null ? null : String(value);
 }
 
+/** The id, as short as it says more than the label beside it. */
+export const idBeside = (label, id) => (shortId(id) === label ? id : shortId(id));
+
 /** "old" or "new" while an upgrade is under way; null otherwise. */
 export const sideBadge = (context, item) =>
   context.gallery.upgrade &&
@@ -84,7 +87,7 @@ function card(context, item, open) {
           el("strong", { class: "ellipsis" }, label ?? shortId(item.id)),
           item.score !== undefined && el("span", { class: "number score", title: `Cosine; distance ${decimal(item.distance, 4)}`, data: { testid: "score" } }, decimal(item.score)),
         ),
-        label !== null && el("span", { class: "muted ellipsis", title: item.id }, shortId(item.id)),
+        label !== null && el("span", { class: "muted ellipsis", title: item.id }, idBeside(label, item.id)),
         lines.length > 0 && el("span", { class: "muted ellipsis", data: { testid: "traits" } }, lines.join(" · ")),
       ),
     ),
