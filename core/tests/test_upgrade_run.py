@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -223,6 +224,15 @@ class TestRun:
         report = run(gallery, by_item(new_encoder()), strategy=STRATEGY, task_items=20, rate=400, stop_after=100)
         assert report.seconds >= 100 / 400
         assert report.rate <= 400
+
+    def test_hears_that_it_should_stop_while_it_waits_for_the_rate(self, gallery):
+        start = time.monotonic()
+        report = run(
+            gallery, by_item(new_encoder()), strategy=STRATEGY, task_items=20, rate=0.1,
+            stop=lambda: time.monotonic() - start > 1,
+        )  # fmt: skip
+        assert (report.reason, report.encoded) == ("stopped", 0)
+        assert time.monotonic() - start < 10
 
     def test_a_pause_stops_the_worker_and_a_paused_upgrade_is_not_run(self, gallery):
         def pause_at_half(count, now):

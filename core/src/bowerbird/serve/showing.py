@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
-from bowerbird.errors import BowerbirdError, UpgradeError
+from bowerbird.errors import UpgradeError
 from bowerbird.serve.backfill import Job
 from bowerbird.serve.describe import space_info
 from bowerbird.serve.planning import last_plan
 from bowerbird.serve.problems import scrubbed
 from bowerbird.serve.schemas import CurvePoint, FailedItem, PlanView, UpgradeView, WorkerView
+from bowerbird.serve.worker import LEVEL_FILE
+from bowerbird.upgrade.watch import history, level_before
 
 if TYPE_CHECKING:
     from bowerbird.gallery.gallery import Gallery
@@ -36,7 +39,7 @@ class Showing:
         except UpgradeError:
             return self._no_upgrade()
         snapshot = self.gallery.snapshot()
-        spaces, curve, failed = snapshot.spaces, self._curve(now.id), now.failures
+        spaces, curve, failed = snapshot.spaces, history(self.gallery, now.id), now.failures
         return UpgradeView(
             state="complete" if now.complete else "paused" if now.state == "paused" else "running",
             id=now.id,
@@ -55,7 +58,7 @@ class Showing:
             ],
             failed=len(failed),
             worker=NO_WORKER,
-            level_before=self._level(now.id),
+            level_before=self._level(now.id, ours=job is not None and job.upgrade == now.id),
             curve=[_point(entry) for entry in curve],
             plan=self.plan(now),
             last=None,
@@ -69,28 +72,30 @@ class Showing:
         return UpgradeView(
             state="none", id=None, strategy=None, order=None, merger=None, old=None, new=None, items=items,
             new_items=0, old_vectors=0, share=1.0, failures=[], failed=0, worker=NO_WORKER,
-            level_before=self._levels.get(last["id"]) if last else None,
-            curve=[_point(entry) for entry in self._curve(last["id"])] if last else [],
+            level_before=self._level(last["id"], ours=True) if last else None,
+            curve=[_point(entry) for entry in history(self.gallery, last["id"])] if last else [],
             plan=self.plan(),
             last=last["state"].replace("-", " ") if last else None,
             stopped_by=None,
         )  # fmt: skip
 
-    def _curve(self, upgrade: int) -> list[dict[str, Any]]:
-        from bowerbird.upgrade.watch import history
-
-        return history(self.gallery, upgrade)
-
-    def _level(self, upgrade: int) -> float | None:
-        from bowerbird.upgrade.watch import level_before
-
-        if upgrade not in self._levels:
-            try:
-                level = level_before(self.gallery)
-                self._levels[upgrade] = level if level == level else None
-            except (UpgradeError, BowerbirdError):  # no queries are watched, or they have no labels
-                self._levels[upgrade] = None
+    def _level(self, upgrade: int, *, ours: bool) -> float | None:
+        """Of the upgrade of this service what its worker noted; of another one it is computed here, once."""
+        noted = self._noted_level(upgrade)
+        if ours or noted is not None or upgrade in self._levels:
+            return noted if noted is not None else self._levels.get(upgrade)
+        try:
+            self._levels[upgrade] = level_before(self.gallery)
+        except UpgradeError:  # no queries are watched, or they have no labels
+            self._levels[upgrade] = None
         return self._levels[upgrade]
+
+    def _noted_level(self, upgrade: int) -> float | None:
+        try:
+            note = json.loads(self.gallery.storage.read_file(LEVEL_FILE) or b"{}")
+            return float(note["level"]) if note.get("upgrade") == upgrade and note["level"] is not None else None
+        except (ValueError, KeyError, TypeError):  # of another version
+            return None
 
     def plan(self, now: UpgradeStatus | None = None) -> PlanView | None:
         """The last plan, where it is about what is served now; after an upgrade also the one that led here."""

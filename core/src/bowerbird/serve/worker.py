@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from bowerbird.errors import BowerbirdError, SpaceError
+from bowerbird.errors import BowerbirdError, SpaceError, UpgradeError
 from bowerbird.upgrade.worker import Event, converse, ending_told
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ NICE_AWAITED = 10  # while somebody waits: a plan, the beginning of an upgrade
 TASK_SECONDS = 5.0  # of work in one task at most, where the rate is limited
 LOOK_SECONDS = 0.2
 PLAN_FILE = "plan/latest.json"  # where `bowerbird upgrade plan` keeps it, too
+LEVEL_FILE = "serve/level.json"
 PLAN_NOTE = "serve/plan.json"
 Tell = Callable[[Event], None]
 Stop = Callable[[], bool]
@@ -100,6 +101,7 @@ def move(
         step_back(nice)
         if opened.storage.read_file(f"watch/{upgrade}.npz") is None:  # begun by a command that watches nothing
             watch_every = max_nfr = None
+        _note_level(opened, upgrade)
         in_hand = 0
 
         def progress(count: int, now: UpgradeStatus) -> None:
@@ -177,6 +179,21 @@ def _old_encoder(gallery: Gallery, device: str) -> ItemEncoder | None:
         raise  # another encoder is in its place
     except BowerbirdError:
         return None
+
+
+def _note_level(gallery: Gallery, upgrade: int) -> None:
+    """Keep the old system's quality on the watched queries, once: with many items it takes seconds, which the service
+    has no time for."""
+    from bowerbird.upgrade.watch import level_before
+
+    content = gallery.storage.read_file(LEVEL_FILE)
+    if content and json.loads(content)["upgrade"] == upgrade:
+        return
+    try:
+        level: float | None = level_before(gallery)
+    except UpgradeError:  # no queries are watched, or they have no labels
+        level = None
+    gallery.storage.write_file(LEVEL_FILE, json.dumps({"upgrade": upgrade, "level": level}).encode())
 
 
 def plan(*, gallery: str, candidate: str, ref: str, device: str, label_key: str | None, sample: int,
