@@ -17,6 +17,10 @@ bearer = HTTPBearer(auto_error=False, description="A token of the service's toke
 
 
 async def server_of(request: Request) -> Server:
+    return _server(request)
+
+
+def _server(request: Request) -> Server:
     found: Server = request.app.state.server
     return found
 
@@ -24,16 +28,16 @@ async def server_of(request: Request) -> Server:
 ServerOf = Annotated[Server, Depends(server_of)]
 
 
-async def _reader(server: ServerOf, request: Request, _: Annotated[object, Security(bearer)] = None) -> Caller:
-    return server.access.caller(request, "read")
+async def _reader(request: Request, _: Annotated[object, Security(bearer)] = None) -> Caller:
+    return _server(request).access.caller(request, "read")
 
 
-async def _writer(server: ServerOf, request: Request, _: Annotated[object, Security(bearer)] = None) -> Caller:
-    return server.access.caller(request, "write")
+async def _writer(request: Request, _: Annotated[object, Security(bearer)] = None) -> Caller:
+    return _server(request).access.caller(request, "write")
 
 
-async def _admin(server: ServerOf, request: Request, _: Annotated[object, Security(bearer)] = None) -> Caller:
-    return server.access.caller(request, "admin")
+async def _admin(request: Request, _: Annotated[object, Security(bearer)] = None) -> Caller:
+    return _server(request).access.caller(request, "admin")
 
 
 Reader = Annotated[Caller, Depends(_reader)]
