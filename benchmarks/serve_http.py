@@ -60,6 +60,7 @@ async def constant() -> Response:
 config = uvicorn.Config(app, port=0, access_log=False, log_level="warning")
 server = uvicorn.Server(config)
 socket = config.bind_socket()
+socket.listen()  # who reads the address may connect
 print("http://127.0.0.1:%d" % socket.getsockname()[1], flush=True)
 server.run([socket])
 """
