@@ -22,6 +22,7 @@ from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from bowerbird.errors import DataError, InputError, StoreUnavailableError
 from bowerbird.serve import guard as guard_module
@@ -534,6 +535,33 @@ def test_json_that_cannot_be_used_is_a_problem(body: bytes) -> None:
     assert answer.status_code in (400, 422)
     is_problem(answer, answer.status_code)
     assert len(answer.content) < 20_000
+
+
+MANY = dict.fromkeys(map(str, range(200_000)))
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/text", MANY),
+        ("/v1/text", {"text": "a", "where": MANY}),
+        ("/v1/text", {"text": "a", "where": {"a": [None] * 200_000}}),
+        ("/v1/vectors", {"items": [{"id": "a", "vector": [1.0], "metadata": MANY}]}),
+        ("/v1/vectors", {"items": [{"id": "a", "vector": ["x"] * 60_000}] * 4}),
+        ("/v1/vectors", {"items": [{}] * 200_000}),
+    ],
+    ids=["keys", "where", "values", "metadata", "vectors", "items"],
+)
+def test_a_body_full_of_mistakes_is_refused_at_the_first_ones(path: str, body: dict[str, Any]) -> None:
+    """Telling each of a million mistakes takes seconds, in which nobody else is answered."""
+    sent = json.dumps(body)
+    began = time.thread_time()
+    models = {"/v1/text": TextSearch, "/v1/vectors": NewVectors}
+    with pytest.raises(ValidationError) as error:
+        models[path].model_validate(json.loads(sent))
+    assert error.value.error_count() < 20
+    assert time.thread_time() - began < 2
+    is_problem(client_of(small_app()).post(path, content=sent, headers={"Content-Type": "application/json"}), 422)
 
 
 @pytest.mark.parametrize("value", [b"NaN", b"Infinity", b"-Infinity", b"1e999", b'"a"', b"null", b"[]", b"9" * 5000])

@@ -5,9 +5,10 @@ Ids and metadata are data of strangers: they are text here, and the page shows t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Role = Literal["read", "write", "admin"]
 ItemId = Annotated[str, Field(min_length=1, max_length=1024)]
@@ -15,7 +16,25 @@ ItemId = Annotated[str, Field(min_length=1, max_length=1024)]
 Text = Annotated[str, Field(max_length=65536)]
 Whole = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Scalar = Text | Whole | float | bool
-Where = dict[Text, Scalar | list[Scalar]]
+
+
+def _few(most: int) -> Callable[[Any], Any]:
+    """Refuses a table with more keys before its values are looked at."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > most:
+            raise ValueError(f"has {len(value)} keys, of at most {most}")
+        return value
+
+    return check
+
+
+# Not only the good ones are bounded: each wrong value is an error to be told, and millions of them stop the service.
+Values = Annotated[list[Scalar], Field(max_length=1000, fail_fast=True)]
+Where = Annotated[dict[Text, Scalar | Values], Field(max_length=64), BeforeValidator(_few(64))]
+Metadata = Annotated[dict[Text, Scalar | None], Field(max_length=256), BeforeValidator(_few(256))]
+Vector = Annotated[list[float], Field(max_length=65536, fail_fast=True)]
+MOST_KEYS = 64  # of a body
 MOST_RESULTS = 1000  # offset + k of a search
 
 
@@ -23,6 +42,11 @@ class Request(BaseModel):
     """A JSON body. Unknown keys are refused: a misspelt one is a mistake, not a wish. So are NaN and infinity."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_keys(cls, value: Any) -> Any:
+        return _few(MOST_KEYS)(value)
 
 
 class Response(BaseModel):
@@ -111,8 +135,8 @@ class ItemSearch(Search):
 class VectorSearch(Search):
     """Exactly one of the two. Vectors need not have length 1."""
 
-    vector: list[float] | None = Field(None, max_length=65536, description="Of the space that serves.")
-    vectors: dict[Text, list[float]] | None = Field(
+    vector: Vector | None = Field(None, description="Of the space that serves.")
+    vectors: dict[Text, Vector] | None = Field(
         None, max_length=16, description="By the fingerprint of their space; an upgrade may need two."
     )
 
@@ -178,11 +202,11 @@ class ItemPage(Response):
 
 class NewItem(Request):
     id: ItemId
-    metadata: dict[Text, Scalar | None] = Field(default_factory=dict)
+    metadata: Metadata = Field(default_factory=dict)
 
 
 class NewVector(NewItem):
-    vector: list[float] = Field(min_length=1, max_length=65536)
+    vector: Vector = Field(min_length=1)
 
 
 class NewVectors(Request):
@@ -201,7 +225,7 @@ class Added(Response):
 
 
 class Delete(Request):
-    ids: list[ItemId] = Field(min_length=1, max_length=10_000)
+    ids: list[ItemId] = Field(min_length=1, max_length=10_000, fail_fast=True)
 
 
 class Deleted(Response):

@@ -35,7 +35,7 @@ OnError = Annotated[
     Query(description="`skip` leaves out pictures that cannot be used and names them; `raise` refuses the batch."),
 ]
 
-new_items = TypeAdapter(Annotated[list[NewItem], Field(min_length=1)])
+new_items = TypeAdapter(Annotated[list[NewItem], Field(min_length=1, max_length=10_000, fail_fast=True)])
 MULTIPART: dict[str, Any] = {
     "requestBody": {
         "required": True,
