@@ -260,11 +260,15 @@ function evidence(values) {
   const walk = (value, name) => {
     if (value !== null && typeof value === "object" && !Array.isArray(value)) {
       for (const [key, inner] of Object.entries(value)) walk(inner, name ? `${name} ${key}` : key);
-    } else rows.push([name, textOf(value)]);
+    } else if (value !== null) rows.push([name, textOf(value)]);
   };
-  walk(values, "");
-  if (rows.length === 0) return el("p", { class: "muted small-text" }, "Registered without a measurement.");
-  return el("dl", { class: "facts number" }, rows.map(([name, text]) => el("div", {}, el("dt", {}, name.replaceAll("_", " ")), el("dd", {}, text))));
+  const { sentence, ...rest } = values; // transforms say in words how good they are
+  walk(rest, "");
+  if (rows.length === 0 && !sentence) return el("p", { class: "muted small-text" }, "Registered without a measurement.");
+  return [
+    sentence && el("p", {}, textOf(sentence)),
+    el("dl", { class: "facts number" }, rows.map(([name, text]) => el("div", {}, el("dt", {}, name.replaceAll("_", " ")), el("dd", {}, text)))),
+  ];
 }
 
 function textOf(value) {
