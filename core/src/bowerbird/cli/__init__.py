@@ -56,6 +56,7 @@ EXTRA_OF_MODULE = {
     "prometheus_client": "serve",
     "limits": "serve",
     "pebble": "serve",
+    "umap": "umap",
 }
 
 

@@ -80,8 +80,8 @@ class Maps:
         """
         if method not in available():
             raise InputError(
-                f"the service cannot draw {method!r}: it needs umap-learn (pip install umap-learn where the service "
-                f"runs); here is {', '.join(available())}"
+                f"the service cannot draw {method!r}: it needs umap-learn (pip install 'bowerbird-core[umap]' where "
+                f"it runs); here is {', '.join(available())}"
             )
         snapshot, chosen, nums, total = await asyncio.to_thread(self._choose, limit, space)
         key = (method, chosen, hashlib.sha256(nums.tobytes()).hexdigest())
