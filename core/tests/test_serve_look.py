@@ -232,7 +232,7 @@ def test_an_unknown_space_and_a_method_that_is_not_installed_are_refused(
     with pytest.raises(UnknownNameError, match="no space 'nowhere'"):
         map_of(gallery, space="nowhere")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match="pip install umap-learn"):
+    with pytest.raises(InputError, match="bowerbird-core\\[umap\\]"):
         map_of(gallery, method="umap")
 
 
