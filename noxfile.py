@@ -190,7 +190,7 @@ def docs(session: nox.Session) -> None:
 @nox.session
 def demo(session: nox.Session) -> None:
     """The main job on real images: a live gallery moves to a better model. Writes demo-out/index.html."""
-    install(session, f"{CORE}[lite,faiss-cpu,report]", "./packages/emoji-plugins", "./packages/compat-plugins")
+    install(session, f"{CORE}[lite,faiss-cpu,report,serve]", "./packages/emoji-plugins", "./packages/compat-plugins")
     session.run("bowerbird", "demo", *session.posargs, env=QUIET)
 
 
