@@ -191,7 +191,8 @@ def docs(session: nox.Session) -> None:
 def demo(session: nox.Session) -> None:
     """The main job on real images: a live gallery moves to a better model. Writes demo-out/index.html."""
     install(session, f"{CORE}[lite,faiss-cpu,report,serve]", "./packages/emoji-plugins", "./packages/compat-plugins")
-    session.run("bowerbird", "demo", *session.posargs, env=QUIET)
+    # Ctrl-C ends a served demo once what is in flight is answered, and its worker has given its task back.
+    session.run("bowerbird", "demo", *session.posargs, env=QUIET, interrupt_timeout=60, terminate_timeout=30)
 
 
 @nox.session

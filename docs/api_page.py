@@ -6,6 +6,8 @@ import importlib
 import json
 import pkgutil
 from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 Schema = Mapping[str, Any]
@@ -52,8 +54,18 @@ def roles() -> dict[str, str]:
     return found
 
 
+def made_by() -> str:
+    """What writes the schema: another version of it may write the same interface in other words."""
+    return f"fastapi {metadata.version('fastapi')}"
+
+
 def openapi_json(found: Schema) -> str:
-    return json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+    return json.dumps({**found, "x-made-by": made_by()}, indent=1, ensure_ascii=False) + "\n"
+
+
+def made_by_another(committed: Path) -> bool:
+    """Whether the committed schema was written by another version of FastAPI, so that its words do not count."""
+    return committed.is_file() and json.loads(committed.read_text()).get("x-made-by") != made_by()
 
 
 def api_page(found: Schema, needs: Mapping[str, str]) -> str:

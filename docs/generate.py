@@ -12,7 +12,7 @@ import re
 import sys
 from pathlib import Path
 
-from api_page import api_page, openapi_json, roles, schema
+from api_page import api_page, made_by_another, openapi_json, roles, schema
 from hooks_page import hooks_page
 
 ROOT = Path(__file__).parent.parent
@@ -133,7 +133,12 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a page is out of date")
     check = parser.parse_args().check
     stale = []
+    interface = (ROOT / "docs/http-api.md", ROOT / "docs/openapi.json")
+    other_words = check and made_by_another(interface[1])
     for path, text in generated().items():
+        if other_words and path in interface:
+            print(f"not compared, it was made by another version of FastAPI: {path.relative_to(ROOT)}")
+            continue
         if path.exists() and path.read_text() == text:
             continue
         stale.append(str(path.relative_to(ROOT)))
