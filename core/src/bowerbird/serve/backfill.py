@@ -149,6 +149,8 @@ class Backfill:
     async def take(self, job: Job) -> None:
         """Work on this from now on, also after a restart of the service. What failed before is forgotten."""
         async with self._turn:
+            if self.job is not None and replace(self.job, resumed_at=job.resumed_at) != job:
+                await self.stop()  # the next look starts one that is told of it
             await self._take(job)
 
     async def _take(self, job: Job) -> None:

@@ -61,7 +61,7 @@ class Control:
         self._measured_at = 0.0
         self._version = 0
         self._news = asyncio.Event()
-        self._complete = (-1, False)  # (epoch, whether the upgrade was complete)
+        self._complete: tuple[tuple[int, ...], bool] = ((), False)  # (what was seen, whether the upgrade was complete)
         self._showing = Showing(settings, gallery)
         self._told: dict[Role, tuple[int, asyncio.Task[tuple[str, ...]]]] = {}
 
@@ -115,9 +115,11 @@ class Control:
         snapshot = self.gallery.snapshot()
         if snapshot.upgrade is None:
             return snapshot.epoch, None, False
-        if self._complete[0] != snapshot.epoch:
+        # A commit is an epoch, but for one of failures only: the worker tells of its own, a command's are found in time.
+        seen = (snapshot.epoch, self.backfill.version, int(time.monotonic() / MEASURED_SECONDS))
+        if self._complete[0] != seen:
             try:
-                self._complete = (snapshot.epoch, self.gallery.store.progress().complete)
+                self._complete = (seen, self.gallery.store.progress().complete)
             except UpgradeError:  # it ended in this moment
                 return snapshot.epoch, None, False
         return snapshot.epoch, snapshot.upgrade, self._complete[1]
@@ -209,38 +211,55 @@ class Control:
         if self.planning.running:
             raise UpgradeError("a plan is being made; wait for it, or cancel it")
         if is_vectors_ref(ref):  # known by a file of its vectors: searches give vectors, too
-            fingerprint = (await asyncio.to_thread(load_vectors_encoder, ref)).space.fingerprint
+            space = (await asyncio.to_thread(load_vectors_encoder, ref)).space
         else:
             loaded = await self.encoders.load(ref)
-            fingerprint = loaded.fingerprint
+            space = loaded.space()
             self.encoders.add(loaded)
         snapshot = await asyncio.to_thread(self.gallery.snapshot)
         state = snapshot.upgrade
-        if state is None and fingerprint == snapshot.serving:
-            raise UpgradeError(f"the gallery is served by candidate {asked.candidate!r} already; nothing is to be done")
-        if state is not None:
-            if state.new != fingerprint:
-                raise UpgradeError(f"another upgrade is {state.state}; finish it or roll it back first")
-            if state.state == "paused":
-                raise UpgradeError("this upgrade is paused; resume it")
-        ended = await asyncio.to_thread(self.gallery.store.history)
         rates = [rate for rate in (asked.rate, self.settings.backfill_rate) if rate is not None]
         job = Job(
-            ref=ref,
-            space=fingerprint,
-            after=ended[-1]["id"] if ended else 0,
+            ref=ref if is_vectors_ref(ref) else space.encoder,  # a service started from another folder finds it, too
+            space=space.fingerprint,
+            after=0,
             upgrade=None if state is None else state.id,
             rate=min(rates) if rates else None,
             watch_every=asked.watch_every,
             max_nfr=asked.max_nfr,
         )
         if state is not None:
-            await self.backfill.take(job)
+            await self._take_part(asked, job, state)
             return
+        if space.fingerprint == snapshot.serving:
+            raise UpgradeError(f"the gallery is served by candidate {asked.candidate!r} already; nothing is to be done")
+        ended = await asyncio.to_thread(self.gallery.store.history)
         names = ("strategy", "merger", "order")
         settings = {name: value for name in names if (value := getattr(asked, name)) is not None}
         label_key = asked.label_key or self.settings.label_key
-        await self.backfill.begin(job, settings if label_key is None else {**settings, "label_key": label_key})
+        await self.backfill.begin(
+            replace(job, after=ended[-1]["id"] if ended else 0),
+            settings if label_key is None else {**settings, "label_key": label_key},
+        )
+
+    async def _take_part(self, asked: StartUpgrade, job: Job, state: UpgradeState) -> None:
+        """In the upgrade under way. What it was begun with stays; of the worker changes what is asked for."""
+        from bowerbird.upgrade.start import check_settings
+
+        if state.new != job.space:
+            raise UpgradeError(f"another upgrade is {state.state}; finish it or roll it back first")
+        check_settings(state, asked.model_dump(include={"strategy", "merger", "order", "label_key"}))
+        if state.state == "paused":
+            raise UpgradeError("this upgrade is paused; resume it")
+        watched = await asyncio.to_thread(self.gallery.storage.read_file, f"watch/{state.id}.npz")
+        if asked.max_nfr is not None and watched is None:
+            raise UpgradeError("this upgrade was begun without watched queries, so that no flips can be measured")
+        known = self.backfill.job
+        if known is not None and known.is_of(state):
+            own = ("rate", "watch_every", "max_nfr")
+            told = {n: getattr(job, n) for n in own if n in asked.model_fields_set and getattr(asked, n) is not None}
+            job = replace(known, **told)
+        await self.backfill.take(job)
 
     async def pause(self, upgrade: int) -> UpgradeView:
         await self._do(lambda: self._in_store(upgrade, lambda: self.gallery.store.pause()))
@@ -256,6 +275,8 @@ class Control:
             if state is None:
                 return
             space = snapshot.spaces[state.new]
+            if job is not None and not job.is_of(state):  # of an upgrade that ended in this moment
+                job = None
             if job is None and not space.lifted:
                 job = Job(space.encoder, space.fingerprint, 0, state.id, self.settings.backfill_rate, 0.05, None)
             if job is not None:

@@ -172,15 +172,15 @@ def _check_same_upgrade(
             f"{encoder.space}. Run it with its own encoder, or finish it or roll it back first, or begin this one "
             "on top of it (--on-top)"
         )
-    _check_settings(state, begin_settings)
+    check_settings(state, begin_settings)
     if state.state == "paused":
         raise UpgradeError(
             f"the upgrade of {gallery.path} is paused; `bowerbird upgrade resume {gallery.path}` lets workers go on"
         )
 
 
-def _check_settings(state: UpgradeState, asked: Mapping[str, Any]) -> None:
-    """Settings that are fixed when an upgrade begins are never ignored: they agree, or are refused."""
+def check_settings(state: UpgradeState, asked: Mapping[str, Any]) -> None:
+    """Settings that are fixed when an upgrade begins are never ignored: they agree, or ``UpgradeError`` names one."""
     registry = get_registry()
     resolve: dict[str, Callable[[Any], Any]] = {
         "strategy": lambda name: load_strategy(name)[0],

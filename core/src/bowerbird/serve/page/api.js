@@ -4,12 +4,11 @@ const KEY = "bowerbird-token";
 const PICTURES = 600; // object URLs kept
 const AT_ONCE = 4; // pictures fetched at a time: browsers open six connections, and searches must not wait for pictures
 
-/** An answer that is not a 2xx. `status` is 0 where the service did not answer at all. */
+/** An answer that is not a 2xx. `status` is 0 where the service did not answer at all; `message` says what is wrong. */
 export class ApiError extends Error {
-  constructor(status, detail, { title = null, retryAfter = null } = {}) {
-    super(detail);
+  constructor(status, message, { title = null, retryAfter = null } = {}) {
+    super(message);
     this.status = status;
-    this.detail = detail;
     this.title = title;
     this.retryAfter = retryAfter;
   }

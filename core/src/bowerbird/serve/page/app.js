@@ -1,7 +1,7 @@
 // The shell: views by the hash of the address, what they share, keys, dialogs, drops.
 
 import { createApi } from "./api.js";
-import { count, el, failure, fill, icon, percent } from "./dom.js";
+import { count, el, failure, fill, icon, percent, sentence } from "./dom.js";
 
 const VIEWS = ["search", "compare", "upgrade", "spaces", "map"];
 const $ = (id) => document.getElementById(id);
@@ -43,10 +43,11 @@ async function confirm({ title, text, action, danger = false }) {
   return (await ask($("confirm-dialog"))) === "ok";
 }
 
-async function askToken(refused) {
+/** `title`: why it is asked for. */
+async function askToken(title) {
   const input = $("token-input");
   input.value = "";
-  $("token-title").textContent = refused ? "The service does not know this token" : "This gallery needs a token";
+  $("token-title").textContent = title;
   $("token-forget").hidden = api.token() === null;
   const answer = await ask($("token-dialog"));
   if (answer === "forget") api.setToken(null);
@@ -59,7 +60,7 @@ function toast(text, kind = "") {
   const note = el(
     "div",
     { class: `toast ${kind}`.trim(), data: { testid: "toast" } },
-    el("span", {}, text),
+    el("span", {}, sentence(text)),
     el("button", { type: "button", class: "icon-button", "aria-label": "Dismiss", on: { click: close } }, icon("close")),
   );
   $("toasts").append(note);
@@ -68,7 +69,7 @@ function toast(text, kind = "") {
 
 // ------------------------------------------------------------------------------------------------------ views
 
-const api = createApi({ askToken });
+const api = createApi({ askToken: (refused) => askToken(refused ? "The service does not know this token" : "This gallery needs a token") });
 
 /** What views get. `gallery` is the latest GalleryInfo (null until the service has answered once), `upgrade` the latest
  *  UpgradeView that an event brought (null before), `params` the parameters of the address. */
@@ -182,7 +183,7 @@ function connect() {
 // ------------------------------------------------------------------------------------------------- keys, drops
 
 function typing(target) {
-  return target instanceof HTMLElement && (target.isContentEditable || target.matches("input, textarea, select"));
+  return target instanceof HTMLElement && target.matches("input:not([type=radio], [type=checkbox]), select");
 }
 
 document.addEventListener("keydown", (event) => {
@@ -270,9 +271,10 @@ window.addEventListener("paste", (event) => {
 $("keys-button").addEventListener("click", () => $("keys-dialog").showModal());
 $("theme-button").addEventListener("click", nextTheme);
 $("token-button").addEventListener("click", async () => {
-  const value = await askToken(false);
+  const before = api.token();
+  const value = await askToken(before === null ? "Use a token" : "Use another token");
   if (value) api.setToken(value);
-  if (value || api.token() === null) location.reload();
+  if (api.token() !== before) location.reload();
 });
 for (const dialog of document.querySelectorAll("dialog")) {
   // A click beside a dialog closes it. The dialog itself has no padding: what is hit is the backdrop.

@@ -6,7 +6,7 @@ import { el, fill, percent, put } from "./dom.js";
 const SVG = "http://www.w3.org/2000/svg";
 const LEFT = 48;
 const RIGHT = 14;
-const TOP = 26;
+const TOP = 30;
 const BOTTOM = 20;
 
 function svg(tag, attributes = {}, ...children) {
@@ -142,7 +142,7 @@ export function chart(root) {
 
   function drawPanel(panel) {
     const right = width - RIGHT;
-    const parts = [svg("text", { class: "chart-title", x: 0, y: panel.top - 11 }, panel.title)];
+    const parts = [svg("text", { class: "chart-title", x: 0, y: panel.top - 13 }, panel.title)];
     for (const tick of panel.scale.ticks) {
       const y = panel.down(tick);
       parts.push(
@@ -180,15 +180,14 @@ export function chart(root) {
     if (!known(model.now)) return null;
     const x = acrossOf(model.now);
     const first = model.panels[0];
-    const last = model.panels.at(-1);
     const flip = model.now > 0.8;
     return svg(
       "g",
       {},
-      svg("line", { class: "chart-now", x1: x, x2: x, y1: first.top - 6, y2: last.bottom }),
+      model.panels.map((panel) => svg("line", { class: "chart-now", x1: x, x2: x, y1: panel.top, y2: panel.bottom })),
       svg(
         "text",
-        { class: "chart-now-text", x: flip ? x - 6 : x + 6, y: first.top + 6, "text-anchor": flip ? "end" : "start" },
+        { class: "chart-now-text", x: flip ? x - 6 : x + 6, y: first.top + 15, "text-anchor": flip ? "end" : "start" },
         `now ${percent(model.now, 0)}`,
       ),
     );
@@ -238,8 +237,7 @@ export function chart(root) {
         dots.push(svg("circle", { class: `chart-dot ${line.tone}`, cx: x, cy: panel.down(value), r: 4.5 }));
       }
     }
-    const last = model.panels.at(-1);
-    fill(marks, svg("line", { class: "chart-hair", x1: x, x2: x, y1: model.panels[0].top, y2: last.bottom }), dots);
+    fill(marks, model.panels.map((panel) => svg("line", { class: "chart-hair", x1: x, x2: x, y1: panel.top, y2: panel.bottom })), dots);
     fill(
       reading,
       el("strong", {}, `${percent(share)} moved`),

@@ -2,7 +2,7 @@
 // in three columns, asked again while an upgrade moves items from the one to the other.
 
 import { animated, button, count, decimal, el, empty, failure, fill, icon, number, percent, shortId } from "./dom.js";
-import { queryBar, queryOf, remember, send } from "./query.js";
+import { failed, queryBar, queryOf, remember, send } from "./query.js";
 import { createWall, frame, idBeside, labelOf, openItem, sideBadge } from "./wall.js";
 
 const K = 20;
@@ -35,7 +35,7 @@ export function mount(root, context) {
     const { signal } = work;
     const query = queryOf(params);
     const { upgrade } = context.gallery;
-    root.querySelector(".switch").hidden = upgrade === null;
+    bar.element.hidden = upgrade === null;
     if (upgrade === null) {
       shown = null;
       fill(place, noUpgrade());
@@ -58,7 +58,7 @@ export function mount(root, context) {
     } catch (error) {
       if (signal.aborted || quiet) return;
       shown = null;
-      fill(place, failure(error, () => compare(context.params)));
+      fill(place, failed(context, error, query, () => compare(context.params)));
     }
   }
 
@@ -66,7 +66,7 @@ export function mount(root, context) {
     return empty({
       symbol: "compare",
       title: "There is nothing to compare now",
-      text: "One model serves. While an upgrade is under way, this shows what the old model finds, what the new one finds, and what is served, side by side.",
+      text: "One model answers every search. During an upgrade, this shows side by side what the old model finds, what the new one finds, and what is served.",
       actions: [button("To the upgrade", () => context.navigate("upgrade"), { kind: "primary" }), button("Search instead", () => context.navigate("search", context.params))],
     });
   }
@@ -111,7 +111,7 @@ export function mount(root, context) {
       COLUMNS.map((name) => {
         lists[name] = el("ol", { class: "found-list", "aria-label": titleOf(name), data: { testid: `column-${name}` } });
         names[name] = el("div", { class: "column-head" });
-        return el("section", { class: `column ${name}`, data: { column: name } }, names[name], lists[name]);
+        return el("section", { class: "column", data: { column: name } }, names[name], lists[name]);
       }),
     );
     const tabs = el(
@@ -234,7 +234,7 @@ export function mount(root, context) {
 
   context.on("params", (params) => compare(params));
   context.on("pictures", (files) => {
-    context.navigate("compare", { picture: remember(files[0]), where: context.params.where });
+    context.navigate(context.gallery.upgrade ? "compare" : "search", { picture: remember(files[0]), where: context.params.where });
   });
   context.on("gallery", (info) => {
     if ((info.upgrade?.id ?? null) !== upgradeSeen) {
@@ -256,7 +256,7 @@ export function mount(root, context) {
 const titleOf = (name) => ({ old: "Old model", new: "New model", merged: "Served now" })[name];
 
 function subtitleOf(name, answer) {
-  return { old: answer.old_name, new: `${answer.new_name} · ${percent(answer.share)} of the items`, merged: `epoch ${number(answer.epoch)}` }[name];
+  return { old: answer.old_name, new: `${answer.new_name} · ${percent(answer.share)} of the items`, merged: "Both, merged: what searches get" }[name];
 }
 
 /** The sentences that say what changed. */

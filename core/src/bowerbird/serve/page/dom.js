@@ -76,14 +76,17 @@ const PROBLEMS = {
   503: "The service is busy",
 };
 
-/** An error, as the service put it. */
+// What the same request would only get again.
+const FOR_GOOD = [400, 404, 413, 415, 422];
+
+/** An error, as the service put it; `retry` is offered where it may help. */
 export function failure(error, retry = null) {
   return el(
     "div",
     { class: "notice wrong", role: "alert", data: { testid: "error" } },
     icon("alert"),
-    el("div", { class: "grow" }, el("strong", {}, PROBLEMS[error.status] ?? error.title ?? "That did not work"), el("p", {}, error.detail ?? error.message)),
-    retry && button("Try again", retry),
+    el("div", { class: "grow" }, el("strong", {}, PROBLEMS[error.status] ?? error.title ?? "That did not work"), el("p", {}, sentence(error.message))),
+    retry && !FOR_GOOD.includes(error.status) && button("Try again", retry),
   );
 }
 
@@ -92,6 +95,10 @@ export function shortId(id) {
   const parts = id.split("/").filter(Boolean);
   return parts.length > 0 ? parts[parts.length - 1] : id;
 }
+
+/** With a capital at its beginning and a full stop at its end. */
+export const sentence = (text) => capital(text) + (/[\w'")\]%]$/.test(text) ? "." : "");
+export const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1);
 
 const whole = new Intl.NumberFormat("en");
 /** 12,345 */
@@ -107,6 +114,8 @@ export const decimal = (value, digits = 3) => value.toFixed(digits).replace("-",
 export const count = (n, noun, plural = `${noun}s`) => `${number(n)} ${n === 1 ? noun : plural}`;
 /** 1.5 MiB */
 export const mebibytes = (bytes) => `${decimal(bytes / 2 ** 20, 1)} MiB`;
+/** What an answer took: 0.8 ms, 34 ms, 1.4 s */
+export const took = (milliseconds) => (milliseconds < 1000 ? `${decimal(milliseconds, milliseconds < 10 ? 1 : 0)} ms` : `${decimal(milliseconds / 1000, 1)} s`);
 /** Seconds in words: 45 s, 12 min, 3 h 20 min, 2 days 4 h */
 export function duration(seconds) {
   if (seconds < 1) return "under a second";

@@ -32,6 +32,7 @@ export function mount(root, context) {
   const stage = el("div", { class: "map-stage" }, canvas, card, tools, veil);
   const legend = el("ul", { class: "map-legend", "aria-label": "Colours; choose one to see it alone", data: { testid: "map-legend" } });
   const note = el("p", { class: "muted small-text", data: { testid: "map-note" } });
+  const side = el("aside", { class: "panel map-side", "aria-label": "Colours", hidden: true }, legend, note);
   const spoken = el("p", { class: "hidden-text", "aria-live": "polite" });
   const methods = el("fieldset", { class: "segmented", "aria-label": "Method", data: { testid: "map-methods" } });
   const colorings = el("fieldset", { class: "segmented", "aria-label": "Colours", data: { testid: "map-colours" } });
@@ -42,7 +43,7 @@ export function mount(root, context) {
       "div",
       { class: "stack map" },
       el("div", { class: "row between" }, el("h1", {}, "Map"), el("div", { class: "row" }, spaces, colorings, methods)),
-      el("div", { class: "map-body" }, stage, el("aside", { class: "panel map-side" }, legend, note)),
+      el("div", { class: "map-body" }, stage, side),
       el("p", { id: "map-keys", class: "muted small-text" }, "Drag to move, scroll or pinch to zoom; arrows, ", el("kbd", {}, "+"), " ", el("kbd", {}, "\u2212"), " and ", el("kbd", {}, "0"), " do the same, ", el("kbd", {}, "Enter"), " chooses the point in the middle."),
       spoken,
     ),
@@ -79,7 +80,7 @@ export function mount(root, context) {
     } catch (error) {
       if (error.name === "AbortError" || mine !== turn || quietly) return;
       if (method !== "pca") {
-        context.toast(error.detail ?? error.message, "wrong");
+        context.toast(error.message, "wrong");
         method = "pca";
         showControls();
         load();
@@ -155,8 +156,8 @@ export function mount(root, context) {
       );
     }
     const { upgrade } = context.gallery;
-    spaces.hidden = !upgrade;
-    if (upgrade && data && document.activeElement !== spaces) {
+    spaces.hidden = !upgrade || !data;
+    if (!spaces.hidden && document.activeElement !== spaces) {
       const all = context.gallery.spaces.filter((one) => one.items > 0 || [upgrade.old, upgrade.new].includes(one.fingerprint));
       const names = spaceNames(all);
       fill(spaces, all.map((one) => el("option", { value: one.fingerprint, selected: one.fingerprint === data.space }, `as ${names.get(one.fingerprint)} sees it`)));
@@ -184,7 +185,8 @@ export function mount(root, context) {
   }
 
   function showColors() {
-    if (!data) return;
+    side.hidden = !data || data.ids.length === 0;
+    if (side.hidden) return;
     const made = groupsOf();
     groups = made.groups.map((group) => ({ ...group, count: 0 }));
     for (const place of made.of) groups[place].count += 1;

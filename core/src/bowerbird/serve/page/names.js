@@ -26,5 +26,3 @@ export function spaceNames(spaces) {
 
 /** A line of a plan: "rank-merge, merger zscore" */
 export const lineName = (line) => short(line.strategy) + (line.merger ? `, merger ${short(line.merger)}` : "");
-
-export const sentenceCase = (text) => text.charAt(0).toUpperCase() + text.slice(1);

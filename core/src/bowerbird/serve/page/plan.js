@@ -1,7 +1,7 @@
 // Before an upgrade: the plan, what it advises, and the form that starts one.
 
-import { button, count, decimal, duration, el, empty, failure, fill, icon, percent } from "./dom.js";
-import { lineName, sentenceCase, short } from "./names.js";
+import { button, capital, count, decimal, duration, el, empty, failure, fill, icon, percent, sentence } from "./dom.js";
+import { lineName, short } from "./names.js";
 
 const POLL = 1000; // milliseconds between two looks at a plan that is being made
 
@@ -55,7 +55,7 @@ export function planning(context, { act, changed, spent }) {
           { class: "panel stack", "aria-label": "Plan" },
           el("div", { class: "stack tight" }, el("h2", {}, "Plan"), el("p", { class: "muted small-text" }, "Measures both encoders on a sample and forecasts every way to move. Changes nothing.")),
           el("div", { class: "fields" }, field("To the encoder", form.candidate), field("Label in the metadata", form.label, "For quality and flips."), field("Items in the sample", form.sample)),
-          el("div", { class: "row" }, planButton),
+          planButton,
           advice,
         ),
         beside,
@@ -70,8 +70,8 @@ export function planning(context, { act, changed, spent }) {
             "div",
             { class: "fields" },
             field("Strategy", form.strategy, null, "wide"),
-            field("Most items per second", form.rate),
-            field("Pause above negative flips, %", form.flips),
+            field("Most items per second", form.rate, "Fewer leave more of the machine to searches."),
+            field("Pause above negative flips, %", form.flips, "First results that were right and become wrong."),
           ),
           el("div", { class: "row" }, startButton, starting),
         ),
@@ -114,7 +114,7 @@ export function planning(context, { act, changed, spent }) {
     startButton.classList.toggle("primary", Boolean(clear));
     planButton.classList.toggle("primary", !clear);
     if (job?.state === "running") {
-      step.textContent = job.step ?? "";
+      step.textContent = capital(job.step ?? "");
       if (running.isConnected) return; // the button that cancels keeps the focus
       fill(
         running,
@@ -124,7 +124,7 @@ export function planning(context, { act, changed, spent }) {
       );
       fill(advice, running);
     } else if (job?.state === "failed") {
-      fill(advice, failure({ title: "The plan failed", detail: job.error ?? "" }));
+      fill(advice, failure({ title: "The plan failed", message: job.error ?? "" }));
     } else if (plan) {
       fill(advice, planOf(plan));
     } else {
@@ -144,7 +144,7 @@ export function planning(context, { act, changed, spent }) {
         "div",
         { class: `notice ${good ? "right" : ""}`, data: { testid: "plan-recommendation" } },
         icon(good ? "check" : "alert"),
-        el("div", { class: "grow" }, el("strong", {}, adviceOf(plan)), el("p", { class: "small-text" }, sentenceCase(plan.reason))),
+        el("div", { class: "grow" }, el("strong", {}, adviceOf(plan)), el("p", { class: "small-text" }, sentence(plan.reason))),
       ),
       el(
         "dl",
@@ -181,7 +181,7 @@ export function planning(context, { act, changed, spent }) {
       if (!line) return "Upgrade";
       return short(line.strategy) === "full" ? "Upgrade: encode everything, then switch" : `Upgrade by ${lineName(line)}`;
     }
-    return { "do-not-upgrade": "Do not upgrade", "no-verdict": "No verdict" }[plan.recommendation] ?? sentenceCase(plan.recommendation);
+    return { "do-not-upgrade": "Do not upgrade", "no-verdict": "No verdict" }[plan.recommendation] ?? capital(plan.recommendation);
   }
 
   /** The recommended line first, then by the area below the curve. */
@@ -196,7 +196,7 @@ export function planning(context, { act, changed, spent }) {
       job = await api.get("/v1/upgrade/plan");
     } catch (error) {
       if (job?.state !== "running") return;
-      job = { ...job, state: "failed", error: error.detail };
+      job = { ...job, state: "failed", error: error.message };
     }
     if (over) return;
     if (offered) showPlan();
@@ -212,7 +212,7 @@ export function planning(context, { act, changed, spent }) {
       showPlan();
       timer = setTimeout(load, POLL / 2);
     } catch (error) {
-      toast(error.detail ?? error.message, "wrong");
+      toast(error.message, "wrong");
     } finally {
       planButton.disabled = false;
     }
@@ -222,7 +222,7 @@ export function planning(context, { act, changed, spent }) {
     try {
       job = await api.post("/v1/upgrade/plan/cancel", {});
     } catch (error) {
-      toast(error.detail ?? error.message, "wrong");
+      toast(error.message, "wrong");
     }
     showPlan();
   }

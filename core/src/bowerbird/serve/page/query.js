@@ -2,7 +2,7 @@
 // (`text`, `item`, or `picture`, and `where`), so that it can be kept, shared, and walked by the browser's back button.
 
 import { ApiError } from "./api.js";
-import { button, el, fill, icon, mebibytes, put, shortId } from "./dom.js";
+import { button, el, failure, fill, icon, mebibytes, put, shortId } from "./dom.js";
 
 // A picture cannot be in an address: it has a number there, and stays here as long as the page does.
 const pictures = new Map();
@@ -43,6 +43,13 @@ export async function send({ api, gallery }, path, query, { k, offset = 0, signa
   }
   const subject = query.kind === "text" ? { text: query.value } : { id: query.value };
   return api.post(`${path}/${query.kind}`, { ...subject, k, offset, where }, { signal });
+}
+
+/** What went wrong with a query. Whoever typed a word where only ids are taken hears that. */
+export function failed(context, error, query, retry) {
+  const { text, image } = context.gallery.accepts;
+  if (error.status !== 404 || query.kind !== "item" || text) return failure(error, retry);
+  return failure({ title: `No item has the id “${query.value}”`, message: `This gallery cannot be searched by words. ${image ? "Drop a picture, or pick an item" : "Pick an item"}.` });
 }
 
 // ----------------------------------------------------------------------------------------------------- filters
@@ -132,6 +139,7 @@ export function queryBar(context, { view, end = [], take = null }) {
           event.preventDefault();
           const text = input.value.trim();
           if (text) ask(accepts.text ? { text } : { item: text });
+          else if (!subject.hidden) ask(paramsOf(context.params)); // once more
           else if (accepts.image) file.click();
         },
       },
@@ -148,15 +156,14 @@ export function queryBar(context, { view, end = [], take = null }) {
     const query = queryOf(params);
     // What is being typed stays; an id that was typed is the subject now.
     if (document.activeElement !== input || query?.kind !== "text") input.value = query?.kind === "text" ? query.value : "";
-    subject.hidden = !query || query.kind === "text";
+    subject.hidden = !query || query.kind === "text" || query.lost === true;
     input.placeholder = subject.hidden ? hint : "New search";
     fill(subject);
     if (!subject.hidden) {
       const picture = el("img", { class: "query-thumb", alt: "", on: { error: () => picture.remove() } });
       if (query.url) picture.src = query.url;
-      else if (query.kind === "item") context.api.picture(query.value, 128).then((url) => (picture.src = url), () => picture.remove());
-      else picture.hidden = true;
-      const name = query.kind === "item" ? shortId(query.value) : query.file?.name || "Picture";
+      else context.api.picture(query.value, 128).then((url) => (picture.src = url), () => picture.remove());
+      const name = query.kind === "item" ? shortId(query.value) : query.file.name || "Picture";
       put(
         subject,
         picture,

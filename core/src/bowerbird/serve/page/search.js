@@ -1,8 +1,8 @@
 // Search: by a picture, a text or an item; the wall of what was found. Writers add items here.
 
 import { addPictures, summary } from "./add.js";
-import { button, count, decimal, el, empty, failure, fill, icon, number, percent } from "./dom.js";
-import { filtersOf, queryBar, queryOf, remember, send } from "./query.js";
+import { button, count, el, empty, failure, fill, icon, number, percent, took } from "./dom.js";
+import { failed, filtersOf, queryBar, queryOf, remember, send } from "./query.js";
 import { createWall } from "./wall.js";
 
 const PAGE = 30;
@@ -46,9 +46,9 @@ export function mount(root, context) {
     stale.hidden = true;
     more.hidden = true;
     status.textContent = "";
-    status.hidden = queryOf(params) === null;
     const query = queryOf(params);
-    if (query === null || query.lost) {
+    status.hidden = query === null || query.lost === true;
+    if (status.hidden) {
       await browse(query, work.signal);
       return;
     }
@@ -67,7 +67,9 @@ export function mount(root, context) {
       tell(answer);
     } catch (error) {
       clearTimeout(waiting);
-      if (!signal.aborted) fill(place, failure(error, () => search(context.params)));
+      if (signal.aborted) return;
+      status.hidden = true;
+      fill(place, failed(context, error, query, () => search(context.params)));
     }
   }
 
@@ -88,7 +90,7 @@ export function mount(root, context) {
       tell(answer);
       wall.element.children[first]?.querySelector(".card")?.focus({ preventScroll: true });
     } catch (error) {
-      if (!signal.aborted) context.toast(error.detail ?? error.message, "wrong");
+      if (!signal.aborted) context.toast(error.message, "wrong");
     }
     more.disabled = false;
     more.removeAttribute("aria-busy");
@@ -101,9 +103,8 @@ export function mount(root, context) {
     fill(
       status,
       el("span", { class: "number" }, el("strong", {}, count(n, "result")), ` of ${count(context.gallery.items, "item")}`),
-      el("span", { class: "number" }, `${decimal(answer.milliseconds, answer.milliseconds < 10 ? 1 : 0)} ms`),
-      el("span", { class: "number", title: "Number of the commit that was searched" }, `epoch ${number(answer.epoch)}`),
-      context.gallery.upgrade && el("span", { class: "number" }, `${percent(answer.share)} in the new model`),
+      el("span", { class: "number", title: `The gallery was searched as of change number ${number(answer.epoch)}` }, took(answer.milliseconds)),
+      context.gallery.upgrade && el("span", { class: "number" }, `${percent(answer.share)} moved to the new model`),
       stale,
     );
   }
@@ -172,12 +173,12 @@ export function mount(root, context) {
   }
 
   function outcome(result) {
-    const failed = Object.entries(result.failed);
+    const refused = Object.entries(result.failed);
     return el(
       "div",
-      { class: `notice ${failed.length > 0 ? "wrong" : "right"}`, data: { testid: "added" } },
-      icon(failed.length > 0 ? "alert" : "check"),
-      el("div", { class: "grow" }, el("strong", {}, summary(result)), failed.length > 0 && el("ul", { class: "plain" }, failed.slice(0, 20).map(([id, why]) => el("li", {}, `${id}: ${why}`)))),
+      { class: `notice ${refused.length > 0 ? "wrong" : "right"}`, data: { testid: "added" } },
+      icon(refused.length > 0 ? "alert" : "check"),
+      el("div", { class: "grow" }, el("strong", {}, summary(result)), refused.length > 0 && el("ul", { class: "plain" }, refused.slice(0, 20).map(([id, why]) => el("li", {}, `${id}: ${why}`)))),
       button("Close", () => fill(report), { kind: "ghost" }),
     );
   }
@@ -205,8 +206,8 @@ function dropChoice(adding, choose) {
     "fieldset",
     { class: "segmented" },
     el("legend", { class: "hidden-text" }, "What to do with pictures that are dropped, pasted or chosen"),
-    el("span", { class: "segmented-name", "aria-hidden": "true" }, "Pictures"),
-    option("search", "Search by", !adding),
+    el("span", { class: "segmented-name", "aria-hidden": "true" }, "Drop to"),
+    option("search", "Search", !adding),
     option("add", "Add", adding),
   );
 }

@@ -29,9 +29,8 @@ export function mount(root, context) {
     ),
     el("div", { class: "table-scroll" }, table),
     about,
-    legend(),
   );
-  const waiting = el("div", { class: "panel row" }, el("span", { class: "spinner", "aria-hidden": "true" }), el("span", {}, "Measuring which spaces reach which\u2026"));
+  const waiting = el("div", { class: "panel row" }, el("span", { class: "spinner", "aria-hidden": "true" }), el("span", { class: "grow" }, "Measuring which spaces reach which\u2026"));
   fill(
     root,
     el(
@@ -99,9 +98,8 @@ export function mount(root, context) {
             { class: "facts" },
             el("dt", {}, "Searched"),
             el("dd", { class: "number" }, space.items > 0 ? `${number(space.items)} items, ${percent(space.items / all)}` : "no items now"),
-            el("dt", {}, "Encoder"),
-            el("dd", {}, space.encoder),
-            el("dt", {}, "Width"),
+            space.encoder !== names.get(space.fingerprint) && [el("dt", {}, "Encoder"), el("dd", {}, space.encoder)],
+            el("dt", {}, "Dimensions"),
             el("dd", { class: "number" }, number(space.dim)),
             el("dt", {}, "Fingerprint"),
             el("dd", { class: "mono", title: space.fingerprint }, space.fingerprint.slice(0, 12)),
@@ -276,12 +274,4 @@ function textOf(value) {
   if (typeof value === "number") return Number.isInteger(value) ? number(value) : String(Number(value.toPrecision(4)));
   if (typeof value === "string" && /^[0-9a-f]{40,}$/.test(value)) return value.slice(0, 12);
   return String(value);
-}
-
-function legend() {
-  return el(
-    "ul",
-    { class: "matrix-legend" },
-    Object.entries(KINDS).map(([kind, { word, sign }]) => el("li", {}, el("span", { class: `matrix-sample ${kind}` }, icon(sign)), word)),
-  );
 }

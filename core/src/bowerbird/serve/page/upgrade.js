@@ -1,8 +1,8 @@
 // The upgrade as it happens: where it is, what it did to quality so far, what the plan foresaw, and what can be done now.
 
 import { chart } from "./chart.js";
-import { button, count, decimal, duration, el, failure, fill, icon, number, percent, shortId } from "./dom.js";
-import { lineName, sentenceCase, short, spaceNames } from "./names.js";
+import { button, capital, count, decimal, duration, el, failure, fill, icon, number, percent, shortId } from "./dom.js";
+import { lineName, short, spaceNames } from "./names.js";
 import { planning } from "./plan.js";
 
 const RANK = { read: 0, write: 1, admin: 2 };
@@ -78,7 +78,7 @@ export function mount(root, context) {
   }
 
   async function refused(error) {
-    toast(error.detail ?? error.message, "wrong");
+    toast(error.message, "wrong");
     try {
       apply(await api.get("/v1/upgrade"));
     } catch {
@@ -125,9 +125,9 @@ export function mount(root, context) {
     } catch (error) {
       busy = false;
       shown();
-      const pending = [409, 422].includes(error.status) && /pending/i.test(error.detail);
+      const pending = [409, 422].includes(error.status) && /pending/i.test(error.message);
       if (!pending) return refused(error);
-      const more = `${error.detail}\n\nLeave such items without a vector? They stay in the gallery, and searches will not find them until they get one.`;
+      const more = `${error.message}\n\nLeave such items without a vector? They stay in the gallery, and searches will not find them until they get one.`;
       if (await confirm({ title: "Some items have no old vector", text: more, action: "Leave them pending", danger: true })) {
         await act("/v1/upgrade/rollback", { id, leave_pending: true }, `Rolled back: ${back} serves the gallery.`, buttons.rollback);
       }
@@ -184,15 +184,15 @@ export function mount(root, context) {
     fill(
       tiles,
       tile("Moved", percent(share), `${number(moved)} of ${number(items)}`, "share"),
-      state === "running" && tile("Rate", worker.rate ? `${rateText(worker.rate)}/s` : "\u2013", "items, lately", "rate"),
+      state === "running" && tile("Rate", worker.rate ? rateText(worker.rate) : "\u2013", "items per second", "rate"),
       state === "running" && tile("Time left", worker.seconds_left !== null ? duration(worker.seconds_left) : "\u2013", "at this rate", "left"),
-      labelled && tile("Quality", decimal(last.quality), gone === null ? "mAP@100" : `${gone < 0 ? "\u2212" : "+"}${decimal(Math.abs(gone))} to before`, "quality", gone === null ? "" : gone < 0 ? "wrong" : "right"),
-      last && tile(labelled ? "Negative flips" : "First results changed", percent(last.nfr), labelled ? `positive ${percent(last.pfr)}` : "of the watched queries", "flips"),
+      labelled && tile("Quality, mAP@100", decimal(last.quality), gone === null ? "" : `${gone < 0 ? "\u2212" : "+"}${decimal(Math.abs(gone))} since the start`, "quality", gone === null ? "" : gone < 0 ? "wrong" : "right"),
+      last && tile(labelled ? "Negative flips" : "First results changed", percent(last.nfr), labelled ? `positive flips ${percent(last.pfr)}` : "of the watched queries", "flips"),
     );
     fill(
       trouble,
       worker.state === "failed" && troubleOf("The worker stopped", worker.error ?? "The log of the service says why.", "worker-error"),
-      view.stopped_by && troubleOf("Paused by the limit on negative flips", `${sentenceCase(view.stopped_by)}. Resume to accept them, or roll back.`, "stopped-by"),
+      view.stopped_by && troubleOf("Paused by the limit on negative flips", `${capital(view.stopped_by)}. Resume to accept them, or roll back.`, "stopped-by"),
       !may() && onlyLook(),
     );
     actions.hidden = !may();
@@ -293,7 +293,7 @@ export function mount(root, context) {
     }
     if (measured.length > 0 || line?.nfr) {
       panels.push({
-        title: labelled ? "Flips against the old system" : "First results that changed",
+        title: labelled ? "Flips: first results that became wrong or right" : "First results that changed",
         height: 120,
         zero: true,
         format: (value) => percent(value),

@@ -30,11 +30,11 @@ export function frame(context, item, size = THUMBNAIL) {
     try {
       picture.src = await context.api.picture(item.id, size);
       await picture.decode();
-      if (picture.naturalWidth < 96) picture.classList.add("pixels"); // a picture of 28 pixels is not blurred
+      if (picture.naturalWidth <= 32) picture.classList.add("pixels"); // a picture of 28 pixels is not blurred
       fill(box, picture);
     } catch (error) {
       nothing("The picture cannot be shown");
-      box.title = error.detail ?? "The picture cannot be shown.";
+      box.title = error.message;
     }
     box.classList.remove("skeleton");
   };
@@ -43,12 +43,16 @@ export function frame(context, item, size = THUMBNAIL) {
   return box;
 }
 
-/** Metadata as short texts, `first` of them, the label left out: it has a place of its own. */
-export function traits(context, item, first = 2) {
+const letters = (text) => String(text).toLowerCase().replace(/[^\p{L}\p{N}]/gu, "");
+
+/** Some metadata as short texts, without what the label or the id beside them says already. A text speaks for itself; a
+ *  number or true needs its key. */
+function traits(context, item, first = 2) {
+  const said = [labelOf(context, item) ?? "", ...item.id.split("/")].map(letters);
   return Object.entries(item.metadata)
-    .filter(([key, value]) => key !== context.gallery.label_key && value !== null && value !== "")
+    .filter(([key, value]) => key !== context.gallery.label_key && value !== null && value !== "" && !said.includes(letters(value)))
     .slice(0, first)
-    .map(([key, value]) => `${key} ${value}`);
+    .map(([key, value]) => (typeof value === "string" ? value : `${key} ${JSON.stringify(value)}`));
 }
 
 export function labelOf(context, item) {
@@ -202,7 +206,7 @@ export function openItem(context, items, index, removed = () => {}) {
     try {
       answer = await context.api.post("/v1/items/delete", { ids: [item.id] });
     } catch (error) {
-      context.toast(error.detail ?? error.message, "wrong");
+      context.toast(error.message, "wrong");
       return;
     }
     context.api.forget([item.id]);
@@ -237,10 +241,9 @@ export function openItem(context, items, index, removed = () => {}) {
           ),
         metadata(item),
         more,
-        el("span", { class: "grow" }),
         el(
           "div",
-          { class: "row" },
+          { class: "row item-actions" },
           button("Find similar", () => leave("search", { item: item.id, where: context.params.where }), { kind: "primary", symbol: "search", "data-testid": "find-similar" }),
           gallery.upgrade && button("Compare", () => leave("compare", { item: item.id, where: context.params.where }), { symbol: "compare", "data-testid": "item-compare" }),
           writer && button("Delete", () => erase(item), { kind: "ghost", symbol: "trash", class: "erase", "data-testid": "delete" }),
