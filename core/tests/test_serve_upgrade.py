@@ -217,6 +217,41 @@ class TestFromStartToEnd:
             answer = client.post("/v1/upgrade/plan", json={"candidate": "bad"})
             assert (answer.status_code, "under way" in answer.text) == (409, True)
 
+    def test_an_item_that_cannot_be_encoded_is_named_and_its_worker_is_done(self, light):
+        with open_gallery(light.path) as gallery:  # the file of the new vectors has none of it
+            gallery.add(["unknown"], np.ones((1, DIM), np.float32), uris=["/pictures/unknown"])
+        with light.served(label_key=None) as client:
+            start(client)
+            done = until(client, lambda now: now["worker"]["state"] == "done")
+            assert (done["state"], done["new_items"], done["failed"]) == ("complete", ITEMS, 1)
+            assert done["failures"][0]["id"] == "unknown"
+            assert act(client, "finish").status_code == 409
+            assert act(client, "finish", accept_failed=True).status_code == 200
+
+    def test_a_start_while_it_is_under_way_changes_the_worker_and_nothing_that_it_was_begun_with(self, light):
+        with light.served() as client:
+            start(client, rate=0.5, max_nfr=0.5)
+            [first] = children(os.getpid())
+            for other in ({"order": "uncertainty"}, {"strategy": "full"}, {"label_key": "number"}):
+                answer = client.post("/v1/upgrade/start", json={"candidate": "new", **other})
+                assert (answer.status_code, "cannot replace" in answer.text) == (409, True), answer.text
+            answer = client.post("/v1/upgrade/start", json={"candidate": "new"})  # by somebody who asks for nothing
+            assert (answer.status_code, children(os.getpid())) == (200, [first])
+            begun = time.monotonic()
+            start(client, rate=1000)
+            until(client, lambda now: now["worker"]["state"] == "done")
+            assert time.monotonic() - begun < ITEMS / 0.5 / 2
+            assert client.app.state.server.control.backfill.job.max_nfr == 0.5
+
+    def test_a_rule_about_flips_needs_watched_queries(self, light):
+        with open_gallery(light.path) as gallery:
+            begin(gallery, load_vectors_encoder(light.ref("new")).space, strategy="compatible", task_items=5)
+        with light.served() as client:
+            answer = client.post("/v1/upgrade/start", json={"candidate": "new", "max_nfr": 0.1})
+            assert (answer.status_code, "without watched queries" in answer.text) == (409, True)
+            start(client)
+            until(client, lambda now: now["worker"]["state"] == "done")
+
     def test_a_read_only_service_changes_nothing(self, light):
         with light.served(read_only=True) as client:
             for verb, body in (("start", {"candidate": "new"}), ("plan", {"candidate": "new"}), ("pause", {"id": 1})):
