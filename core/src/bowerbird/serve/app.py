@@ -18,6 +18,11 @@ from bowerbird.serve.server import Server
 from bowerbird.serve.settings import ServeSettings
 
 DESCRIPTION = "Search a gallery by pictures, texts, items and vectors, and move it to a better model while it serves."
+TOKEN = {
+    "type": "http",
+    "description": "A token of the service's token file; none on a loopback service.",
+    "scheme": "bearer",
+}
 PROBLEMS = {
     status: {
         "description": text,
@@ -62,16 +67,21 @@ def create_app(settings: ServeSettings) -> FastAPI:
         responses=PROBLEMS,  # type: ignore[arg-type]
     )
     problems.install(app)
-    for part in (health, metrics, look, search, items, upgrade, events):
+    for part in (search, health, metrics, look, items, upgrade, events):  # tried in this order: searches first
         app.include_router(part.router)
     mount_page(app)
     guard(app, settings)
-    app.openapi = lambda: _with_problems(app)  # type: ignore[method-assign]
+    app.openapi = lambda: _schema(app)  # type: ignore[method-assign]
     return app
 
 
-def _with_problems(app: FastAPI) -> dict[str, Any]:
-    """The schema. FastAPI would say of a response's model that it is sent as ``application/json``; problems are not."""
+def _schema(app: FastAPI) -> dict[str, Any]:
+    """FastAPI would say of a response's model that it is sent as ``application/json``; problems are not. And it knows
+    of tokens only where they are a dependency of each route, which every request pays for."""
     schema = FastAPI.openapi(app)
     schema["components"]["schemas"]["Problem"] = Problem.model_json_schema()
+    schema["components"]["securitySchemes"] = {"HTTPBearer": TOKEN}
+    for operations in schema["paths"].values():
+        for operation in operations.values():
+            operation.setdefault("security", [{"HTTPBearer": []}])
     return schema

@@ -4,23 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import Depends, Request, Security
-from fastapi.security import HTTPBearer
+from fastapi import Depends, Request
 
 from bowerbird.serve.access import Caller
 from bowerbird.serve.server import Server
 
-bearer = HTTPBearer(auto_error=False, description="A token of the service's token file; none on a loopback service.")
-
-
-# All of them coroutines: FastAPI would send plain functions through its pool of threads, three hops per request.
+# All of them coroutines: FastAPI would send plain functions through its pool of threads, three hops per request. And
+# none that asks for another: each is resolved anew for every request. That a token is asked for is said in the schema
+# once, see ``app``.
 
 
 async def server_of(request: Request) -> Server:
-    return _server(request)
-
-
-def _server(request: Request) -> Server:
     found: Server = request.app.state.server
     return found
 
@@ -28,16 +22,16 @@ def _server(request: Request) -> Server:
 ServerOf = Annotated[Server, Depends(server_of)]
 
 
-async def _reader(request: Request, _: Annotated[object, Security(bearer)] = None) -> Caller:
-    return _server(request).access.caller(request, "read")
+async def _reader(request: Request) -> Caller:
+    return (await server_of(request)).access.caller(request, "read")
 
 
-async def _writer(request: Request, _: Annotated[object, Security(bearer)] = None) -> Caller:
-    return _server(request).access.caller(request, "write")
+async def _writer(request: Request) -> Caller:
+    return (await server_of(request)).access.caller(request, "write")
 
 
-async def _admin(request: Request, _: Annotated[object, Security(bearer)] = None) -> Caller:
-    return _server(request).access.caller(request, "admin")
+async def _admin(request: Request) -> Caller:
+    return (await server_of(request)).access.caller(request, "admin")
 
 
 Reader = Annotated[Caller, Depends(_reader)]

@@ -30,6 +30,18 @@ Offset = Annotated[int, Form(ge=0, lt=MOST_RESULTS, description="Results to leav
 Where = Annotated[str | None, Form(description='JSON, as in the other searches: `{"year": [2024, 2025]}`.')]
 
 
+# Routes are tried in their order: the one whose answers cost the least is the first.
+@router.post(
+    "/search/vector",
+    operation_id="searchVector",
+    summary="Items near a vector",
+    response_model=SearchResponse,
+)
+async def by_vector(server: ServerOf, _: Reader, search: VectorSearch) -> Response:
+    """During an upgrade one vector per space may be needed; a 409 names the spaces in `needs`."""
+    return _json(await server.engine.vector(search))
+
+
 @router.post(
     "/search/image",
     operation_id="searchImage",
@@ -61,17 +73,6 @@ async def by_text(server: ServerOf, _: Reader, search: TextSearch) -> Response:
 )
 async def by_item(server: ServerOf, _: Reader, search: ItemSearch) -> Response:
     return _json(await server.engine.item(search))
-
-
-@router.post(
-    "/search/vector",
-    operation_id="searchVector",
-    summary="Items near a vector",
-    response_model=SearchResponse,
-)
-async def by_vector(server: ServerOf, _: Reader, search: VectorSearch) -> Response:
-    """During an upgrade one vector per space may be needed; a 409 names the spaces in `needs`."""
-    return _json(await server.engine.vector(search))
 
 
 @router.post(
