@@ -110,5 +110,5 @@ def note_of(cell: Cell) -> str:
     what = "first results with the query's label" if found.metric == "r1" else "items that find themselves"
     return (
         f"{text} Measured on {found.queries} stored items: {found.value:.1%} {what} "
-        f"(95 % interval {found.low:.1%} to {found.high:.1%})."
+        f"(95% interval {found.low:.1%} to {found.high:.1%})."
     )

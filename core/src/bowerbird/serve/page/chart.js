@@ -56,7 +56,7 @@ export function valueAt(points, x) {
  */
 export function chart(root) {
   const legend = el("ul", { class: "chart-legend" });
-  const picture = svg("svg", { class: "chart-picture" });
+  const picture = svg("svg", { class: "chart-picture", "aria-hidden": "true" });
   const reading = el("div", { class: "chart-reading", hidden: true });
   const spoken = el("p", { class: "hidden-text", "aria-live": "polite" });
   const stage = el(
@@ -277,12 +277,12 @@ export function chart(root) {
 
   function drawTable() {
     const columns = model.panels.flatMap((panel) => panel.lines.map((line) => ({ ...line, format: panel.format })));
-    const all = [...new Set(columns.flatMap((line) => line.points.map((point) => point.x)))].sort((a, b) => a - b);
-    const rows = all.map((x) => [
-      percent(x),
+    const all = columns.flatMap((line) => line.points.map((point) => point.x)).sort((a, b) => a - b);
+    const rows = [...new Set(all.map((x) => percent(x)))].map((share) => [
+      share,
       ...columns.map((line) => {
-        const point = line.points.find((found) => found.x === x);
-        const inside = line.band?.find((found) => found.x === x);
+        const point = line.points.find((found) => percent(found.x) === share);
+        const inside = line.band?.find((found) => percent(found.x) === share);
         if (!point || !known(point.y)) return "";
         return inside ? `${line.format(point.y)} (${line.format(inside.low)} to ${line.format(inside.high)})` : line.format(point.y);
       }),

@@ -54,7 +54,7 @@ export function mount(root, context) {
     try {
       const answer = await send(context, "/v1/compare", query, { k: K, signal });
       if (signal.aborted) return;
-      draw(answer, query);
+      draw(answer, quiet);
     } catch (error) {
       if (signal.aborted || quiet) return;
       shown = null;
@@ -101,7 +101,7 @@ export function mount(root, context) {
   let names = null;
 
   function frameOfColumns(answer) {
-    head = el("div", { class: "stack" });
+    head = el("div", { class: "stack", "aria-atomic": "true" });
     lists = {};
     names = {};
     const chosen = place.querySelector(".columns")?.dataset.shown ?? "merged";
@@ -147,12 +147,13 @@ export function mount(root, context) {
     rows[Math.min(Math.max(at + step[1], 0), rows.length - 1)]?.focus();
   }
 
-  function draw(answer, query) {
+  function draw(answer, quiet) {
     if (shown === null) frameOfColumns(answer);
     shown = answer;
     const focused = document.activeElement?.closest?.(".found");
     const focus = focused && { id: focused.dataset.id, column: focused.closest("[data-column]").dataset.column };
-    fill(head, verdict(answer, query));
+    head.setAttribute("aria-live", quiet ? "off" : "polite"); // what follows by itself every other second is not read out
+    fill(head, verdict(answer));
     const merged = new Map(answer.merged.map((hit) => [hit.id, hit.rank]));
     for (const name of COLUMNS) {
       fill(names[name], el("h2", {}, titleOf(name)), el("p", { class: "muted small-text ellipsis" }, subtitleOf(name, answer)));
@@ -275,7 +276,7 @@ function verdict(answer) {
   }[flip] ?? ["", flip === "none" ? (merged[0]?.right ? "No flip: the first result was right and still is." : "No flip: the first result was wrong and still is.") : null];
   return el(
     "div",
-    { class: `notice ${kind}`, role: "status", data: { testid: "verdict", flip: flip ?? "unknown" } },
+    { class: `notice ${kind}`, data: { testid: "verdict", flip: flip ?? "unknown" } },
     icon(kind === "right" ? "check" : kind === "wrong" ? "alert" : "compare"),
     el("div", { class: "grow" }, title && el("strong", { data: { testid: "flip" } }, title), el("p", {}, sentences.join("")), answer.label !== null && el("p", { class: "muted small-text" }, `The query's label is “${answer.label}”.`)),
   );

@@ -119,8 +119,8 @@ export function mount(root, context) {
     return el("button", { type: "button", class: "icon-button", "aria-label": label, title: label, on: { click: onClick } }, icon(symbol));
   }
 
-  function choice(name, value, label, { checked, disabled = false, title = null, change }) {
-    return el("label", { title, class: disabled ? "disabled" : null }, el("input", { type: "radio", name, value, checked, disabled, on: { change }, data: { testid: `${name}-${value}` } }), label);
+  function choice(name, value, label, checked, change) {
+    return el("label", {}, el("input", { type: "radio", name, value, checked, on: { change }, data: { testid: `${name}-${value}` } }), label);
   }
 
   function showControls() {
@@ -128,19 +128,15 @@ export function mount(root, context) {
     if (!methods.contains(document.activeElement)) {
       fill(
         methods,
-        Object.entries(METHODS).map(([key, label]) =>
-          choice("map-method", key, label, {
-            checked: method === key,
-            disabled: !offered.includes(key),
-            title: offered.includes(key) ? null : "Needs umap-learn where the service runs",
-            change: () => {
-              method = key;
-              load();
-            },
+        offered.map((key) =>
+          choice("map-method", key, METHODS[key], method === key, () => {
+            method = key;
+            load();
           }),
         ),
       );
     }
+    methods.hidden = offered.length < 2;
     colorings.hidden = !data || data.groups.length === 0;
     if (!colorings.contains(document.activeElement)) {
       const pick = (key) => () => {
@@ -151,8 +147,8 @@ export function mount(root, context) {
       const label = context.gallery.label_key ?? "label";
       fill(
         colorings,
-        choice("map-colour", "label", label, { checked: coloring === "label", change: pick("label") }),
-        choice("map-colour", "side", "old / new", { checked: coloring === "side", change: pick("side") }),
+        choice("map-colour", "label", label, coloring === "label", pick("label")),
+        choice("map-colour", "side", "old / new", coloring === "side", pick("side")),
       );
     }
     const { upgrade } = context.gallery;

@@ -146,8 +146,8 @@ export function queryBar(context, { view, end = [], take = null }) {
     },
     subject,
     input,
-    accepts.image && button("Picture", () => file.click(), { kind: "ghost", symbol: "picture", class: "query-picture", "data-testid": "query-picture", title: "Choose a picture; dropping and pasting work everywhere" }),
-    el("button", { type: "submit", class: "button primary query-go", data: { testid: "query-go" } }, icon("search"), el("span", {}, "Search")),
+    accepts.image && button("Picture", () => file.click(), { kind: "ghost", symbol: "picture", class: "query-picture", "data-testid": "query-picture", "aria-label": "Picture", title: "Choose a picture; dropping and pasting work everywhere" }),
+    el("button", { type: "submit", class: "button primary query-go", "aria-label": "Search", data: { testid: "query-go" } }, icon("search"), el("span", {}, "Search")),
     file,
   );
   const element = el("div", { class: "query-bar" }, form, el("div", { class: "row query-options" }, toggle, chips, el("span", { class: "grow" }), end), filterForm);

@@ -1,7 +1,7 @@
 // Search: by a picture, a text or an item; the wall of what was found. Writers add items here.
 
 import { addPictures, summary } from "./add.js";
-import { button, count, el, empty, failure, fill, icon, number, percent, took } from "./dom.js";
+import { button, count, el, empty, failure, fill, icon, number, took } from "./dom.js";
 import { failed, filtersOf, queryBar, queryOf, remember, send } from "./query.js";
 import { createWall } from "./wall.js";
 
@@ -25,7 +25,7 @@ export function mount(root, context) {
   tellDrops();
   const bar = queryBar(context, { view: "search", end: [drops], take: (files) => take(files) });
   const status = el("p", { class: "status", role: "status", data: { testid: "status" } });
-  const stale = el("button", { type: "button", class: "link", hidden: true, title: "The gallery has changed since", data: { testid: "again" }, on: { click: () => search(context.params) } }, "changed since: search again");
+  const stale = el("button", { type: "button", class: "link", hidden: true, data: { testid: "again" }, on: { click: () => search(context.params) } }, "The gallery has changed: search again");
   const place = el("div", { class: "stack" });
   const report = el("div", { class: "report" });
   const wall = createWall(context, {
@@ -103,8 +103,8 @@ export function mount(root, context) {
     fill(
       status,
       el("span", { class: "number" }, el("strong", {}, count(n, "result")), ` of ${count(context.gallery.items, "item")}`),
-      el("span", { class: "number", title: `The gallery was searched as of change number ${number(answer.epoch)}` }, took(answer.milliseconds)),
-      context.gallery.upgrade && el("span", { class: "number" }, `${percent(answer.share)} moved to the new model`),
+      el("span", { class: "number", title: `The gallery as of its change number ${number(answer.epoch)}` }, took(answer.milliseconds)),
+      new Set(wall.items().map((hit) => hit.side)).size > 1 && el("span", {}, "scores of old and new have different scales"),
       stale,
     );
   }

@@ -246,7 +246,7 @@ export function openItem(context, items, index, removed = () => {}) {
           { class: "row item-actions" },
           button("Find similar", () => leave("search", { item: item.id, where: context.params.where }), { kind: "primary", symbol: "search", "data-testid": "find-similar" }),
           gallery.upgrade && button("Compare", () => leave("compare", { item: item.id, where: context.params.where }), { symbol: "compare", "data-testid": "item-compare" }),
-          writer && button("Delete", () => erase(item), { kind: "ghost", symbol: "trash", class: "erase", "data-testid": "delete" }),
+          writer && button("Delete", () => erase(item), { kind: "ghost", symbol: "trash", class: "erase", "aria-label": "Delete", title: "Delete", "data-testid": "delete" }),
         ),
       ),
     );
