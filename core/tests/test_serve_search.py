@@ -48,9 +48,11 @@ from bowerbird.serve import decoding, encoders, engine
 from bowerbird.serve.batching import Batcher
 from bowerbird.serve.decoding import Decoders
 from bowerbird.serve.problems import MEDIA_TYPE, ProblemError
+from bowerbird.serve.schemas import Search, SearchResponse
 from bowerbird.upgrade import finish, rollback
 from bowerbird.upgrade.lift import begin_lift, lifter
 from bowerbird.upgrade.run import run
+from bowerbird.upgrade.serve import SearchService
 
 pytestmark = pytest.mark.usefixtures("world")
 DIM = 24
@@ -604,6 +606,119 @@ def test_many_clients_at_once_are_encoded_in_batches(gallery_path):
         assert 'bowerbird_searches_total{kind="image"} 32.0' in counted
 
 
+def test_what_was_found_and_is_deleted_and_compacted_before_it_is_described_costs_no_request(gallery_path, monkeypatch):
+    doomed = photo_id(13)
+    with served(gallery_path) as client:
+        gallery = client.app.state.server.gallery
+        before = ids(by_picture(client, 7, k=PHOTOS))
+        for step in ("names", "items"):  # in the search; and after it
+            asked = getattr(gallery.storage, step)
+            done: list[str] = []
+
+            def afterwards(nums, asked=asked, done=done, doomed=doomed):
+                nums = list(nums)
+                if len(nums) > 1 and not done:
+                    done.append(doomed)
+                    with Gallery.open(gallery_path) as other:
+                        other.delete([doomed])
+                        other.compact()
+                return asked(nums)
+
+            monkeypatch.setattr(gallery.storage, step, afterwards)
+            found = ids(by_picture(client, 7, k=PHOTOS))
+            assert done and found == [name for name in before if name != doomed]
+            before, doomed = found, photo_id(19)
+
+
+def test_a_search_that_fails_in_a_way_that_nobody_foresaw_fails_alone(gallery_path, monkeypatch):
+    with served(gallery_path, read_only=True) as client:
+        running = client.app.state.server.engine
+        allowed = running.gallery.storage.allowed
+
+        def broken(snapshot, where):
+            if where == {"label": "bars"}:
+                raise RuntimeError("a bug")
+            return allowed(snapshot, where)
+
+        monkeypatch.setattr(running.gallery.storage, "allowed", broken)
+        vector = np.ones(DIM).tolist()
+        queries = [
+            engine._Query("vector", {engine.SERVING: vector}, Search(k=3, where=where), time.perf_counter())
+            for where in (None, {"label": "bars"}, {"label": "rings"}, None)
+        ]
+        answers = running._answer(queries)
+        assert [type(answer) for answer in answers] == [SearchResponse, RuntimeError, SearchResponse, SearchResponse]
+        assert answers[0].hits == answers[3].hits != answers[2].hits
+
+
+def test_searches_that_wait_together_find_what_each_finds_alone(gallery_path, old_encoder):
+    loaded = load_encoder(old_encoder, device="cpu")
+    rng = np.random.default_rng(11)
+    asked = [
+        {
+            "k": int(rng.integers(1, 30)),
+            "offset": int(rng.integers(0, 9)),
+            "where": [None, {"label": "rings"}, {"number": [1, 2.0, "3", True]}, {"number": 7, "label": "rings"}][
+                i % 4
+            ],
+        }
+        for i in range(24)
+    ]
+    vectors = rng.standard_normal((len(asked), DIM)).astype(np.float32)
+    with served(gallery_path, read_only=True) as client, Gallery.open(gallery_path, readonly=True) as gallery:
+        service = SearchService(gallery, [loaded])
+        running = client.app.state.server.engine
+        answers = running._answer(
+            [
+                engine._Query("vector", {engine.SERVING: vector.tolist()}, Search(**search), 0.0)
+                for vector, search in zip(vectors, asked, strict=True)
+            ]
+        )
+        for vector, search, answer in zip(vectors, asked, answers, strict=True):
+            last = search["offset"] + search["k"]
+            found = service.search(vectors={loaded.fingerprint: vector[None]}, k=last, where=search["where"])
+            expected = list(zip(found.ids[0], found.distances[0].tolist(), strict=False))[search["offset"] :]
+            assert [(hit.id, hit.distance) for hit in answer.hits] == expected
+            assert [hit.rank for hit in answer.hits] == list(range(search["offset"] + 1, last + 1))[: len(expected)]
+
+
+def test_a_batch_that_is_answered_wrongly_fails_and_the_next_one_is_answered():
+    async def story():
+        with ThreadPoolExecutor(1) as thread:
+            batcher: Batcher[int, int] = Batcher(lambda asked: [] if 0 in asked else list(asked), thread, most=4)
+            batcher.start()
+            with pytest.raises(ValueError):
+                await batcher(0)
+            async with asyncio.timeout(10):
+                assert await batcher(5) == 5
+            await batcher.stop()
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["\ud800", "\x00", "\u202e\u0000", "e\u0301" * 2000, "\U0001f99c", "'; DROP TABLE item; --", "\ufeff", '"\\'],
+)
+def test_whatever_a_text_is_made_of_it_is_found_or_refused(gallery_path, text):
+    with served(gallery_path, read_only=True) as client:
+        headers = {"Content-Type": "application/json"}
+        bodies = {"/v1/search/item": [{"id": text}], "/v1/search/text": [{"text": text}]}
+        bodies["/v1/search/vector"] = [
+            {"vector": [1.0] * DIM, "where": {"label": text}},
+            {"vector": [1.0] * DIM, "where": {text: "label"}},
+            {"vectors": {text: [1.0] * DIM}},
+        ]
+        for path, asked in bodies.items():
+            for body in asked:
+                answer = client.post(path, content=json.dumps(body), headers=headers)
+                if answer.status_code != 200:
+                    assert answer.status_code in (404, 409, 422), (path, answer.text)
+                    refused(answer, answer.status_code)
+                else:
+                    assert answer.json()["hits"] == []
+
+
 async def _with_decoders(story, **settings):
     async with Decoders(settings_for("nowhere", **settings)) as decoders:
         return await story(decoders)
@@ -650,6 +765,20 @@ def test_a_decoder_that_takes_too_long_or_is_killed_costs_one_request(tmp_path):
     found = asyncio.run(_with_decoders(story, decode_seconds=3.0, max_pixels=10_000))
     for number, (array,) in enumerate(found):
         assert array.tobytes() == how(open_image(picture_bytes(number))).tobytes()
+
+
+def test_a_decoder_that_takes_nothing_any_more_is_replaced(monkeypatch):
+    monkeypatch.setattr(decoding, "START_SECONDS", 1.5)
+    how = Preprocessing(size=8)
+
+    async def story(decoders):
+        hanging = await decoders._call(os.getpid)
+        os.kill(hanging, signal.SIGSTOP)
+        async with asyncio.timeout(30):
+            return await decoders.prepare(picture_bytes(1), [how])
+
+    (array,) = asyncio.run(_with_decoders(story, decode_seconds=0.5))
+    assert array.tobytes() == how(open_image(picture_bytes(1))).tobytes()
 
 
 def test_pictures_that_cannot_wait_are_told_to_come_again(monkeypatch):

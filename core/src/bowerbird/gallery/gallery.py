@@ -514,7 +514,10 @@ class Gallery:
     def _named(self, snapshot: Snapshot, hits: Hits, parts: Sequence[Part]) -> SearchResult:
         real = hits.ids >= 0
         names = self.storage.names(hits.ids[real].tolist())
-        ids = [[names[num] for num in row[good].tolist()] for row, good in zip(hits.ids, real, strict=True)]
+        try:
+            ids = [[names[num] for num in row[good].tolist()] for row, good in zip(hits.ids, real, strict=True)]
+        except KeyError:
+            raise SnapshotGoneError(f"{self.path} was compacted: what this snapshot found was deleted since") from None
         found_in = np.where(real, 0, -1).astype(np.int8)
         for number, part in enumerate(parts[1:], 1):
             found_in[part.contains(np.maximum(hits.ids, 0)) & real] = number

@@ -83,10 +83,11 @@ class Batcher(Generic[Ask, Answer]):
                 if self._seen is not None:
                     self._seen(len(batch))
                 try:
-                    answers = await loop.run_in_executor(self._thread, self._call, [request for request, _ in batch])
+                    made = await loop.run_in_executor(self._thread, self._call, [request for request, _ in batch])
+                    answers = list(zip(batch, made, strict=True))
                 except Exception as error:
-                    answers = [error] * len(batch)
-                for (_, future), answer in zip(batch, answers, strict=True):
+                    answers = [(asked, error) for asked in batch]
+                for (_, future), answer in answers:
                     if future.done():  # its client went away meanwhile
                         continue
                     if isinstance(answer, Exception):

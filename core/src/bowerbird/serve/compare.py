@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from bowerbird.errors import SnapshotGoneError
 from bowerbird.gallery.gallery import Gallery, SearchResult
 from bowerbird.gallery.snapshot import SpaceStack
 from bowerbird.gallery.space import Item, Space
@@ -91,7 +92,10 @@ def compare(gallery: Gallery, service: SearchService, snapshot: Snapshot, asked:
         found.append(service.search(vectors=vectors, k=top, where=asked.search.where, snapshot=view))
     without = -1 if asked.item is None else asked.item.num
     nums = [[num for num in result.nums[0].tolist() if num >= 0 and num != without] for result in found]
-    items = gallery.storage.items({num for listed in nums for num in listed})
+    shown_nums = {num for listed in nums for num in listed}
+    items = gallery.storage.items(shown_nums)
+    if len(items) < len(shown_nums):
+        raise SnapshotGoneError(f"{gallery.path} was compacted: what was found was deleted since")
     places = {num: rank for rank, num in enumerate(nums[0], 1)}
     moved = _moved(snapshot, items)
     label = _label(asked.item, asked.label_key)

@@ -145,26 +145,37 @@ class Decoders:
         )
 
     async def _call(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Run a function in a process of the pool. A pool that broke, all its processes killed, is replaced once."""
-        seconds = self.settings.decode_seconds
+        """Run a function in a process of the pool. A pool that broke, or takes nothing any more, is replaced once."""
         for last in (False, True):
             pool = self._pool
             if pool is None:
                 raise ProblemError(503, "the service is stopping", headers={"Retry-After": "5"})
             try:
-                try:
-                    future = pool.schedule(function, args=args, timeout=max(seconds, START_SECONDS * (not args)))
-                except RuntimeError as error:
-                    raise BrokenProcessPool(str(error)) from error
-                return await asyncio.wrap_future(future)
+                return await self._in(pool, function, args)
             except BrokenProcessPool:
                 if last:
                     raise
-                log.warning("the decoders were killed; new ones are started")
+                log.warning("the decoders were killed, or hang; new ones are started")
                 if self._pool is pool:
                     self._pool = self._new_pool()
                     await asyncio.to_thread(_end, pool)
         raise AssertionError("the second time returns or raises")
+
+    async def _in(self, pool: ProcessPool, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        seconds = max(self.settings.decode_seconds, START_SECONDS * (not args))
+        try:
+            future = pool.schedule(function, args=args, timeout=seconds)
+        except RuntimeError as error:
+            raise BrokenProcessPool(str(error)) from error
+        # The pool counts from when a process has begun. One that never does must not hold its place for ever.
+        patience = asyncio.timeout((AHEAD + 1) * seconds + START_SECONDS)
+        try:
+            async with patience:
+                return await asyncio.wrap_future(future)
+        except TimeoutError as error:
+            if not patience.expired():
+                raise  # of this picture
+            raise BrokenProcessPool("no process took it") from error
 
 
 def _end(pool: ProcessPool | None) -> None:

@@ -187,14 +187,14 @@ class Encoders:
 
     def preprocessing(self, fingerprint: str) -> Preprocessing:
         """How pictures are prepared for this encoder. Raises ``InputError`` where it takes none."""
-        served = self._loaded[fingerprint]
+        served = self._served(fingerprint)
         if served.preprocessing is None:
             raise InputError(f"the encoder of space {fingerprint[:12]} takes no pictures; search by text")
         return served.preprocessing
 
     def frames(self, fingerprint: str) -> int | None:
         """How many frames of a video this encoder takes; ``None`` where it takes pictures."""
-        return self._loaded[fingerprint].frames
+        return self._served(fingerprint).frames
 
     async def encode(self, fingerprint: str, prepared: NDArray[np.float32]) -> NDArray[np.float32]:
         """float32 ``(D,)`` unit vector of what was prepared for this encoder: a picture ``(3, height, width)``, or a
@@ -202,16 +202,23 @@ class Encoders:
 
         Raises ``DataError`` where the encoder gives no usable vector for it.
         """
-        return await self._loaded[fingerprint].pictures(prepared)
+        return await self._served(fingerprint).pictures(prepared)
 
     async def encode_text(self, fingerprint: str, text: str) -> NDArray[np.float32]:
         """float32 ``(D,)`` unit vector of a text. Raises ``InputError`` where the encoder takes none."""
-        served = self._loaded[fingerprint]
+        served = self._served(fingerprint)
         if not served.takes_texts:
             raise InputError("the encoder that searches this gallery now takes no texts; search by a picture")
         if not text.strip():
             raise InputError("the text is empty; say what to search for")
         return await served.texts(text)
+
+    def _served(self, fingerprint: str) -> _Served:
+        """Raises ``ProblemError`` 503 where a request waited so long that its encoder was forgotten meanwhile."""
+        served = self._loaded.get(fingerprint)
+        if served is None:
+            raise ProblemError(503, "another encoder serves by now; try again", headers={"Retry-After": "1"})
+        return served
 
 
 class _Served:

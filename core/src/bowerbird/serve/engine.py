@@ -239,10 +239,10 @@ class Engine:
         self.metrics.queue("decode", self.decoders.waiting)
 
     def _answer(self, queries: Sequence[_Query]) -> list[SearchResponse | Exception]:
-        try:
-            return self._answer_at(self.gallery.snapshot(), queries)
-        except SnapshotGoneError:  # an upgrade was finished or rolled back just now
-            return self._answer_at(self.gallery.snapshot(), queries)
+        for _ in range(ATTEMPTS - 1):
+            with contextlib.suppress(SnapshotGoneError):  # an upgrade was begun, finished or rolled back just now
+                return self._answer_at(self.gallery.snapshot(), queries)
+        return self._answer_at(self.gallery.snapshot(), queries)
 
     def _answer_at(self, snapshot: Snapshot, queries: Sequence[_Query]) -> list[SearchResponse | Exception]:
         service = self.encoders.service
@@ -257,28 +257,29 @@ class Engine:
             where = query.search.where
             key = (query.kind, query.top, json.dumps(where, sort_keys=True) if where else None, tuple(rows))
             together[key].append((position, rows))
-        share = self.encoders.state(snapshot).share
+        state = self.encoders.state(snapshot)
         for (kind, top, _, names), members in together.items():
             where = queries[members[0][0]].search.where
             start = time.perf_counter()
             try:
                 vectors = {name: np.stack([rows[name] for _, rows in members]) for name in names}
                 found = service.search(vectors=vectors, k=top, where=where, snapshot=snapshot)
-                items = self.describe(np.unique(found.nums[found.nums >= 0]).tolist())
+                nums = set(found.nums[found.nums >= 0].tolist())
+                items = self.describe(nums)
             except SnapshotGoneError:
                 raise
-            except SpaceError:
-                needs = list(service.state(snapshot).needs)
-                for position, _ in members:
-                    answers[position] = _MissingVectorsError(needs)
-                continue
-            except BowerbirdError as error:
+            except Exception as error:  # of this group; the others are answered
+                if isinstance(error, SpaceError):
+                    enough = set(names).issuperset(state.needs)
+                    error = ProblemError(409, str(error)) if enough else _MissingVectorsError(state.needs)
                 for position, _ in members:
                     answers[position] = error
                 continue
+            if len(items) < len(nums):
+                raise SnapshotGoneError(f"{self.gallery.path} was compacted: what was found was deleted since")
             self.metrics.searched(kind, time.perf_counter() - start, len(members))
             for row, (position, _) in enumerate(members):
-                answers[position] = _response(queries[position], found, row, items, share)
+                answers[position] = _response(queries[position], found, row, items, state.share)
         return [answers[position] for position in range(len(queries))]
 
     # ------------------------------------------------------------------------------------------------------ compare
@@ -389,32 +390,26 @@ def _checked(vectors: Mapping[str, Any], snapshot: Snapshot) -> Vectors:
 
 def _response(query: _Query, found: SearchResult, row: int, items: Mapping[int, Item], share: float) -> SearchResponse:
     search = query.search
-    hits = []
-    rank = 0
-    for place, num in enumerate(found.nums[row].tolist()):
-        if num < 0:
-            break
-        if num == query.without or num not in items:
-            continue
-        rank += 1
-        if search.offset < rank <= search.offset + search.k:
-            distance = float(found.distances[row, place])
-            hits.append(
-                Hit(
-                    rank=rank,
-                    id=items[num].id,
-                    distance=distance,
-                    score=1.0 - distance,
-                    side="new" if found.sides[row, place] == 1 else "old",
-                    space=found.spaces[found.parts[row, place]],
-                    metadata=dict(items[num].metadata),
-                    has_picture=items[num].uri is not None,
-                )
-            )
+    columns = (found.nums[row], found.distances[row], found.sides[row], found.parts[row])
+    listed = [
+        hit for hit in zip(*(column.tolist() for column in columns), strict=True) if hit[0] not in (-1, query.without)
+    ]
     last = search.offset + search.k
     return SearchResponse(
-        hits=hits,
-        more=rank >= last and last < MOST_RESULTS,
+        hits=[
+            Hit(
+                rank=rank,
+                id=items[num].id,
+                distance=distance,
+                score=1.0 - distance,
+                side="new" if side == 1 else "old",
+                space=found.spaces[part],
+                metadata=items[num].metadata,
+                has_picture=items[num].uri is not None,
+            )
+            for rank, (num, distance, side, part) in enumerate(listed[search.offset : last], search.offset + 1)
+        ],
+        more=len(listed) >= last and last < MOST_RESULTS,
         epoch=found.epoch,
         share=share,
         milliseconds=1e3 * (time.perf_counter() - query.began),
