@@ -7,6 +7,7 @@ import errno
 import hashlib
 import io
 import json
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,7 +36,7 @@ from serve_world import (
 
 from bowerbird.errors import GalleryLockedError, InputError, StoreUnavailableError
 from bowerbird.gallery import Gallery
-from bowerbird.serve.uploads import suffix_of
+from bowerbird.serve.uploads import Uploads, suffix_of
 
 __all__ = ["gallery_path", "new_encoder", "old_encoder", "photos", "world"]
 OTHER = 100  # pictures from this number on are not in the gallery
@@ -638,6 +639,50 @@ def test_what_a_killed_service_left_is_removed_by_the_next_and_nothing_else(gall
         ok(add(client, [{"id": "more"}], [picture_bytes(OTHER + 2)]))  # uploads wait until it is done
         more = Path(str(gallery_of(client).get("more").uri))
         assert kept(client) == {mine, foreign, more}
+
+
+def test_a_file_that_one_request_gives_up_while_another_commits_it_stays(gallery_path: Path, monkeypatch: Any) -> None:
+    with Gallery.open(gallery_path) as gallery:
+        uploads = Uploads(gallery_path / "contents", gallery)
+        uploads.folder.mkdir()
+        data = picture_bytes(OTHER)
+        path = uploads.place("a", hashlib.sha256(data).hexdigest(), data)
+        uploads.write(path, data)
+        look, others = gallery.get_many, []
+
+        def commit() -> None:
+            uploads.write(path, data)
+            gallery.add(["a"], np.ones((1, 24)), uris=[str(path)])
+            uploads.release([("a", path)])
+
+        def slow_look(ids: Any) -> Any:
+            found = look(ids)
+            monkeypatch.setattr(gallery, "get_many", look)
+            others.append(threading.Thread(target=commit))
+            others[0].start()
+            others[0].join(0.5)  # what was found is old by now, where nothing keeps the other one waiting
+            return found
+
+        monkeypatch.setattr(gallery, "get_many", slow_look)
+        uploads.release([("a", path)])
+        others[0].join()
+        assert gallery.get("a").uri == str(path)
+        assert path.read_bytes() == data
+
+
+def test_an_item_that_names_the_upload_of_another_one_goes_without_it(client: TestClient) -> None:
+    ok(add(client, [{"id": "a"}], [picture_bytes(OTHER)]))
+    uri = str(gallery_of(client).get("a").uri)
+    gallery_of(client).add(["b"], np.ones((1, 24)), uris=[uri])
+    ok(client.post("/v1/items/delete", json={"ids": ["b"]}))
+    assert Path(uri).is_file()
+
+
+def test_a_folder_that_does_not_say_whose_it_is_is_refused(gallery_path: Path) -> None:
+    (gallery_path / "contents").mkdir()
+    (gallery_path / "contents" / "owner.json").write_text('{"gal')
+    with pytest.raises(InputError, match="is damaged"), served(gallery_path):
+        pass
 
 
 def test_pictures_may_be_kept_in_another_folder_which_belongs_to_one_gallery(

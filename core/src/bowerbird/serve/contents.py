@@ -125,7 +125,6 @@ class Contents:
                 prepared = (await self.decoders.prepare(data, [preprocessing]))[0]
                 path = uploads.place(item.id, digest, data)
                 held.append((item.id, path))
-                uploads.hold(path)
                 await _to_the_end(asyncio.to_thread(uploads.write, path, data))
             vector = await self.encoders.encode(space.fingerprint, prepared)
             return Row(item.id, vector, item.metadata, digest, path)

@@ -115,7 +115,7 @@ class Control:
         snapshot = self.gallery.snapshot()
         if snapshot.upgrade is None:
             return snapshot.epoch, None, False
-        # A commit is an epoch, but for one of failures only: the worker tells of its own, a command's are found in time.
+        # A commit is an epoch, but for one of failures only: our worker tells of it, a command's is found in time.
         seen = (snapshot.epoch, self.backfill.version, int(time.monotonic() / MEASURED_SECONDS))
         if self._complete[0] != seen:
             try:
@@ -184,7 +184,7 @@ class Control:
     async def start_plan(self, asked: StartPlan) -> PlanJob:
         async def act() -> None:
             ref = self._reference(asked.candidate)
-            if self.gallery.snapshot().upgrade is not None:
+            if (await asyncio.to_thread(self.gallery.snapshot)).upgrade is not None:
                 raise UpgradeError("an upgrade is under way; a plan is made before one")
             label_key = asked.label_key or self.settings.label_key
             await asyncio.to_thread(self.planning.start, asked.candidate, ref, label_key, asked.sample)
@@ -270,7 +270,7 @@ class Control:
 
         async def act() -> None:
             await self._in_store(upgrade, lambda: self.gallery.store.resume())
-            snapshot = self.gallery.snapshot()
+            snapshot = await asyncio.to_thread(self.gallery.snapshot)
             state, job = snapshot.upgrade, self.backfill.job
             if state is None:
                 return
@@ -357,7 +357,7 @@ class Control:
 
     async def _spaces(self, upgrade: int) -> tuple[Space, Space]:
         await asyncio.to_thread(self._check, upgrade)
-        snapshot = self.gallery.snapshot()
+        snapshot = await asyncio.to_thread(self.gallery.snapshot)
         if snapshot.upgrade is None:
             raise UpgradeError("the upgrade has ended")
         return snapshot.spaces[snapshot.upgrade.old], snapshot.spaces[snapshot.upgrade.new]

@@ -64,16 +64,18 @@ class Uploads:
         self.folder, self.gallery, self.owner = folder, gallery, owner
         self._lock_file: IO[str] | None = None
         self._held: Counter[str] = Counter()  # names of files that requests are about to commit
-        self._lock = threading.Lock()  # over looking at `_held` and removing a file
+        self._lock = threading.Lock()  # over looking whether a file is needed and removing it
+        self._durable: set[Path] = set()  # subfolders that are on the disk
 
     def open(self) -> None:
         """Lock the folder; the kernel frees it with the process.
 
         Raises:
-            InputError: If the folder has the pictures of another gallery.
+            InputError: If the folder has the pictures of another gallery, or does not say whose they are.
             GalleryLockedError: If another service writes to it.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
+        sync_folder(self.folder.parent)
         with contextlib.ExitStack() as stack:
             file = stack.enter_context((self.folder / OWNER).open("a+", encoding="utf-8"))
             try:
@@ -85,7 +87,12 @@ class Uploads:
                 ) from None
             file.seek(0)
             content = file.read()
-            known = json.loads(content).get("gallery") if content else None
+            try:
+                known = json.loads(content)["gallery"] if content else None
+            except (ValueError, KeyError, TypeError):
+                raise InputError(
+                    f"{self.folder / OWNER} is damaged. Remove it if {self.folder} has the pictures of this gallery"
+                ) from None
             if self.owner is not None and known not in (None, self.owner):
                 raise InputError(
                     f"{self.folder} has the uploaded pictures of the gallery {known}, not of {self.owner}: choose "
@@ -117,15 +124,16 @@ class Uploads:
     def _sweep(self) -> int:
         if not any(self.folder.glob(_SUBFOLDERS)):
             return 0  # without a look at every item
-        names = (file.name for item in self.gallery.items() if (file := self.file_of(item)) is not None)
+        named = (_name_of(item) for item in self.gallery.items())  # also by an item of another id
+        names = (name for name in named if _NAME.fullmatch(name))
         # 8 bytes per name: two names with the same mark keep one file too many, never one too few.
         kept = np.unique(np.fromiter((_mark(name) for name in names), np.uint64))
         removed = 0
         for folder in sorted(self.folder.glob(_SUBFOLDERS)):
             names_here = [file.name for file in folder.iterdir()]
             ours = [name for name in names_here if _NAME.fullmatch(name)]
-            named = np.isin(np.array([_mark(name) for name in ours], np.uint64), kept)
-            forgotten = [name for name, is_named in zip(ours, named, strict=True) if not is_named]
+            needed = np.isin(np.array([_mark(name) for name in ours], np.uint64), kept)
+            forgotten = [name for name, is_needed in zip(ours, needed, strict=True) if not is_needed]
             unfinished = [name for name in names_here if _UNFINISHED.fullmatch(name)]
             for name in (*forgotten, *unfinished):  # what else is in this folder is not ours to remove
                 (folder / name).unlink(missing_ok=True)
@@ -136,7 +144,7 @@ class Uploads:
 
     def place(self, item_id: str, digest: str, data: bytes) -> Path:
         """Where the picture ``data`` of an item belongs; ``digest`` is its SHA-256."""
-        name = f"{digest}-{hashlib.sha256(item_id.encode()).hexdigest()[:16]}.{suffix_of(data)}"
+        name = f"{digest}-{_of_id(item_id)}.{suffix_of(data)}"
         return self.folder / name[:2] / name
 
     def file_of(self, item: Item | None) -> Path | None:
@@ -144,25 +152,27 @@ class Uploads:
 
         By the name alone: the folder may have been moved, or be reached by another path.
         """
-        if item is None or item.uri is None:
-            return None
-        name = item.uri.rpartition("/")[2]
-        return self.folder / name[:2] / name if _NAME.fullmatch(name) else None
+        name = "" if item is None else _name_of(item)
+        ours = item is not None and _NAME.fullmatch(name) and name[65:81] == _of_id(item.id)
+        return self.folder / name[:2] / name if ours else None
 
     def is_lost(self, item: Item) -> bool:
         """Whether it had an uploaded picture that is not where the item says."""
         return self.file_of(item) is not None and not Path(str(item.uri)).is_file()
 
     def write(self, path: Path, data: bytes) -> None:
-        """The file, durable when this returns. Hold it first.
+        """The file, durable when this returns. It is held: nobody removes it until it is released.
 
         Raises:
             StoreUnavailableError: If it cannot be written: a full disk.
         """
+        with self._lock:
+            self._held[path.name] += 1
         try:
-            if not path.parent.is_dir():
-                path.parent.mkdir(exist_ok=True)
-                sync_folder(path.parent.parent)
+            path.parent.mkdir(exist_ok=True)
+            if path.parent not in self._durable:
+                sync_folder(self.folder)
+                self._durable.add(path.parent)
             write_atomically(path, data)
             sync_folder(path.parent)
         except OSError as error:
@@ -172,27 +182,26 @@ class Uploads:
                 "uploaded pictures, and send it again"
             ) from error
 
-    def hold(self, path: Path) -> None:
-        """Nobody removes this file until it is released."""
-        with self._lock:
-            self._held[path.name] += 1
-
     def release(self, held: Held) -> None:
         """What was held and is no item's picture is removed."""
         with self._lock:
             self._held.subtract(path.name for _, path in held)
             self._held = +self._held
-        with contextlib.suppress(BowerbirdError):  # then they stay until the next start
-            items = self.gallery.get_many([name for name, _ in held])
-            self.remove([path for (_, path), item in zip(held, items, strict=True) if self.file_of(item) != path])
+            # Under the lock: a request that holds, commits and releases after this look would lose its file.
+            with contextlib.suppress(BowerbirdError):  # then they stay until the next start
+                items = self.gallery.get_many([name for name, _ in held])
+                self._remove([path for (_, path), item in zip(held, items, strict=True) if self.file_of(item) != path])
 
     def remove(self, files: Sequence[Path]) -> None:
         """Remove files that no item names any more, but for those that a request is about to name again."""
+        with self._lock:
+            self._remove(files)
+
+    def _remove(self, files: Sequence[Path]) -> None:
         for file in files:
-            with self._lock:
-                if not self._held[file.name]:
-                    with contextlib.suppress(OSError):  # the next start tries again
-                        file.unlink(missing_ok=True)
+            if not self._held[file.name]:
+                with contextlib.suppress(OSError):  # the next start tries again
+                    file.unlink(missing_ok=True)
 
 
 def uploads_of(settings: ServeSettings, gallery: Gallery) -> Uploads | None:
@@ -215,6 +224,14 @@ def suffix_of(data: bytes) -> str:
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"
     return "avif" if data[4:8] == b"ftyp" else "img"
+
+
+def _name_of(item: Item) -> str:
+    return (item.uri or "").rpartition("/")[2]
+
+
+def _of_id(item_id: str) -> str:
+    return hashlib.sha256(item_id.encode()).hexdigest()[:16]
 
 
 def _mark(name: str) -> int:
