@@ -23,7 +23,7 @@ from bowerbird.errors import InputError, UnknownNameError
 from bowerbird.gallery import Gallery, Space
 from bowerbird.serve import aside, mapping, spaces
 from bowerbird.serve.describe import encoder_name, gallery_name
-from bowerbird.serve.mapping import GROUPS, SIDE, Maps, group_by, place, principal, sample
+from bowerbird.serve.mapping import GROUPS, SIDE, Maps, group_by, place, principal, sample, telling_key
 from bowerbird.serve.schemas import MapView, SpacesView
 from bowerbird.serve.spaces import Spaces
 
@@ -142,6 +142,18 @@ def test_a_sample_stays_as_it_is_but_for_the_items_that_go(nums: set[int], limit
     gone = set(random.sample(sorted(nums), len(nums) // 3))
     left = np.array(sorted(nums - gone), np.int64)
     assert set(sample(left, limit).tolist()) >= set(chosen.tolist()) - gone
+
+
+def test_a_map_is_coloured_by_the_label_or_by_what_tells_more_where_labels_are_many() -> None:
+    def items(labels: int) -> list[dict[str, object]]:
+        return [{"label": f"{n % labels}", "half": n % 2, "third": n % 3, "one": 1, "id": n} for n in range(120)]
+
+    assert telling_key(items(2), "label") == "label"
+    assert telling_key(items(60), "label") == "third"  # ten of sixty labels hold a sixth of the items
+    assert telling_key(items(60), None) == "third"
+    assert telling_key([{"label": n} for n in range(120)], "label") == "label"  # nothing tells more
+    assert telling_key([{"one": 1}] * 5, None) is None
+    assert telling_key([], "label") == "label"
 
 
 def test_groups_are_the_most_frequent_labels_and_the_rest_has_none() -> None:

@@ -65,7 +65,7 @@ def test_an_upgrade_from_the_plan_to_the_end_with_a_pause_and_a_resume(
 
     page.get_by_test_id("nav-upgrade").click()
     page.get_by_test_id("upgrade-resume").click()
-    confirmed(page, "encodes the")
+    confirmed(page, "still to encode")
     expect(title).to_have_text("Every item is in better", timeout=SLOW)
     expect(progress).to_have_attribute("aria-valuenow", "100.0")
     page.get_by_test_id("upgrade-finish").click()
@@ -88,7 +88,7 @@ def test_an_upgrade_that_is_rolled_back_leaves_the_results_as_they_were(
     expect(progress).to_have_attribute("aria-valuenow", SOME, timeout=SLOW)
     assert results(world.upgraded, ids) != before
     page.get_by_test_id("upgrade-rollback").click()
-    confirmed(page, "serves every item again, with the exact results of before")
+    confirmed(page, "serves every item again, with exactly the results of before")
     expect(page.get_by_test_id("upgrade-state")).to_have_text("No upgrade is under way")
     expect(page.get_by_test_id("toasts")).to_contain_text("Rolled back")
     assert results(world.upgraded, ids) == before

@@ -149,8 +149,8 @@ def _json(layout: Layout, snapshot: Snapshot, total: int) -> bytes:
 
 def make_layout(
     *, gallery: str, space: str, nums: list[int], method: str, label_key: str | None
-) -> dict[str, list[Any]]:
-    """``nums``, ``ids``, ``x``, ``y``, ``group``, ``groups`` of the items that are still there."""
+) -> dict[str, Any]:
+    """``nums``, ``ids``, ``x``, ``y``, ``group``, ``groups``, ``group_key`` of the items that are still there."""
     from bowerbird.gallery.open import open_gallery
 
     with open_gallery(gallery, readonly=True) as opened:
@@ -159,7 +159,8 @@ def make_layout(
         found = opened.storage.items(there.tolist())
         places = place([part.vectors_of(there[at : at + BLOCK]) for at in range(0, len(there), BLOCK)], method)
     items = [found[num] for num in there.tolist()]
-    group, groups = group_by([item.metadata.get(label_key) for item in items] if label_key else [None] * len(items))
+    key = telling_key([item.metadata for item in items], label_key)
+    group, groups = group_by([item.metadata.get(key) for item in items] if key else [None] * len(items))
     return {
         "nums": there.tolist(),
         "ids": [item.id for item in items],
@@ -167,6 +168,7 @@ def make_layout(
         "y": places[:, 1].tolist(),
         "group": group,
         "groups": groups,
+        "group_key": key,
     }
 
 
@@ -220,6 +222,22 @@ def principal(blocks: list[NDArray[np.float32]], width: int) -> NDArray[np.float
     for at, block in zip(starts, blocks, strict=False):
         out[at : at + len(block), : axes.shape[1]] = (block - mean) @ axes
     return out
+
+
+def telling_key(metadata: list[dict[str, Any]], label_key: str | None) -> str | None:
+    """The metadata key by which a map is coloured: ``label_key`` where its groups hold at least half of the items, else
+    the key whose groups hold most items (of equals the one with more groups), else ``label_key``. With 500 labels of 4
+    items each, colours of ten of them would say nothing."""
+
+    def held(key: str) -> tuple[int, int]:
+        group, groups = group_by([one.get(key) for one in metadata])
+        return (sum(place >= 0 for place in group), len(groups)) if len(groups) > 1 else (0, 0)
+
+    least = max(1, len(metadata) / 2)
+    if label_key is not None and held(label_key)[0] >= least:
+        return label_key
+    best = max(sorted({key for one in metadata for key in one}), key=held, default=None)
+    return best if best is not None and held(best)[0] >= least else label_key
 
 
 def group_by(labels: list[Any]) -> tuple[list[int], list[str]]:

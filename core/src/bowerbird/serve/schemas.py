@@ -272,7 +272,10 @@ class MapView(Response):
     x: list[int]
     y: list[int]
     group: list[int] = Field(description="Position in `groups`, -1 for none.")
-    groups: list[str] = Field(description="Values of the label, the most frequent ones.")
+    groups: list[str] = Field(description="Values of the metadata key `group_key`, the most frequent ones.")
+    group_key: str | None = Field(
+        None, description="The label's key, or another where the most frequent labels hold few of the items."
+    )
     moved: list[bool] = Field(description="Whether the item is in the newest space.")
 
 

@@ -144,10 +144,9 @@ export function mount(root, context) {
         alone = new Set();
         showColors();
       };
-      const label = context.gallery.label_key ?? "label";
       fill(
         colorings,
-        choice("map-colour", "label", label, coloring === "label", pick("label")),
+        choice("map-colour", "label", data?.group_key ?? "label", coloring === "label", pick("label")),
         choice("map-colour", "side", "old / new", coloring === "side", pick("side")),
       );
     }

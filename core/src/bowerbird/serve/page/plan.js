@@ -7,7 +7,7 @@ const POLL = 1000; // milliseconds between two looks at a plan that is being mad
 
 /** `act(path, body, done, by)` sends what changes the upgrade; `changed()` is called when another line or plan is chosen;
  *  `spent(plan)`: it was followed to its end already. Gives `root`, `beside` (a column with room below the form), and
- *  `show`, `load`, `plan`, `lineOf`, `possible`, `startButton`, `close`. */
+ *  `show`, `load`, `plan`, `lineOf`, `startButton`, `close`. */
 export function planning(context, { act, changed, spent }) {
   const { api, toast, confirm } = context;
   const root = el("div", { class: "start", hidden: true });
@@ -260,7 +260,6 @@ export function planning(context, { act, changed, spent }) {
     load,
     plan: offeredPlan,
     lineOf,
-    possible: () => context.gallery.candidates.length > 0,
     close: () => {
       over = true;
       clearTimeout(timer);

@@ -206,7 +206,7 @@ export function mount(root, context) {
     buttons.finish.hidden = state !== "complete";
     buttons.rollback.hidden = false;
     planner.root.hidden = true;
-    if (curve.previousSibling !== planner.root) planner.root.after(curve);
+    putCurve(false);
   }
 
   function sentenceOf({ state, worker, left, to, from }) {
@@ -253,16 +253,26 @@ export function mount(root, context) {
     planner.root.hidden = !may();
     if (!may()) return;
     planner.show({ busy, acting });
-    // While nothing is under way the curve is beside the plan, where there is one.
-    if (planner.possible() && curve.parentNode !== planner.beside) planner.beside.append(curve);
+    putCurve(planner.beside.isConnected && !pastCurve()); // a forecast is beside the plan that it belongs to
   }
 
   // --------------------------------------------------------------------------------------------------- curve
 
-  function showCurve() {
+  /** Into the column of the plan, or below all of it. Where it is already it stays, with its focus. */
+  function putCurve(beside) {
+    if (beside && curve.parentNode !== planner.beside) planner.beside.append(curve);
+    if (!beside && curve.previousSibling !== planner.root) planner.root.after(curve);
+  }
+
+  /** Whether nothing is under way and there is no newer plan: then the last upgrade is shown. */
+  function pastCurve() {
     const offered = planner.plan();
-    const past = !moving() && (offered === null || ledTo(offered));
-    const plan = moving() || past ? view.plan : offered;
+    return !moving() && (offered === null || ledTo(offered));
+  }
+
+  function showCurve() {
+    const past = pastCurve();
+    const plan = moving() || past ? view.plan : planner.plan();
     const line = plan ? lineOf(plan) : null;
     const measured = moving() || past ? view.curve : [];
     curve.hidden = !line && measured.length === 0;
