@@ -45,6 +45,7 @@ from bowerbird.gallery.images import add_images
 from bowerbird.gallery.transform import VectorTransform
 from bowerbird.registry import get_registry
 from bowerbird.serve import decoding, encoders, engine
+from bowerbird.serve.answering import SERVING, Query, answer
 from bowerbird.serve.batching import Batcher
 from bowerbird.serve.decoding import Decoders
 from bowerbird.serve.problems import MEDIA_TYPE, ProblemError
@@ -632,21 +633,21 @@ def test_what_was_found_and_is_deleted_and_compacted_before_it_is_described_cost
 
 def test_a_search_that_fails_in_a_way_that_nobody_foresaw_fails_alone(gallery_path, monkeypatch):
     with served(gallery_path, read_only=True) as client:
-        running = client.app.state.server.engine
-        allowed = running.gallery.storage.allowed
+        server = client.app.state.server
+        allowed = server.gallery.storage.allowed
 
         def broken(snapshot, where):
             if where == {"label": "bars"}:
                 raise RuntimeError("a bug")
             return allowed(snapshot, where)
 
-        monkeypatch.setattr(running.gallery.storage, "allowed", broken)
+        monkeypatch.setattr(server.gallery.storage, "allowed", broken)
         vector = np.ones(DIM).tolist()
         queries = [
-            engine._Query("vector", {engine.SERVING: vector}, Search(k=3, where=where), time.perf_counter())
+            Query("vector", {SERVING: vector}, Search(k=3, where=where), time.perf_counter())
             for where in (None, {"label": "bars"}, {"label": "rings"}, None)
         ]
-        answers = running._answer(queries)
+        answers = answer(server.gallery, server.encoders, server.metrics, queries)
         assert [type(answer) for answer in answers] == [SearchResponse, RuntimeError, SearchResponse, SearchResponse]
         assert answers[0].hits == answers[3].hits != answers[2].hits
 
@@ -667,19 +668,22 @@ def test_searches_that_wait_together_find_what_each_finds_alone(gallery_path, ol
     vectors = rng.standard_normal((len(asked), DIM)).astype(np.float32)
     with served(gallery_path, read_only=True) as client, Gallery.open(gallery_path, readonly=True) as gallery:
         service = SearchService(gallery, [loaded])
-        running = client.app.state.server.engine
-        answers = running._answer(
+        server = client.app.state.server
+        answers = answer(
+            server.gallery,
+            server.encoders,
+            server.metrics,
             [
-                engine._Query("vector", {engine.SERVING: vector.tolist()}, Search(**search), 0.0)
+                Query("vector", {SERVING: vector.tolist()}, Search(**search), 0.0)
                 for vector, search in zip(vectors, asked, strict=True)
-            ]
+            ],
         )
-        for vector, search, answer in zip(vectors, asked, answers, strict=True):
+        for vector, search, found in zip(vectors, asked, answers, strict=True):
             last = search["offset"] + search["k"]
-            found = service.search(vectors={loaded.fingerprint: vector[None]}, k=last, where=search["where"])
-            expected = list(zip(found.ids[0], found.distances[0].tolist(), strict=False))[search["offset"] :]
-            assert [(hit.id, hit.distance) for hit in answer.hits] == expected
-            assert [hit.rank for hit in answer.hits] == list(range(search["offset"] + 1, last + 1))[: len(expected)]
+            alone = service.search(vectors={loaded.fingerprint: vector[None]}, k=last, where=search["where"])
+            expected = list(zip(alone.ids[0], alone.distances[0].tolist(), strict=False))[search["offset"] :]
+            assert [(hit.id, hit.distance) for hit in found.hits] == expected
+            assert [hit.rank for hit in found.hits] == list(range(search["offset"] + 1, last + 1))[: len(expected)]
 
 
 def test_a_batch_that_is_answered_wrongly_fails_and_the_next_one_is_answered():

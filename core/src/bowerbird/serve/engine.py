@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import time
-from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from functools import partial
+from typing import Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bowerbird.errors import BowerbirdError, DataError, InputError, SnapshotGoneError, SpaceError
-from bowerbird.gallery.gallery import Gallery, SearchResult
+from bowerbird.gallery.gallery import Gallery
 from bowerbird.gallery.space import Item, Space
+from bowerbird.serve.answering import ATTEMPTS, SERVING, MissingVectorsError, Query, Vectors, answer
 from bowerbird.serve.batching import Batcher
 from bowerbird.serve.compare import Comparison, compare, compared_spaces
 from bowerbird.serve.decoding import Decoders
@@ -33,7 +31,6 @@ from bowerbird.serve.problems import ProblemError
 from bowerbird.serve.schemas import (
     MOST_RESULTS,
     CompareResponse,
-    Hit,
     ItemSearch,
     Search,
     SearchResponse,
@@ -42,35 +39,14 @@ from bowerbird.serve.schemas import (
 )
 from bowerbird.serve.settings import ServeSettings
 
-if TYPE_CHECKING:
-    from bowerbird.gallery.protocol import Snapshot
-
 log = logging.getLogger("bowerbird.serve")
 
-Vectors = dict[str, Any]  # fingerprint -> (D,)
 Encode = Callable[[Sequence[Space]], Awaitable[Vectors]]
 
-SERVING = ""  # in the place of a fingerprint: of the space that serves when the search is made
 AT_ONCE = 64  # vectors per search call
-ATTEMPTS = 4  # an upgrade that begins and one that ends between encoding and searching are two
 FOLLOW_SECONDS = 0.5
 MOST_FILTERS = 32
 MOST_VALUES = 1000
-
-
-@dataclass(frozen=True)
-class _Query:
-    """``without``: number of an item that is left out of its own results, -1 for none."""
-
-    kind: str
-    vectors: Vectors
-    search: Search
-    began: float
-    without: int = -1
-
-    @property
-    def top(self) -> int:
-        return self.search.offset + self.search.k + (self.without >= 0)
 
 
 class Engine:
@@ -82,8 +58,8 @@ class Engine:
         self.settings, self.gallery = settings, gallery
         self.encoders, self.decoders, self.metrics = encoders, decoders, metrics
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="bowerbird-search")
-        self._searches: Batcher[_Query, SearchResponse] = Batcher(
-            self._answer, self._thread, most=AT_ONCE, seen=self._seen
+        self._searches: Batcher[Query, SearchResponse] = Batcher(
+            partial(answer, gallery, encoders, metrics), self._thread, most=AT_ONCE, seen=self._seen
         )
         self._following: asyncio.Task[None] | None = None
 
@@ -122,7 +98,7 @@ class Engine:
             raise ProblemError(422, "a search by vector needs exactly one of `vector` and `vectors`")
         _check(search)
         given = {SERVING: search.vector} if search.vectors is None else dict(search.vectors)
-        return await self._searches(_Query("vector", given, search, time.perf_counter()))
+        return await self._searches(Query("vector", given, search, time.perf_counter()))
 
     async def compare_picture(self, data: bytes, search: Search) -> CompareResponse:
         """The old system, the new one so far and what is served, for an uploaded picture."""
@@ -134,10 +110,6 @@ class Engine:
     async def compare_item(self, search: ItemSearch) -> CompareResponse:
         item = await self._item(search.id)
         return await self._compared(lambda needs: self._vectors_of_item(item, needs, all_of_them=True), search, item)
-
-    def describe(self, nums: Iterable[int]) -> dict[int, Item]:
-        """Items by number, those included that were deleted since a search found them. Blocks."""
-        return self.gallery.storage.items(nums)
 
     # ---------------------------------------------------------------------------------------- from queries to vectors
 
@@ -158,10 +130,10 @@ class Engine:
                 break
             vectors |= await encode(missing)
             try:
-                return await self._searches(_Query(kind, vectors, search, began, without))
-            except _MissingVectorsError:
+                return await self._searches(Query(kind, vectors, search, began, without))
+            except MissingVectorsError:
                 continue  # an upgrade was begun, or has ended, since the needs were asked for
-        return await self._searches(_Query(kind, vectors, search, began, without))
+        return await self._searches(Query(kind, vectors, search, began, without))
 
     def _picture_of(self, source: bytes | str) -> Encode:
         async def encode(spaces: Sequence[Space]) -> Vectors:
@@ -238,50 +210,6 @@ class Engine:
         self.metrics.queue("search", len(self._searches))
         self.metrics.queue("decode", self.decoders.waiting)
 
-    def _answer(self, queries: Sequence[_Query]) -> list[SearchResponse | Exception]:
-        for _ in range(ATTEMPTS - 1):
-            with contextlib.suppress(SnapshotGoneError):  # an upgrade was begun, finished or rolled back just now
-                return self._answer_at(self.gallery.snapshot(), queries)
-        return self._answer_at(self.gallery.snapshot(), queries)
-
-    def _answer_at(self, snapshot: Snapshot, queries: Sequence[_Query]) -> list[SearchResponse | Exception]:
-        service = self.encoders.service
-        answers: dict[int, SearchResponse | Exception] = {}
-        together: dict[Any, list[tuple[int, Vectors]]] = defaultdict(list)
-        for position, query in enumerate(queries):
-            try:
-                rows = _checked(query.vectors, snapshot)
-            except (BowerbirdError, ProblemError) as error:  # of this one; the others are answered
-                answers[position] = error
-                continue
-            where = query.search.where
-            key = (query.kind, query.top, json.dumps(where, sort_keys=True) if where else None, tuple(rows))
-            together[key].append((position, rows))
-        state = self.encoders.state(snapshot)
-        for (kind, top, _, names), members in together.items():
-            where = queries[members[0][0]].search.where
-            start = time.perf_counter()
-            try:
-                vectors = {name: np.stack([rows[name] for _, rows in members]) for name in names}
-                found = service.search(vectors=vectors, k=top, where=where, snapshot=snapshot)
-                nums = set(found.nums[found.nums >= 0].tolist())
-                items = self.describe(nums)
-            except SnapshotGoneError:
-                raise
-            except Exception as error:  # of this group; the others are answered
-                if isinstance(error, SpaceError):
-                    enough = set(names).issuperset(state.needs)
-                    error = ProblemError(409, str(error)) if enough else _MissingVectorsError(state.needs)
-                for position, _ in members:
-                    answers[position] = error
-                continue
-            if len(items) < len(nums):
-                raise SnapshotGoneError(f"{self.gallery.path} was compacted: what was found was deleted since")
-            self.metrics.searched(kind, time.perf_counter() - start, len(members))
-            for row, (position, _) in enumerate(members):
-                answers[position] = _response(queries[position], found, row, items, state.share)
-        return [answers[position] for position in range(len(queries))]
-
     # ------------------------------------------------------------------------------------------------------ compare
 
     async def _compared(self, encode: Encode, search: Search, item: Item | None = None) -> CompareResponse:
@@ -303,7 +231,7 @@ class Engine:
                     raise
                 continue
             except SpaceError as error:
-                raise _MissingVectorsError([space.fingerprint for space in needs]) from error
+                raise MissingVectorsError([space.fingerprint for space in needs]) from error
             self.metrics.searched("compare", time.perf_counter() - start)
             return made
         raise AssertionError("the last attempt raises")
@@ -334,19 +262,6 @@ class Engine:
         return [snapshot.spaces[name] for name in dict.fromkeys(soon)], {*soon, *snapshot.stack}
 
 
-class _MissingVectorsError(ProblemError):
-    """A search needs vectors of spaces that were not given, and no relation leads to them."""
-
-    def __init__(self, needs: Sequence[str]) -> None:
-        names = ", ".join(needs)
-        super().__init__(
-            409,
-            f"searching now needs query vectors of {names}; none that lead there were given. Give them, by the "
-            "fingerprint of their space, or search by a picture",
-            needs=list(needs),
-        )
-
-
 def _check(search: Search) -> None:
     """What the schema cannot say. Raises ``ProblemError`` 422."""
     if search.offset + search.k > MOST_RESULTS:
@@ -356,61 +271,3 @@ def _check(search: Search) -> None:
     values = sum(len(wanted) if isinstance(wanted, list) else 1 for wanted in search.where.values())
     if len(search.where) > MOST_FILTERS or values > MOST_VALUES:
         raise ProblemError(422, f"where: at most {MOST_FILTERS} keys and {MOST_VALUES} values")
-
-
-def _checked(vectors: Mapping[str, Any], snapshot: Snapshot) -> Vectors:
-    """float32 ``(D,)`` rows of the spaces that the gallery knows; a client may send more, before and after an upgrade.
-
-    Raises:
-        SpaceError: A wrong width.
-        DataError: NaN, infinity or a zero vector.
-    """
-    rows: Vectors = {}
-    for name, values in vectors.items():
-        space = snapshot.spaces.get(name or snapshot.serving)
-        if space is None:
-            continue
-        row: NDArray[Any] = np.asarray(values, np.float64)
-        if row.shape != (space.dim,):
-            raise SpaceError(
-                f"the vector has width {row.size}; those of space {space.fingerprint[:12]} have width {space.dim}"
-            )
-        largest = np.abs(row).max()
-        if not np.isfinite(largest):
-            raise DataError("the vector holds NaN or infinity; encode the query again")
-        if largest == 0:
-            raise DataError("the vector is zero, which has no direction; encode the query again")
-        if not 1e-15 < largest < 1e15:  # its square would leave the range of float32
-            row = row / largest
-        rows[space.fingerprint] = row.astype(np.float32)
-    if not rows:
-        raise _MissingVectorsError([snapshot.stack[-1]])
-    return rows
-
-
-def _response(query: _Query, found: SearchResult, row: int, items: Mapping[int, Item], share: float) -> SearchResponse:
-    search = query.search
-    columns = (found.nums[row], found.distances[row], found.sides[row], found.parts[row])
-    listed = [
-        hit for hit in zip(*(column.tolist() for column in columns), strict=True) if hit[0] not in (-1, query.without)
-    ]
-    last = search.offset + search.k
-    return SearchResponse(
-        hits=[
-            Hit(
-                rank=rank,
-                id=items[num].id,
-                distance=distance,
-                score=1.0 - distance,
-                side="new" if side == 1 else "old",
-                space=found.spaces[part],
-                metadata=items[num].metadata,
-                has_picture=items[num].uri is not None,
-            )
-            for rank, (num, distance, side, part) in enumerate(listed[search.offset : last], search.offset + 1)
-        ],
-        more=len(listed) >= last and last < MOST_RESULTS,
-        epoch=found.epoch,
-        share=share,
-        milliseconds=1e3 * (time.perf_counter() - query.began),
-    )

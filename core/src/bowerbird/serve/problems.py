@@ -66,10 +66,10 @@ def problem(status: int, detail: str, *, headers: dict[str, str] | None = None, 
         "type": "about:blank",
         "title": HTTPStatus(status).phrase,
         "status": status,
-        "detail": scrubbed(detail),
+        "detail": scrubbed(detail[:LONGEST]),
         **more,
     }
-    return Ascii({**body, **more}, status, headers, MEDIA_TYPE)
+    return Ascii(body, status, headers, MEDIA_TYPE)
 
 
 def bug(method: str, path: str, error: Exception) -> JSONResponse:
