@@ -62,6 +62,15 @@ def test_everything_needed_for_a_search_is_done_by_keys(world: Any, open_page: C
     assert page.evaluate(FOCUSED) == below
 
 
+def test_the_link_that_skips_the_navigation_stays_in_the_view(world: Any, open_page: Callable[..., Page]) -> None:
+    page = open_page(world.half_way, "#/spaces")
+    page.get_by_test_id("spaces").wait_for()
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    assert page.evaluate(FOCUSED) == "view"
+    assert page.url.endswith("#/spaces")
+
+
 def test_numbers_change_the_view_and_a_question_mark_shows_the_keys(world: Any, open_page: Callable[..., Page]) -> None:
     page = open_page(world.half_way)
     page.get_by_test_id("hit").first.wait_for()

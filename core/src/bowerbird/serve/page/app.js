@@ -268,6 +268,10 @@ window.addEventListener("paste", (event) => {
 
 // ------------------------------------------------------------------------------------------------------ start
 
+document.querySelector(".skip").addEventListener("click", (event) => {
+  event.preventDefault(); // the address names the view
+  $("view").focus();
+});
 $("keys-button").addEventListener("click", () => $("keys-dialog").showModal());
 $("theme-button").addEventListener("click", nextTheme);
 $("token-button").addEventListener("click", async () => {

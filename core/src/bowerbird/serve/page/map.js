@@ -137,7 +137,7 @@ export function mount(root, context) {
       );
     }
     methods.hidden = offered.length < 2;
-    colorings.hidden = !data || data.groups.length === 0;
+    colorings.hidden = !data || data.groups.length === 0 || !context.gallery.upgrade;
     if (!colorings.contains(document.activeElement)) {
       const pick = (key) => () => {
         coloring = key;
@@ -200,7 +200,8 @@ export function mount(root, context) {
     const names = spaceNames(context.gallery.spaces);
     const shown = data.ids.length;
     const where = names.get(data.space) ?? data.space.slice(0, 12);
-    fill(note, shown < data.total ? `A sample of ${number(shown)} of ${number(data.total)} items, as ${where} sees them.` : `${number(shown)} items, as ${where} sees them.`);
+    const by = coloring === "label" ? `, coloured by ${data.group_key}` : "";
+    fill(note, shown < data.total ? `A sample of ${number(shown)} of ${number(data.total)} items` : `${number(shown)} items`, ` as ${where} sees them${by}.`);
   }
 
   function drawLegend() {

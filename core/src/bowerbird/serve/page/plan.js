@@ -44,7 +44,9 @@ export function planning(context, { act, changed, spent }) {
         return;
       }
       fill(form.candidate, candidates.map((name) => el("option", { value: name }, name)));
-      if (job?.candidate && candidates.includes(job.candidate)) form.candidate.value = job.candidate;
+      const { spaces, serving } = context.gallery;
+      const encoder = spaces.find((space) => space.fingerprint === serving)?.encoder;
+      form.candidate.value = candidates.includes(job?.candidate) ? job.candidate : (candidates.find((name) => name !== encoder) ?? candidates[0]);
       const all = [...new Set([key, ...(keys ?? [])].filter(Boolean))];
       fill(form.label, !key && el("option", { value: "" }, "none"), all.map((name) => el("option", { value: name }, name)));
       form.label.value = key ?? "";

@@ -183,12 +183,13 @@ export function mount(root, context) {
     );
     const last = view.curve.at(-1);
     const labelled = last && last.quality !== null;
+    const paced = state === "running" && worker.state !== "none"; // of another process the rate is not known
     const gone = last && labelled && view.level_before !== null ? last.quality - view.level_before : null;
     fill(
       tiles,
       tile("Moved", percent(share), `${number(moved)} of ${number(items)}`, "share"),
-      state === "running" && tile("Rate", worker.rate ? rateText(worker.rate) : "\u2013", "items per second", "rate"),
-      state === "running" && tile("Time left", worker.seconds_left !== null ? duration(worker.seconds_left) : "\u2013", "at this rate", "left"),
+      paced && tile("Rate", worker.rate ? rateText(worker.rate) : "\u2013", "items per second", "rate"),
+      paced && tile("Time left", worker.seconds_left !== null ? duration(worker.seconds_left) : "\u2013", "at this rate", "left"),
       labelled && tile("Quality, mAP@100", decimal(last.quality), gone === null ? "" : `${gone < 0 ? "\u2212" : "+"}${decimal(Math.abs(gone))} since the start`, "quality", gone === null ? "" : gone < 0 ? "wrong" : "right"),
       last && tile(labelled ? "Negative flips" : "First results changed", percent(last.nfr), labelled ? `positive flips ${percent(last.pfr)}` : "of the watched queries", "flips"),
     );
@@ -202,7 +203,7 @@ export function mount(root, context) {
     buttons.pause.hidden = state !== "running";
     const stalled = state === "running" && ["failed", "none"].includes(worker.state);
     buttons.resume.hidden = !(state === "paused" || stalled);
-    buttons.resume.lastChild.textContent = stalled ? "Start the worker again" : "Resume";
+    buttons.resume.lastChild.textContent = !stalled ? "Resume" : worker.state === "none" ? "Start a worker here" : "Start the worker again";
     buttons.finish.hidden = state !== "complete";
     buttons.rollback.hidden = false;
     planner.root.hidden = true;

@@ -35,6 +35,14 @@ export function frame(context, item, size = THUMBNAIL) {
     } catch (error) {
       nothing("The picture cannot be shown");
       box.title = error.message;
+      if (error.status === 0) {
+        const off = context.on("live", (live) => {
+          if (!live) return;
+          off();
+          box.title = "";
+          load();
+        });
+      }
     }
     box.classList.remove("skeleton");
   };
