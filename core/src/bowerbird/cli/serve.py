@@ -33,7 +33,11 @@ def _refuse_unknown(name: str, encoder: str) -> None:
     """A candidate that cannot be there is found when the service starts, not when somebody wants it."""
     from bowerbird.errors import InputError
     from bowerbird.registry import get_registry
+    from bowerbird.upgrade.vectors_encoder import check_vectors_ref, is_vectors_ref
 
+    if is_vectors_ref(encoder):
+        check_vectors_ref(encoder)
+        return
     kind = encoder.partition("?")[0]
     if Path(encoder).is_dir():
         return

@@ -135,6 +135,11 @@ def is_vectors_ref(ref: object) -> bool:
     return isinstance(ref, str) and ref.startswith(SCHEME)
 
 
+def check_vectors_ref(ref: str) -> None:
+    """That a ``vectors:`` ref names a file that is there; nothing of it is read. Raises as ``load_vectors_encoder``."""
+    _file_of(_parsed(ref)[0])
+
+
 def load_vectors_encoder(ref: str, *, space: Space | None = None, batch_size: int = 64) -> ItemEncoder:
     """The encoder of a ``vectors:`` ref.
 
@@ -201,11 +206,7 @@ def query_tables(ref: str) -> list[VectorTable]:
 
 def read_vectors(path: str | Path) -> VectorTable:
     """Vectors of a file, by its ending."""
-    path = Path(path)
-    if path.suffix not in SUFFIXES:
-        raise InputError(f"{path}: vectors are read from {', '.join(SUFFIXES)}")
-    if not path.is_file():
-        raise DataError(f"{path}: there is no such file")
+    path = _file_of(path)
     if path.suffix == ".parquet":
         return _read_parquet(path)
     labels = None
@@ -270,6 +271,15 @@ def _read_parquet(path: Path) -> VectorTable:
 
 def _lines(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8").splitlines()
+
+
+def _file_of(path: str | Path) -> Path:
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise InputError(f"{path}: vectors are read from {', '.join(SUFFIXES)}")
+    if not path.is_file():
+        raise DataError(f"{path}: there is no such file")
+    return path
 
 
 def _parsed(ref: str) -> tuple[str, dict[str, str]]:
