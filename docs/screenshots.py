@@ -31,10 +31,11 @@ IMAGES = ROOT / "docs/images"
 MOST_BYTES = 150_000
 SHARE = 0.6  # of the items that have moved
 SCREEN: dict[str, Any] = {"viewport": {"width": 1200, "height": 800}}
+TALL: dict[str, Any] = {"viewport": {"width": 1200, "height": 980}}  # both panels of the curve
 PHONE: dict[str, Any] = {"viewport": {"width": 390, "height": 780}, "has_touch": True, "is_mobile": True}
 QUERY = "dog-face"  # of the style twemoji, which is not in the gallery
 VIEWS = {  # image -> address, theme, window, what must be there
-    "upgrade": ("#/upgrade", "light", SCREEN, "[data-testid=upgrade-facts]"),
+    "upgrade": ("#/upgrade", "light", TALL, "[data-testid=upgrade-facts]"),
     "phone": ("#/upgrade", "dark", PHONE, "[data-testid=upgrade-facts]"),
     "search": ("#/search", "light", SCREEN, "[data-testid=hit]"),
     "compare": ("#/compare", "light", SCREEN, "[data-testid=column-merged] [data-testid=found]"),

@@ -15,6 +15,7 @@ import asyncio
 import hashlib
 import importlib.util
 from collections import Counter, OrderedDict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -147,9 +148,7 @@ def _json(layout: Layout, snapshot: Snapshot, total: int) -> bytes:
 # ------------------------------------------------------------------------------------------ in a process of their own
 
 
-def make_layout(
-    *, gallery: str, space: str, nums: list[int], method: str, label_key: str | None
-) -> dict[str, Any]:
+def make_layout(*, gallery: str, space: str, nums: list[int], method: str, label_key: str | None) -> dict[str, Any]:
     """``nums``, ``ids``, ``x``, ``y``, ``group``, ``groups``, ``group_key`` of the items that are still there."""
     from bowerbird.gallery.open import open_gallery
 
@@ -224,7 +223,7 @@ def principal(blocks: list[NDArray[np.float32]], width: int) -> NDArray[np.float
     return out
 
 
-def telling_key(metadata: list[dict[str, Any]], label_key: str | None) -> str | None:
+def telling_key(metadata: Sequence[Mapping[str, Any]], label_key: str | None) -> str | None:
     """The metadata key by which a map is coloured: ``label_key`` where its groups hold at least half of the items, else
     the key whose groups hold most items (of equals the one with more groups), else ``label_key``. With 500 labels of 4
     items each, colours of ten of them would say nothing."""
