@@ -34,7 +34,7 @@ from serve_world import (
     world,
 )
 
-from bowerbird.errors import GalleryLockedError, InputError, StoreUnavailableError
+from bowerbird.errors import GalleryLockedError, InputError, SpaceError, StoreUnavailableError
 from bowerbird.gallery import Gallery
 from bowerbird.serve.uploads import Uploads, suffix_of
 
@@ -524,6 +524,23 @@ def test_a_batch_that_was_encoded_before_an_upgrade_ended_is_encoded_again(
         assert ok(client.get("/v1/item", params={"id": "late"}))["spaces"] == [serving]
 
 
+def test_a_batch_is_encoded_again_also_where_an_upgrade_ended_and_the_same_one_began(
+    gallery_path: Path, monkeypatch: Any
+) -> None:
+    with served(gallery_path) as client:
+        commits = client.app.state.server.contents.commits  # type: ignore[attr-defined]
+        commit = commits.add
+
+        async def refused_once(*arguments: Any) -> Any:
+            monkeypatch.setattr(commits, "add", commit)
+            commits.uploads.release(arguments[2])
+            raise SpaceError("another space is written now")  # and by the time of the answer the first one again
+
+        monkeypatch.setattr(commits, "add", refused_once)
+        assert ok(add(client, [{"id": "a"}], [picture_bytes(OTHER)]))["added"] == ["a"]
+        assert kept(client) == {Path(str(gallery_of(client).get("a").uri))}
+
+
 def test_a_lifted_gallery_takes_pictures_by_the_encoder_that_its_vectors_came_from(
     gallery_path: Path, old_encoder: Path, world: None
 ) -> None:
@@ -756,6 +773,7 @@ def test_help_teaches_by_examples() -> None:
         (["nowhere", "--candidate", "runs/new"], "NAME=ENCODER"),
         (["nowhere", "--candidate", "a=x", "--candidate", "a=y"], "given twice"),
         (["nowhere", "--candidate", "new=runs/nwe"], "no folder 'runs/nwe'"),
+        (["nowhere", "--candidate", "new=vectors:gone.parquet"], "gone.parquet: there is no such file"),
         (["nowhere", "--candidate", "new=core:perceptorn?image_size=16"], "core:perceptron"),
         (["nowhere", "--host", "0.0.0.0"], "--tokens"),
         (["nowhere", "--host", "host.invalid"], "--host"),

@@ -273,7 +273,10 @@ class TestPauseAndRollback:
             assert view(client)["share"] == paused["share"]
             assert act(client, "resume").json()["state"] == "running"
             until(client, lambda now: now["share"] > paused["share"])
+            until(client, lambda now: now["worker"]["rate"])
+            assert "\nbowerbird_upgrade_rate 0.0\n" not in client.get("/metrics").text
             answer = act(client, "rollback")
+            assert "\nbowerbird_upgrade_rate 0.0\n" in client.get("/metrics").text
             assert (answer.status_code, answer.json()["last"]) == (200, "rolled back")
             assert results(client, light) == before
             assert until(client, lambda now: now["worker"]["state"] == "none")["state"] == "none"

@@ -119,6 +119,7 @@ class Backfill:
         self._stop_at: float | None = None  # when a process that should end is interrupted
         self._encoded: deque[tuple[float, int]] = deque()
         self._turn = asyncio.Lock()  # an act, or a look
+        metrics.gauge("bowerbird_upgrade_rate", "Items per second of the worker.", lambda: self.rate() or 0.0)
 
     # ---------------------------------------------------------------------------------------------- what is asked
 
@@ -227,7 +228,10 @@ class Backfill:
         if name == "begun" and self._begun is not None and not self._begun.done():
             self._begun.set_result(event["upgrade"])
         if name == "encoded":
-            self._encoded.append((time.monotonic(), event["count"]))
+            now = time.monotonic()
+            self._encoded.append((now, event["count"]))
+            while len(self._encoded) > 3 and self._encoded[0][0] < now - RATE_SECONDS:
+                self._encoded.popleft()
         if name == "committed":
             self._moved += event["count"]
             self._starts = 0
@@ -239,7 +243,6 @@ class Backfill:
 
     def _ended(self, last: Event) -> None:
         self._encoded.clear()
-        self.metrics.upgrade_rate(0.0)
         self.version += 1
         if self._begun is not None:
             if not self._begun.done():
@@ -298,6 +301,7 @@ class Backfill:
         """End the process. The job stays, for the next service."""
         if self._process is not None:
             process, self._process = self._process, None
+            self._encoded.clear()
             await end_child(process)
 
     # -------------------------------------------------------------------------------------------------------- view
@@ -306,16 +310,16 @@ class Backfill:
         self.version += state != self._state
         self._state = state
 
+    def rate(self) -> float | None:
+        """Items per second of the last while; ``None`` where there is none yet."""
+        encoded = list(self._encoded)
+        if len(encoded) < 2:
+            return None
+        return sum(count for _, count in encoded[1:]) / max(time.monotonic() - encoded[0][0], 1e-3)
+
     def view(self, left: int) -> WorkerView:
         """``left``: items that are not in the new space yet."""
-        now = time.monotonic()
-        while len(self._encoded) > 3 and self._encoded[0][0] < now - RATE_SECONDS:
-            self._encoded.popleft()
-        rate = None
-        if len(self._encoded) > 1:
-            seconds = now - self._encoded[0][0]
-            rate = sum(count for _, count in list(self._encoded)[1:]) / max(seconds, 1e-3)
-            self.metrics.upgrade_rate(rate)
+        rate = self.rate()
         working = self._state == "working"
         return WorkerView(
             state=self._state,

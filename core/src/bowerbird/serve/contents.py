@@ -95,9 +95,8 @@ class Contents:
             space = await asyncio.to_thread(self._space_of_pictures)
             try:
                 return await self._add(self.uploads, items, files, space, on_error)
-            except SpaceError:
-                now = await asyncio.to_thread(self._space_of_pictures)
-                if now.fingerprint == space.fingerprint or attempt == ATTEMPTS - 1:
+            except SpaceError:  # an upgrade has ended or begun meanwhile, or there is no encoder, which is seen at once
+                if attempt == ATTEMPTS - 1:
                     raise
         raise AssertionError("unreachable")
 

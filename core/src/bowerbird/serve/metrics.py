@@ -50,7 +50,6 @@ class Metrics:
         )
         self._queue = Gauge("bowerbird_queue_length", "Requests that wait.", ("of",), registry=self.registry)
         self._encoded = Counter("bowerbird_encoded", "Pictures and texts encoded for requests.", registry=self.registry)
-        self._rate = Gauge("bowerbird_upgrade_rate", "Items per second of the worker.", registry=self.registry)
         self._restarts = Counter("bowerbird_upgrade_worker_restarts", "Workers started again.", registry=self.registry)
         self.gauge("bowerbird_items", "Items of the gallery.", lambda: len(gallery))
         self.gauge("bowerbird_epoch", "Number of the last commit.", lambda: gallery.snapshot().epoch)
@@ -81,9 +80,6 @@ class Metrics:
     def queue(self, of: str, length: int) -> None:
         """``of``: encode, search or decode."""
         self._queue.labels(of).set(length)
-
-    def upgrade_rate(self, items_per_second: float) -> None:
-        self._rate.set(items_per_second)
 
     def worker_restarted(self) -> None:
         self._restarts.inc()
