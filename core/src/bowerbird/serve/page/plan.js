@@ -146,13 +146,11 @@ export function planning(context, { act, changed, spent }) {
         "div",
         { class: `notice ${good ? "right" : ""}`, data: { testid: "plan-recommendation" } },
         icon(good ? "check" : "alert"),
-        el("div", { class: "grow" }, el("strong", {}, adviceOf(plan)), el("p", { class: "small-text" }, sentence(plan.reason))),
+        el("div", { class: "grow" }, el("strong", {}, adviceOf(plan)), foreseen(plan), el("details", { class: "small-text", open: !good }, el("summary", {}, "Why, in numbers"), sentence(plan.reason))),
       ),
       el(
         "dl",
         { class: "facts number" },
-        fact("Quality now", plan.old_quality === null ? null : decimal(plan.old_quality)),
-        fact("Quality then", plan.new_quality === null ? null : decimal(plan.new_quality)),
         fact("Time of one worker", plan.hours === null ? null : duration(3600 * plan.hours)),
         fact("Price", plan.price ? plan.price.toFixed(2) : null),
         fact("Made", `${duration(Math.max(1, Date.now() / 1000 - plan.created_at))} ago`),
@@ -175,6 +173,14 @@ export function planning(context, { act, changed, spent }) {
         ),
       ),
     ];
+  }
+
+  /** What happens to quality, in one sentence. */
+  function foreseen({ old_quality: now, new_quality: then, lines }) {
+    if (now === null || then === null) return null;
+    const flips = lines.find((line) => line.recommended)?.nfr;
+    const cost = flips ? `; on the way at most ${percent(Math.max(...flips))} of the first results become wrong` : "";
+    return el("p", { class: "small-text" }, `Quality is ${decimal(now)} now and ${decimal(then)} when all have moved${cost}.`);
   }
 
   function adviceOf(plan) {

@@ -59,9 +59,6 @@ export function mount(root, context) {
     return spaceNames([view.old, view.new].filter(Boolean)).get(space.fingerprint);
   }
 
-  /** In the sentence of a question, where "old" and "new" may be names. */
-  const quoted = (space) => `\u201c${nameOf(space)}\u201d`;
-
   async function act(path, body, done, by = null) {
     if (busy) return false;
     busy = true;
@@ -98,7 +95,7 @@ export function mount(root, context) {
   async function resume() {
     const { id, items, new_items: moved, worker } = view;
     const rate = worker.rate ? ` At the last rate that takes about ${duration((items - moved) / worker.rate)}.` : "";
-    const text = `A background worker goes on: ${quoted(view.new)} has ${count(items - moved, "item")} still to encode.${rate} Searches go on.`;
+    const text = `A background worker goes on: \u201c${nameOf(view.new)}\u201d has ${count(items - moved, "item")} still to encode.${rate} Searches go on.`;
     if (await confirm({ title: "Resume the upgrade?", text, action: "Resume" })) await act("/v1/upgrade/resume", { id }, "The upgrade goes on.", buttons.resume);
   }
 
@@ -107,15 +104,15 @@ export function mount(root, context) {
     const left = items - view.new_items;
     const accept = lost > 0 && left > 0;
     const cost = accept ? `\n\n${count(left, "item")} could not be encoded: searches will no longer find ${left === 1 ? "it" : "them"}, until ${left === 1 ? "it gets a vector" : "they get vectors"}.` : "";
-    const text = `Drops the ${count(oldVectors(), "old vector")}; there is no way back. From then on ${quoted(view.new)} alone serves ${count(items - (accept ? left : 0), "item")}.${cost}`;
+    const text = `Drops the ${count(oldVectors(), "old vector")}; there is no way back. From then on \u201c${nameOf(view.new)}\u201d alone serves ${count(items - (accept ? left : 0), "item")}.${cost}`;
     const sure = await confirm({ title: "Finish the upgrade?", text, action: accept ? `Finish without ${number(left)}` : "Finish", danger: true });
     if (sure) await act("/v1/upgrade/finish", { id, accept_failed: accept }, `Finished: ${nameOf(view.new)} serves the gallery.`, buttons.finish);
   }
 
   async function rollback() {
     const { id, new_items: moved } = view;
-    const back = quoted(view.old);
-    const text = `Drops the ${count(moved, "new vector")} made so far. ${back} serves every item again, with exactly the results of before.`;
+    const back = nameOf(view.old); // now: the events may be faster than the answer
+    const text = `Drops the ${count(moved, "new vector")} made so far. \u201c${back}\u201d serves every item again, with exactly the results of before.`;
     if (!(await confirm({ title: "Roll the upgrade back?", text, action: "Roll back", danger: true }))) return;
     busy = true;
     acting = buttons.rollback;
@@ -123,7 +120,7 @@ export function mount(root, context) {
     try {
       const answer = await api.post("/v1/upgrade/rollback", { id, leave_pending: false });
       busy = false;
-      toast(`Rolled back: ${nameOf(view.old)} serves the gallery.`, "right");
+      toast(`Rolled back: ${back} serves the gallery.`, "right");
       apply(answer);
     } catch (error) {
       busy = false;
@@ -132,7 +129,7 @@ export function mount(root, context) {
       if (!pending) return refused(error);
       const more = `${error.message}\n\nLeave such items without a vector? They stay in the gallery, and searches will not find them until they get one.`;
       if (await confirm({ title: "Some items have no old vector", text: more, action: "Leave them pending", danger: true })) {
-        await act("/v1/upgrade/rollback", { id, leave_pending: true }, `Rolled back: ${nameOf(view.old)} serves the gallery.`, buttons.rollback);
+        await act("/v1/upgrade/rollback", { id, leave_pending: true }, `Rolled back: ${back} serves the gallery.`, buttons.rollback);
       }
     }
   }
