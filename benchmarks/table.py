@@ -288,6 +288,62 @@ def videos(r: Mapping[str, Any]) -> list[Row]:
     return rows + waits({"limit_share": r["wait_limit"], "recipes": r.get("waiting", {})})
 
 
+def http(r: Mapping[str, Any]) -> list[Row]:
+    limits, given = r["limits"], r["settings"]
+    rows: list[Row] = []
+    if "vector" in r:
+        v, what = (
+            r["vector"],
+            f"by vector over HTTP, {given['items']:,} x {given['dim']}, {given['connections']} connections",
+        )
+        most = limits["vector_p99_to_p50_below"]
+        rows += [
+            (f"searches {what}: a second, against a constant body of the framework and one search of FAISS alone",
+             f"{v['ratio']:.2f} of them ({v['ratio_faiss_batched']:.2f} with FAISS in batches of as many)",
+             f"at least {limits['vector_ratio_at_least']}", v["ratio"] >= limits["vector_ratio_at_least"]),
+            (f"searches {what}: p99 over p50", f"{v['p99_to_p50']:.2f}x, {v['errors']:.0f} errors", f"below {most}x",
+             v["p99_to_p50"] < most and not v["errors"]),
+        ]  # fmt: skip
+    if "image" in r:
+        v, least = r["image"], limits["image_ratio_at_least"]
+        rows.append(
+            (f"searches by picture over HTTP, {given['connections']} connections: a second, against the bare forward "
+             "pass on ready batches", f"{v['ratio']:.2f} of them, {v['errors']:.0f} errors",
+             f"at least {least}", v["ratio"] >= least and not v["errors"])
+        )  # fmt: skip
+    return rows
+
+
+def soak(r: Mapping[str, Any]) -> list[Row]:
+    limits, asked = r["limits"], sum(v["requests"] for v in r["requests"].values())
+    what = f"{r['settings']['minutes']} minutes of `bowerbird serve` with searches, uploads, deletes and an upgrade"
+    ratio, slope = r["p99_ratio"], r["mb_per_minute"]
+    most, flat = limits["p99_ratio_at_most"], limits["mb_per_minute_below"]
+    return [
+        (f"{what}: p99 of searches while items are moved, against that before", f"{ratio:.2f}x", f"at most {most}x",
+         ratio <= most),
+        (f"{what}: errors", f"{r['errors']} of {asked:,} requests", "0", r["errors"] == 0),
+        (f"{what}: memory of the service, after its encoders are loaded", f"{slope:+.2f} MB a minute", f"below {flat}",
+         slope < flat),
+    ]  # fmt: skip
+
+
+def fuzzed(r: Mapping[str, Any]) -> list[Row]:
+    faults = r["faults_in_all"] + len(r["faults_in_the_log"])
+    return [
+        (f"{r['requests']:,} hostile requests: answers that are no problem of the client's, and bugs in the log",
+         f"{faults}; an ordinary client waited {r['slowest_of_them_seconds']} s at most", "0", faults == 0)
+    ]  # fmt: skip
+
+
+def panned(r: Mapping[str, Any]) -> list[Row]:
+    return [
+        (f"the page's map of {r['points']:,} points, {case}: processor time of a frame while it is dragged",
+         f"{v['median_ms']} ms, {v['p95_ms']} ms in 95 %", f"below {r['limit_ms']} ms", v["p95_ms"] < r["limit_ms"])
+        for case, v in r.items() if isinstance(v, dict) and "p95_ms" in v
+    ]  # fmt: skip
+
+
 ROWS: dict[str, Callable[[Mapping[str, Any]], list[Row]]] = {
     "cli_startup": startup,
     "embed": share("`embed` from JPEG files, against the bare forward pass on ready tensors", "ratio", "limit_ratio"),
@@ -320,6 +376,10 @@ ROWS: dict[str, Callable[[Mapping[str, Any]], list[Row]]] = {
     "detector_inference": detector_throughput,
     "videotext_steps": videotext,
     "videotext_data": videos,
+    "serve_http": http,
+    "serve_upgrade": soak,
+    "serve_fuzz": fuzzed,
+    "serve_map": panned,
 }
 
 

@@ -27,7 +27,7 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "core/tests"), str(Path(__file__).parent)]
+sys.path[:0] = [str(ROOT / "core/tests"), str(ROOT / "benchmarks"), str(Path(__file__).parent)]
 
 import httpx  # noqa: E402
 import psutil  # noqa: E402
@@ -241,7 +241,7 @@ def main() -> None:
     log = server_faults(running.lines)
     told = sorted(findings.seconds)
     result = {
-        "command": f"fuzz.py --requests {options.requests} --seed {options.seed}",
+        "seed": options.seed,
         "requests": len(told),
         "answers": {family: dict(sorted(counts.items())) for family, counts in sorted(findings.statuses.items())},
         "faults": findings.faults[:100],
@@ -255,10 +255,9 @@ def main() -> None:
         "memory_grown_mib": None if memory is None else round(memory, 1),
         "exit_code_after_sigterm": code,
     }
-    text = json.dumps(result, indent=1)
-    if options.out is not None:
-        options.out.write_text(text + "\n")
-    print(text)
+    from common import write_result
+
+    write_result("serve_fuzz", result, out=options.out)
     sys.exit(bool(findings.faults or log or not alive or code != 0))
 
 
