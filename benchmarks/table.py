@@ -294,11 +294,11 @@ def http(r: Mapping[str, Any]) -> list[Row]:
     if "vector" in r:
         v, what = (
             r["vector"],
-            f"by vector over HTTP, {given['items']:,} x {given['dim']}, {given['connections']} connections",
+            f"by vector over HTTP, {int(given['items']):,} x {given['dim']}, {given['connections']} connections",
         )
         most = limits["vector_p99_to_p50_below"]
         rows += [
-            (f"searches {what}: a second, against a constant body of the framework and one search of FAISS alone",
+            (f"searches {what}: how many a second, against a constant body of the framework and FAISS alone",
              f"{v['ratio']:.2f} of them ({v['ratio_faiss_batched']:.2f} with FAISS in batches of as many)",
              f"at least {limits['vector_ratio_at_least']}", v["ratio"] >= limits["vector_ratio_at_least"]),
             (f"searches {what}: p99 over p50", f"{v['p99_to_p50']:.2f}x, {v['errors']:.0f} errors", f"below {most}x",
@@ -307,8 +307,8 @@ def http(r: Mapping[str, Any]) -> list[Row]:
     if "image" in r:
         v, least = r["image"], limits["image_ratio_at_least"]
         rows.append(
-            (f"searches by picture over HTTP, {given['connections']} connections: a second, against the bare forward "
-             "pass on ready batches", f"{v['ratio']:.2f} of them, {v['errors']:.0f} errors",
+            (f"searches by picture over HTTP, {given['connections']} connections: how many a second, against the bare "
+             "forward pass on ready batches", f"{v['ratio']:.2f} of them, {v['errors']:.0f} errors",
              f"at least {least}", v["ratio"] >= least and not v["errors"])
         )  # fmt: skip
     return rows
