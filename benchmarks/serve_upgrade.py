@@ -382,6 +382,7 @@ async def run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         "mb_per_minute_before": slope(samples, ("before",), 2),
         "mapped_mb_per_minute": slope(samples, during, 3),
         "rss_anon_mb": {"first": samples[0][2], "last": samples[-1][2], "most": max(s[2] for s in samples)},
+        "rss_anon_every_15_s": [[phase, round(anonymous, 1)] for _, phase, anonymous, _ in samples[::15]],
         **world,
         **driven,
         "requests": found,
