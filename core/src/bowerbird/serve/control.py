@@ -8,6 +8,7 @@ meanwhile, and one act at a time.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
@@ -38,7 +39,7 @@ log = logging.getLogger("bowerbird.serve")
 LOOK_SECONDS = 0.2
 NEWS_SECONDS = 0.5  # between two events of a stream
 MEASURED_SECONDS = 2.0  # a measurement is no commit: it is looked for while an upgrade runs
-BATCH = 16
+BATCH = 4  # pictures per call of the encoder in `finish` and `rollback`: searches wait for little, and memory stays
 T = TypeVar("T")
 
 
@@ -300,6 +301,7 @@ class Control:
             except SpaceError as exc:
                 raise UpgradeError(str(exc)) from exc
             await self.backfill.forget()
+            await asyncio.to_thread(_give_memory_back)
 
         await self._do(act)
         return await self.view()
@@ -380,3 +382,9 @@ class Control:
                 f"{', '.join(sorted(known)) or 'none (--candidate NAME=ENCODER)'}.{did_you_mean(candidate, known)}"
             )
         return known[candidate]
+
+
+def _give_memory_back() -> None:
+    """What verifying and encoding took returns to the system, where the C library can do that (glibc)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
