@@ -6,13 +6,14 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,32 @@ def write_result(name: str, result: dict[str, Any], *, out: Path | None = None) 
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text + "\n")
+
+
+@contextmanager
+def serving(gallery: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`bowerbird serve` of a gallery on a free port, without a limit of requests: its process and its address."""
+    command = (sys.executable, "-m", "bowerbird", "serve", str(gallery), "--port", "0", "--requests-per-minute", "0")
+    with started(*command, *options) as found:
+        yield found
+
+
+@contextmanager
+def started(*command: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server in a process of its own, and the address that it prints."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            address = re.search(r"http://[\w.]+:\d+", line)
+            if address:
+                yield process, address[0]
+                break
+        else:
+            raise SystemExit(f"{command[0]} ended before it printed an address")
+    finally:
+        process.terminate()
+        process.wait(60)
 
 
 def shortest(

@@ -16,7 +16,6 @@ Each subject and its limit are measured in turns. The clients run on the same ma
 from __future__ import annotations
 
 import argparse
-import contextlib
 import io
 import json
 import os
@@ -27,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ import numpy as np
 from PIL import Image
 
 from bowerbird.gallery import Gallery
-from common import write_result
+from common import serving, started, write_result
 from gallery_common import clustered, space
 
 LEAST_OF_VECTOR, LEAST_OF_IMAGE, MOST_P99 = 0.70, 0.90, 5.0
@@ -105,29 +104,6 @@ def load(url: str, bodies: Sequence[Path], kind: str, seconds: float, connection
     }
 
 
-@contextlib.contextmanager
-def started(*command: str) -> Iterator[str]:
-    """A server in a process of its own, from the address that it prints."""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            address = re.search(r"http://[\w.]+:\d+", line)
-            if address:
-                yield address[0]
-                break
-        else:
-            raise SystemExit(f"{command[0]} ended before it printed an address")
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-def serve(gallery: Path, *options: str) -> contextlib.AbstractContextManager[str]:
-    command = (sys.executable, "-m", "bowerbird", "serve", str(gallery), "--port", "0", "--requests-per-minute", "0")
-    return started(*command, *options)
-
-
 def once(url: str, body: Path, kind: str) -> bytes:
     import urllib.request
 
@@ -176,13 +152,13 @@ def by_vector(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
     kind = "application/json"
     rounds = []
-    with serve(folder / "vectors", "--read-only") as ours:
+    with serving(folder / "vectors", "--read-only") as (_, ours):
         path = "/v1/search/vector"
         answer = once(ours + path, bodies[0], kind)
         assert len(json.loads(answer)["hits"]) == K
         constant = folder / "constant.json"
         constant.write_bytes(answer)
-        with started(sys.executable, "-c", CONSTANT, str(constant)) as other:
+        with started(sys.executable, "-c", CONSTANT, str(constant)) as (_, other):
             load(ours + path, bodies, kind, 2, options.connections)
             load(other + path, bodies, kind, 1, options.connections)
             for _ in range(options.rounds):
@@ -242,7 +218,7 @@ def by_image(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
     kind = f"multipart/form-data; boundary={BOUNDARY}"
     rounds = []
-    with serve(folder / "pictures", "--read-only", "--device", "cpu") as ours:
+    with serving(folder / "pictures", "--read-only", "--device", "cpu") as (_, ours):
         path = "/v1/search/image"
         assert json.loads(once(ours + path, bodies[3], kind))["hits"][0]["id"] == "picture-3"
         load(ours + path, bodies, kind, 2, options.connections)

@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -23,7 +21,7 @@ import numpy as np
 from playwright.sync_api import Page, sync_playwright
 
 from bowerbird.gallery import Gallery, Space
-from common import write_result
+from common import serving, write_result
 
 POINTS, DIM, LABELS, FRAMES = 50_000, 64, 14, 150
 LIMIT = 1000 / 60  # milliseconds
@@ -86,22 +84,14 @@ def main() -> int:
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         gallery = make_gallery(Path(folder))
-        command = [sys.executable, "-m", "bowerbird", "serve", str(gallery), "--port", "0", "--label-key", "label"]
-        service = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        try:
-            assert service.stdout is not None
-            found = next(filter(None, (re.search(r"http://[\w.:\[\]-]+", line) for line in service.stdout)))
-            with sync_playwright() as playwright:
-                chromium = os.environ.get("CHROMIUM", "/usr/bin/chromium")
-                browser = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
-                for density in (1, 2):
-                    page = browser.new_page(viewport={"width": 1280, "height": 900}, device_scale_factor=density)
-                    results[f"{density} pixel ratio"] = measure(page, found[0].rstrip("/"))
-                    page.close()
-                browser.close()
-        finally:
-            service.terminate()
-            service.wait(30)
+        with serving(gallery, "--label-key", "label") as (_, address), sync_playwright() as playwright:
+            chromium = os.environ.get("CHROMIUM", "/usr/bin/chromium")
+            browser = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
+            for density in (1, 2):
+                page = browser.new_page(viewport={"width": 1280, "height": 900}, device_scale_factor=density)
+                results[f"{density} pixel ratio"] = measure(page, address)
+                page.close()
+            browser.close()
     write_result("serve_map", {"points": POINTS, "limit_ms": round(LIMIT, 1), **results}, out=options.output)
     return int(any(result["p95_ms"] > LIMIT or result["frames"] < FRAMES // 2 for result in results.values()))
 

@@ -24,21 +24,19 @@ import io
 import json
 import os
 import re
-import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
 
 from bowerbird.gallery import Gallery
-from common import write_result
+from common import serving, write_result
 
 MOST_P99, MOST_SLOPE = 2.0, 1.0  # times; MB a minute
 WARM_SECONDS = 30.0
@@ -191,28 +189,6 @@ def make_gallery(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-@contextlib.contextmanager
-def started(folder: Path, options: argparse.Namespace) -> Any:
-    command = [
-        *(sys.executable, "-m", "bowerbird", "serve", str(folder / "gallery"), "--port", "0"),
-        *("--candidate", f"new={options.new}", "--requests-per-minute", "0", "--device", "cpu"),
-        *("--backfill-nice", str(options.nice)),
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            address = re.search(r"http://([\w.]+):(\d+)", line)
-            if address:
-                yield process, address[1], int(address[2])
-                break
-        else:
-            raise SystemExit("the service ended before it printed an address")
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
-
-
 # -------------------------------------------------------------------------------------------------------- requests
 
 
@@ -335,7 +311,9 @@ async def drive(load: Load, minutes: float) -> dict[str, Any]:
 
 async def run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     world = await asyncio.to_thread(make_gallery, folder, options)
-    with started(folder, options) as (process, host, port):
+    candidate = ("--candidate", f"new={options.new}", "--device", "cpu", "--backfill-nice", str(options.nice))
+    with serving(folder / "gallery", *candidate) as (process, address):
+        host, port = str(urlsplit(address).hostname), urlsplit(address).port or 80
         load = Load(host, port, options.connections)
         sent, there = pictures(np.random.default_rng(1), 50), list[str]()
         samples: list[tuple[float, str, float, float]] = []

@@ -342,7 +342,7 @@ class TestWhenProcessesDie:
             until(client, lambda now: now["worker"]["state"] == "done")
 
     def test_a_process_that_dies_before_it_has_begun_leaves_nothing_begun(self, light, monkeypatch):
-        monkeypatch.setattr(backfill, "start_child", lambda task, line: WorkerProcess("this", line, {}))
+        monkeypatch.setattr(backfill, "start_child", lambda task, settings, line: WorkerProcess("this", line, {}))
         with light.served() as client:
             answer = client.post("/v1/upgrade/start", json={"candidate": "new"})
             assert (answer.status_code, "ended with code 0" in answer.text) == (503, True)
@@ -356,7 +356,7 @@ class TestWhenProcessesDie:
             start(client, rate=10)
             started = []
 
-            def start_child(task: str, line: Any) -> WorkerProcess:
+            def start_child(task: str, settings: Any, line: Any) -> WorkerProcess:
                 started.append(task)
                 return WorkerProcess("this", line, {})  # says something else, and ends
 

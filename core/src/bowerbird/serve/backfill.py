@@ -69,14 +69,17 @@ class Job:
         return state.id == self.upgrade
 
 
-def start_child(task: str, line: Mapping[str, Any]) -> WorkerProcess:
-    """A process of ``bowerbird.serve.worker``. Blocks for some milliseconds.
+def start_child(task: str, settings: ServeSettings, line: Mapping[str, Any]) -> WorkerProcess:
+    """A process of ``bowerbird.serve.worker`` on the gallery of a service. Blocks for some milliseconds.
 
     Its process group is its own, for Ctrl-C; its session is not, because some systems share out their cores by sessions
     first, and by priorities only within one.
     """
     environment = {**thread_environment(1), "OMP_WAIT_POLICY": "PASSIVE"}
-    return WorkerProcess("bowerbird.serve.worker", {"task": task, **line}, environment, process_group=0)
+    folder = folder_of(settings.gallery)
+    place = settings.gallery if folder is None else str(folder.resolve())
+    usual = {"task": task, "gallery": place, "device": settings.device, "nice": settings.backfill_nice}
+    return WorkerProcess("bowerbird.serve.worker", {**usual, **line}, environment, process_group=0)
 
 
 async def end_child(process: WorkerProcess, *, seconds: float = PATIENCE) -> None:
@@ -264,18 +267,15 @@ class Backfill:
     async def _start(self, begin: Mapping[str, Any] | None = None) -> None:
         job = self.job
         assert job is not None
-        folder = folder_of(self.settings.gallery)
         line = {
-            "gallery": self.settings.gallery if folder is None else str(folder.resolve()),
-            "ref": job.ref, "device": self.settings.device, "upgrade": job.upgrade, "begin": dict(begin or {}),
+            "ref": job.ref, "upgrade": job.upgrade, "begin": dict(begin or {}),
             "rate": job.rate, "watch_every": job.watch_every, "max_nfr": job.max_nfr,
-            "nice": self.settings.backfill_nice,
         }  # fmt: skip
         self._last = None
         if self._starts:
             self.metrics.worker_restarted()
         self._starts += 1
-        self._process = await asyncio.to_thread(start_child, "move", line)
+        self._process = await asyncio.to_thread(start_child, "move", self.settings, line)
         self._show("starting")
 
     def _stop_in_time(self, state: UpgradeState) -> None:

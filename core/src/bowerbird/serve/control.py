@@ -321,6 +321,7 @@ class Control:
                 lambda: rollback(self.gallery, encode_old=encoder, leave_pending=asked.leave_pending),
             )
             await self.backfill.forget()
+            await asyncio.to_thread(_give_memory_back)
 
         await self._do(act)
         return await self.view()

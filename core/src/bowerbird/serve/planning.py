@@ -6,7 +6,6 @@ import json
 from typing import TYPE_CHECKING, Any, Literal
 
 from bowerbird.errors import UpgradeError
-from bowerbird.gallery.open import folder_of
 from bowerbird.serve.backfill import end_child, error_of, start_child
 from bowerbird.serve.problems import scrubbed
 from bowerbird.serve.schemas import ForecastLine, PlanJob, PlanView
@@ -44,16 +43,9 @@ class Planning:
         """Blocks for some milliseconds. Raises ``UpgradeError`` while another plan is being made."""
         if self.running:
             raise UpgradeError(f"a plan for {self._candidate!r} is being made; cancel it first, or wait for it")
-        folder = folder_of(self.settings.gallery)
         self._last, self._error = None, None
-        self._process = start_child(
-            "plan",
-            {
-                "gallery": self.settings.gallery if folder is None else str(folder.resolve()),
-                "candidate": candidate, "ref": ref, "device": self.settings.device, "label_key": label_key,
-                "sample": sample, "nice": self.settings.backfill_nice,
-            },
-        )  # fmt: skip
+        asked = {"candidate": candidate, "ref": ref, "label_key": label_key, "sample": sample}
+        self._process = start_child("plan", self.settings, asked)
         self._candidate = candidate
         self._show("running", "starting")
 

@@ -15,17 +15,15 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from bowerbird.errors import BowerbirdError, SpaceError, UpgradeError
-from bowerbird.upgrade.worker import Event, converse, ending_told
+from bowerbird.upgrade.worker import Event, converse, ending_told, progress_told, summary
 
 if TYPE_CHECKING:
     from bowerbird.gallery.gallery import Gallery
     from bowerbird.upgrade.encoding import ItemEncoder
     from bowerbird.upgrade.plan_record import Plan
-    from bowerbird.upgrade.state import UpgradeStatus
 
 BATCH = 16  # pictures per call of the encoder: an end, a pause and the rate are looked at between two
 NICE_AWAITED = 10  # while somebody waits: a plan, the beginning of an upgrade
@@ -102,22 +100,11 @@ def move(
         if opened.storage.read_file(f"watch/{upgrade}.npz") is None:  # begun by a command that watches nothing
             watch_every = max_nfr = None
         _note_level(opened, upgrade)
-        in_hand = 0
-
-        def progress(count: int, now: UpgradeStatus) -> None:
-            nonlocal in_hand
-            if count:
-                in_hand += count
-                tell({"event": "encoded", "count": count})
-            else:
-                tell({"event": "committed", "count": in_hand, "status": asdict(replace(now, failures=()))})
-                in_hand = 0
-
         report = run(
-            opened, new, upgrade=upgrade, rate=rate, watch_every=watch_every, max_nfr=max_nfr, progress=progress,
-            stop=stop,
+            opened, new, upgrade=upgrade, rate=rate, watch_every=watch_every, max_nfr=max_nfr,
+            progress=progress_told(tell), stop=stop,
         )  # fmt: skip
-    return {name: getattr(report, name) for name in ("reason", "encoded", "failed", "seconds")}
+    return summary(report)
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from bowerbird.errors import BowerbirdError
 
 if TYPE_CHECKING:
+    from bowerbird.upgrade.run import RunReport
     from bowerbird.upgrade.state import UpgradeStatus
 
 Event = dict[str, Any]
@@ -93,22 +94,32 @@ def _work(job: Job, index: int, tell: Callable[[Event], None], stop: Callable[[]
             return {"reason": "paused", "encoded": 0, "failed": 0, "seconds": 0.0}
         space = gallery.snapshot().spaces[state.new]
         encoder = import_string(job.loader)(dict(job.settings), gallery, space, index)
-        in_hand = 0
-
-        def progress(count: int, now: UpgradeStatus) -> None:
-            nonlocal in_hand
-            if count:
-                in_hand += count
-                tell({"event": "encoded", "count": count})
-            else:
-                # Without the list of failures, which may be long: it is read once, at the end.
-                tell({"event": "committed", "count": in_hand, "status": asdict(replace(now, failures=()))})
-                in_hand = 0
-
         report = run(
             gallery, encoder, upgrade=job.upgrade, rate=job.rate, stop_at_items=job.stop_at_items,
-            stop_at_share=job.stop_at_share, store_patience=job.store_patience, progress=progress, stop=stop,
+            stop_at_share=job.stop_at_share, store_patience=job.store_patience, progress=progress_told(tell), stop=stop,
         )  # fmt: skip
+    return summary(report)
+
+
+def progress_told(tell: Callable[[Event], None]) -> Callable[[int, UpgradeStatus], None]:
+    """The ``progress`` of a ``run``, as the events ``encoded`` and ``committed``."""
+    in_hand = 0
+
+    def progress(count: int, now: UpgradeStatus) -> None:
+        nonlocal in_hand
+        if count:
+            in_hand += count
+            tell({"event": "encoded", "count": count})
+        else:
+            # Without the list of failures, which may be long: it is read once, at the end.
+            tell({"event": "committed", "count": in_hand, "status": asdict(replace(now, failures=()))})
+            in_hand = 0
+
+    return progress
+
+
+def summary(report: RunReport) -> dict[str, Any]:
+    """What the last event says of a ``run``."""
     return {name: getattr(report, name) for name in ("reason", "encoded", "failed", "seconds")}
 
 
