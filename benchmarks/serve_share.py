@@ -27,7 +27,7 @@ from gallery_common import clustered, paired, parser, space
 
 LIMITS = {"exact": 1.15, "ivf": 1.25, "hnsw": 2.0}
 SETTINGS = {"exact": {}, "ivf": {}, "hnsw": {"m": 16, "ef_construction": 40}}
-SAMPLE = 100
+SAMPLE = 500
 BLOCK = 50_000
 
 

@@ -311,6 +311,20 @@ def test_the_effort_of_an_approximate_index_follows_the_recall_that_is_asked_for
 
 
 @needs_faiss
+def test_the_effort_is_measured_with_items_of_all_that_was_added_not_with_the_first_ones():
+    rng = np.random.default_rng(0)
+    near = np.eye(32)[rng.integers(8, size=2000)] + 0.01 * rng.standard_normal((2000, 32))  # easy to find
+    blocks = [*np.split(near, 2), *unit(rng, 8000, 32).reshape(8, 1000, 32)]
+    vectors, queries = np.concatenate(blocks), unit(rng, 200, 32)
+    index = FaissIndex("ivf", nlist=32)
+    index.train(vectors, 10_000)
+    for number, block in enumerate(blocks):
+        index.add(np.arange(1000) + 1000 * number, block)
+    truth, found = exact_search(vectors, queries, 10).ids, index.search(queries, 10).ids
+    assert (found[:, :, None] == truth[:, None, :]).any(axis=1).mean() > 0.92  # 0.88 if the first blocks count double
+
+
+@needs_faiss
 def test_a_search_leaves_the_thread_count_of_faiss_as_it_was():
     faiss = load_faiss()
     before = faiss.omp_get_max_threads()
