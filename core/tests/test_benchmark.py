@@ -129,6 +129,31 @@ def test_the_summary_is_the_mean_over_seeds_with_its_spread(finished: Any) -> No
     assert area["low"] < area["mean"] < area["high"]
 
 
+def test_one_seed_without_room_for_a_gain_does_not_decide_the_mean_gain() -> None:
+    def cells(*ends: float) -> list[dict[str, Any]]:
+        """Cells of seeds whose curve is a straight line from 0.4 to ``end``."""
+        return [
+            {
+                "dataset": "digits", "scenario": "extended-data",
+                "levels": {"old_old": [0.4] * 3, "free_free": [0.7] * 3},
+                "rows": {"a": {
+                    "start": [0.4] * 3, "end": [end] * 3, "area": [(0.4 + end) / 2] * 3, "max_nfr": [0.1] * 3,
+                }},
+            }
+            for end in ends
+        ]  # fmt: skip
+
+    def gain(*ends: float) -> dict[str, Any]:
+        return summarise(cells(*ends))["digits"]["extended-data"]["a"]["gain"]
+
+    bent = cells(0.60, 0.62, 0.64, 0.61, 0.63, 0.401)
+    bent[-1]["rows"]["a"]["area"] = [0.39] * 3  # a ratio of -10
+    straight, found = gain(0.60, 0.62, 0.64, 0.62), summarise(bent)["digits"]["extended-data"]["a"]["gain"]
+    assert straight["low"] == straight["mean"] == straight["high"] == pytest.approx(0.5)
+    assert 0.4 < found["mean"] < 0.5 and found["low"] > 0
+    assert gain(0.45, 0.35, 0.38, 0.43)["mean"] is None, "no new model that is better, no share of its gain"
+
+
 def test_the_folder_holds_tables_a_page_and_the_numbers(finished: Any) -> None:
     out, result = finished
     assert json.loads((out / "results.json").read_text())["summary"] == result["summary"]

@@ -19,7 +19,8 @@ EXPLAIN = """\
 mAP of queries by the first model on a gallery by the second; **new/old** is what users get when the upgrade begins (for
 rank merge that is the old system), **new/new** when it is finished. **P_comp** and **P_up** (AdvBCT): sigmoids of the
 update gain and of the loss against a freely trained new model; 0.5 is no change. **area**: mean mAP over a backfill in
-random order. **gain**: the share of the upgrade's gain that the backfill has on average, 0.5 for a straight line.
+random order. **gain**: the share of the upgrade's gain that the backfill has on average, 0.5 for a straight line; none
+where the new model is not better beyond the spread of the seeds.
 **max NFR**: the largest share of queries during the backfill that the old system answered right at rank 1 and that are
 wrong now."""
 
@@ -63,18 +64,18 @@ def _row(found: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> dict[s
     refused = [row["unavailable"] for _, row in found if "unavailable" in row]
     if refused:
         return {"unavailable": refused[0]}
-    columns: dict[str, list[tuple[float, float, float]]] = {name: [] for name in COLUMNS}
+    columns: dict[str, list[tuple[float, float, float]]] = {name: [] for name in COLUMNS if name != "gain"}
     for levels, row in found:
         old, star = levels["old_old"], levels["free_free"]
         scores = advbct_scores([row["start"][0]], [old[0]], [row["end"][0]], [star[0]])
-        room = row["end"][0] - old[0]
-        gain = (row["area"][0] - old[0]) / room if room > 0 else float("nan")
         for name, value in (
             ("old/old", old), ("new/old", row["start"]), ("new/new", row["end"]), ("P_comp", scores.p_comp),
-            ("P_up", scores.p_up), ("area", row["area"]), ("gain", gain), ("max NFR", row["max_nfr"]),
+            ("P_up", scores.p_up), ("area", row["area"]), ("max NFR", row["max_nfr"]),
         ):  # fmt: skip
             columns[name].append(tuple(value) if isinstance(value, list) else (value, value, value))
     summary: dict[str, Any] = {name: _summary(np.array(values, np.float64)) for name, values in columns.items()}
+    old, end, area = (np.array([value[0] for value in columns[name]]) for name in ("old/old", "new/new", "area"))
+    summary["gain"] = _ratio(area - old, end - old)
     for extra in ("average_compatibility", "average_accuracy"):
         if all(extra in row for _, row in found):
             summary[extra] = _summary(np.array([[row[extra]] * 3 for _, row in found], np.float64))
@@ -86,15 +87,30 @@ def _summary(values: np.ndarray) -> dict[str, Any]:
     means = values[:, 0]
     mean, n = float(means.mean()), len(means)
     low, high = float(values[:, 1].mean()), float(values[:, 2].mean())
-    spread = 0.0
-    if n > 1:
-        spread = float(means.std(ddof=1))
-        half = (_T[n - 1] if n - 1 < len(_T) else 1.96) * spread / n**0.5
-        low_seeds, high_seeds = mean - half, mean + half
-    else:
-        low_seeds, high_seeds = low, high
+    half = _half(means)
+    low_seeds, high_seeds = (mean - half, mean + half) if n > 1 else (low, high)
+    spread = float(means.std(ddof=1)) if n > 1 else 0.0
     made = {"mean": mean, "low": low_seeds, "high": high_seeds, "spread": spread, "queries": (high - low) / 2}
     return {**{key: None if np.isnan(value) else round(value, 5) for key, value in made.items()}, "seeds": n}
+
+
+def _half(values: np.ndarray) -> float:
+    """Half the 95 % interval of the mean over the seeds; 0 for one seed."""
+    n = len(values)
+    return float((_T[n - 1] if n - 1 < len(_T) else 1.96) * values.std(ddof=1) / n**0.5) if n > 1 else 0.0
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray) -> dict[str, Any]:
+    """The ratio of two means over the seeds, and its interval (as of a ratio estimator in survey sampling). The mean of
+    the seeds' ratios would be at the mercy of a seed whose ``whole`` is nearly 0."""
+    n, room = len(whole), float(whole.mean())
+    if room - _half(whole) <= 0:
+        return {"mean": None, "low": None, "high": None, "spread": None, "queries": 0.0, "seeds": n}
+    ratio = float(part.mean()) / room
+    residues = (part - ratio * whole) / room
+    half, spread = _half(residues), float(residues.std(ddof=1)) if n > 1 else 0.0
+    made = {"mean": ratio, "low": ratio - half, "high": ratio + half, "spread": spread, "queries": 0.0}
+    return {**{key: round(value, 5) for key, value in made.items()}, "seeds": n}
 
 
 def compared(scenarios: Mapping[str, Mapping[str, Any]]) -> list[str]:
