@@ -12,6 +12,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "claims.md"
+OLD_ARMS = dict.fromkeys(("old", "first"), "the old model")  # other arms that say nothing are called what they are
 
 HEAD = """\
 # Claims: what was reproduced, and what was not
@@ -56,7 +57,7 @@ def section(result: dict[str, Any]) -> str:
         "",
         "| arm | what it is |",
         "| --- | --- |",
-        *(f"| {name} | {about or 'the old model'} |" for name, about in result["arms"].items()),
+        *(f"| {name} | {about or OLD_ARMS.get(name, '')} |" for name, about in result["arms"].items()),
         "",
         "| value | mean | 95 % interval |",
         "| --- | --- | --- |",
