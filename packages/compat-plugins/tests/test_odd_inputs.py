@@ -11,8 +11,8 @@ from torch import Tensor
 
 from bowerbird_compat.bct import InfluenceLoss, MarginSoftmax
 from bowerbird_compat.bict import ForwardCompatibleLoss
-from bowerbird_compat.bt2 import BasisTransformHead, BT2Loss, FeatureCache
-from bowerbird_compat.online_backfilling import MetricCompatibleLoss, TopK
+from bowerbird_compat.bt2 import BasisTransformHead, BT2Loss, FeatureCache, compare
+from bowerbird_compat.online_backfilling import MetricCompatibleLoss, ReverseQueryTransform, TopK
 from bowerbird_compat.ract import (
     BackfillState,
     ClassLevelCompatibleLoss,
@@ -33,7 +33,8 @@ def rows(seed: int = 3) -> Tensor:
 
 def bt2(new: Tensor, old: Tensor, labels: Tensor) -> Tensor:
     torch.manual_seed(0)
-    head = BasisTransformHead(SIZE, 4, SIZE, 3, num_classes=CLASSES).to(new.dtype)
+    with torch.autocast("cpu", enabled=False):
+        head = BasisTransformHead(SIZE, 4, SIZE, 3, num_classes=CLASSES).to(new.dtype)
     out = head(new)
     return BT2Loss(rows().to(new.dtype))(out, labels, old, torch.ones(len(new), 4, dtype=new.dtype))["total"]
 
@@ -51,7 +52,7 @@ LOSSES = {
     "contrastive": lambda n, o, y: CompatibleContrastiveLoss()(n, o, y),
     "contrastive, all": lambda n, o, y: CompatibleContrastiveLoss(0.01, None)(n, o, y),
     "triplet": lambda n, o, y: CompatibleTripletLoss()(n, o, y),
-    "class level": lambda n, o, y: ClassLevelCompatibleLoss(rows())(n, y, rows(5).to(n.dtype)),
+    "class level": lambda n, o, y: ClassLevelCompatibleLoss(rows())(n, y, rows(5)),
     "distillation": lambda n, o, y: DistillationLoss(rows())(n, o),
     "focal distillation": lambda n, o, y: FocalDistillationLoss()(n, o, y, n @ rows().to(n.dtype).T),
     "prototype": lambda n, o, y: PrototypeLoss(rows(), 16.0, known_classes=torch.tensor([0, 3]))(n, y),
@@ -148,3 +149,137 @@ def test_a_random_order_refuses_what_the_other_orders_refuse():
             backfill_order(vectors, rows()[:, :3], strategy)
         with pytest.raises(ValueError, match="temperature is 0"):
             backfill_order(vectors[:2], rows()[:, :3], strategy, 0.0)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_embeddings_give_a_loss_that_is_computed_in_single_precision(name, dtype):
+    generator = torch.Generator().manual_seed(4)
+    new, old = (torch.randn(6, SIZE, generator=generator).to(dtype) for _ in range(2))
+    new.requires_grad_()
+    labels = torch.tensor([0, 1, 2, 3, 4, 0])
+    loss = LOSSES[name](new, old, labels)
+    single = LOSSES[name](new.detach().float(), old.float(), labels)
+    if name == "bt2":  # its head is made in the precision of the input, and rounds its own weights
+        torch.testing.assert_close(loss.float(), single, rtol=2e-2, atol=2e-2)
+    else:
+        torch.testing.assert_close(loss, single)
+    loss.backward()
+    assert torch.isfinite(new.grad).all()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_autocast_does_not_round_the_logits(name):
+    new, old, labels = torch.randn(6, SIZE), torch.randn(6, SIZE), torch.tensor([0, 1, 2, 3, 4, 0])
+    plain = LOSSES[name](new, old, labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(LOSSES[name](new, old, labels), plain)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32])
+def test_labels_of_any_integer_type_are_taken(name, dtype):
+    new, old, labels = torch.randn(5, SIZE), torch.randn(5, SIZE), torch.tensor([0, 4, 2, 2, 1])
+    torch.testing.assert_close(LOSSES[name](new, old, labels.to(dtype)), LOSSES[name](new, old, labels))
+    torch.testing.assert_close(LOSSES[name](new, old, labels.to(dtype).numpy()), LOSSES[name](new, old, labels))
+
+
+@pytest.mark.parametrize("name", ["class level", "focal distillation", "forward", "bt2"])
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_labels_without_a_row_in_a_classifier_that_needs_them_all_are_refused(name, shift):
+    new, old, labels = torch.randn(5, SIZE), torch.randn(5, SIZE), torch.arange(5) + shift
+    with pytest.raises(ValueError, match=rf"Labels are in {shift}..{4 + shift}; 5 classes"):
+        LOSSES[name](new, old, labels)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_an_empty_batch_costs_nothing_or_is_refused_but_never_makes_a_loss_that_is_no_number(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        try:
+            loss = LOSSES[name](torch.randn(0, SIZE), torch.randn(0, SIZE), torch.arange(0))
+        except ValueError as error:
+            assert "empty" in str(error) or "B at least 1" in str(error)
+        else:
+            assert loss == 0
+
+
+def test_tiny_vectors_have_the_cosine_of_their_direction():
+    new, old, labels = torch.randn(5, SIZE), torch.randn(5, SIZE), torch.arange(5)
+    for align in ("cosine", "mse"):
+        lift = ForwardCompatibleLoss(align)
+        torch.testing.assert_close(lift(1e-9 * new, 1e-9 * old, labels), lift(new, old, labels))
+    torch.testing.assert_close(
+        LOSSES["metric compatible"](1e-9 * new, 1e-9 * old, labels), LOSSES["metric compatible"](new, old, labels)
+    )
+    head = BasisTransformHead(SIZE, 4, SIZE, 3, num_classes=CLASSES)
+    loss, out = BT2Loss(rows()), head(new)
+    expected = loss(out, labels, old, torch.ones(5, 4))["old"]
+    torch.testing.assert_close(loss(out, labels, 1e-9 * old, torch.ones(5, 4))["old"], expected)
+
+
+def test_prototypes_of_bt2_have_the_size_of_old_vectors():
+    out = BasisTransformHead(SIZE, 4, SIZE, 3)(torch.randn(2, SIZE))
+    with pytest.raises(ValueError, match=f"prototypes have size {SIZE - 1}.*old_dim is {SIZE}"):
+        BT2Loss(rows()[:, :-1])(out, torch.tensor([0, 1]), torch.randn(2, SIZE), torch.randn(2, 4))
+
+
+def test_prototypes_are_refused_later_for_what_they_are_refused_at_first():
+    loss = PrototypeLoss(rows())
+    before = loss.prototypes.clone()
+    for broken, message in ((rows() * torch.nan, "not finite"), (rows() * torch.tensor([[1.0]] * 4 + [[0.0]]), "zero")):
+        with pytest.raises(ValueError, match=message):
+            PrototypeLoss(broken)
+        with pytest.raises(ValueError, match=message):
+            loss.set_prototypes(broken)
+    assert torch.equal(loss.prototypes, before)
+
+
+def test_known_classes_are_class_indices_in_a_tensor_or_a_list():
+    new, labels = torch.randn(5, SIZE), torch.arange(5)
+    expected = PrototypeLoss(rows(), known_classes=torch.tensor([3, 0]))(new, labels)
+    torch.testing.assert_close(PrototypeLoss(rows(), known_classes=[0, 3])(new, labels), expected)
+    for wrong in (torch.tensor([True, False, False, True, False]), [], torch.tensor([0.0])):
+        with pytest.raises(ValueError, match="class indices"):
+            PrototypeLoss(rows(), known_classes=wrong)
+
+
+def test_refinement_of_vectors_that_are_whole_numbers_is_refused_not_rounded():
+    with pytest.raises(ValueError, match="floating-point"):
+        refine_prototypes(torch.eye(4).long(), torch.eye(4), torch.tensor([0, 0, 1, 1]))
+
+
+@pytest.mark.parametrize("value", ["0.1", None, float("nan"), float("inf")])
+def test_settings_that_are_no_numbers_are_named(value):
+    with pytest.raises(ValueError, match="temperature is"):
+        CompatibleContrastiveLoss(temperature=value)
+    with pytest.raises(ValueError, match="weight is"):
+        InfluenceLoss(rows(), weight=value)
+    assert CompatibleContrastiveLoss(temperature=np.array(0.5)).temperature == 0.5
+
+
+def test_a_reverse_transform_names_the_sizes_it_maps():
+    with pytest.raises(ValueError, match=r"\(2, 5\); this transform maps \(batch, 6\) to \(batch, 3\)"):
+        ReverseQueryTransform(6, 3)(torch.randn(2, 5))
+
+
+def test_distances_of_vectors_of_two_precisions_and_of_arrays():
+    query, gallery = torch.randn(2, 6), torch.randn(3, 4).double()
+    expected = 1 - query[:, :4].double() @ gallery.T
+    torch.testing.assert_close(compare(query, gallery, gallery_version="old"), expected)
+    torch.testing.assert_close(compare(query.numpy(), gallery.numpy(), gallery_version="old"), expected)
+
+
+def test_a_cache_is_looked_up_by_the_values_of_its_ids():
+    vectors = torch.randn(3, 2)
+    for ids in ([5, 7, 9], np.array([5, 7, 9]), torch.tensor([5, 7, 9])):
+        cache = FeatureCache(vectors, ids)
+        for asked in ([9, 5], np.array([9, 5]), torch.tensor([9, 5])):
+            assert torch.equal(cache.get(asked), vectors[[2, 0]])
+
+
+def test_a_gallery_without_items_has_an_order_and_is_done():
+    state = BackfillState([])
+    state.advance(3)
+    assert state.fraction == 1
+    assert state.vectors(torch.ones(0, 2), torch.ones(0, 2)).shape == (0, 2)

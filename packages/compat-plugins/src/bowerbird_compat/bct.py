@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from bowerbird.batch import Batch
 from bowerbird.errors import InputError, RecipeError
 from bowerbird.protocols import BuildContext, Encoder, LossOutput
-from bowerbird_compat.checks import check_above_zero, check_not_negative, integer_labels
+from bowerbird_compat.checks import check_above_zero, check_not_negative, full_precision, integer_labels
 from bowerbird_compat.compatible_objective import CompatibleConfig, CompatibleObjective
 from bowerbird_compat.heads import MarginSoftmax, match_dim
 from bowerbird_compat.old_model import OldModel
@@ -81,7 +81,7 @@ class InfluenceLoss(nn.Module):
         if margin is not None and not isinstance(margin, nn.Module):
             raise InputError(f"margin is {margin!r}; give MarginSoftmax(kind, scale, margin) or None.")
         old_classifier = torch.as_tensor(old_classifier)
-        self.register_buffer("old_classifier", _checked_classifier(old_classifier))
+        self.register_buffer("old_classifier", checked_classifier(old_classifier))
         self.register_buffer("_rows", _row_of_class(class_map, len(old_classifier)).to(old_classifier.device))
         self.weight, self.scale, self.normalize = float(weight), float(scale), bool(normalize)
         self.margin, self.reduction, self.label_smoothing = margin, reduction, float(label_smoothing)
@@ -101,6 +101,7 @@ class InfluenceLoss(nn.Module):
 
         Raises ``TypeError`` for labels that are not integers, ``InputError`` for shapes that do not fit.
         """
+        embeddings = torch.as_tensor(embeddings)
         if embeddings.ndim != 2:
             raise InputError(f"Embeddings have shape {tuple(embeddings.shape)}; (batch, size) is needed.")
         rows = self.old_labels(integer_labels(labels, len(embeddings)))
@@ -112,8 +113,11 @@ class InfluenceLoss(nn.Module):
             return zero if self.reduction != "none" else zero.expand(len(embeddings))
         if self.last_num_valid < len(embeddings):
             embeddings, rows = embeddings[valid], rows[valid]
-        logits = self._logits(match_dim(embeddings, self.old_classifier.shape[1]), rows)
-        loss = F.cross_entropy(logits, rows, reduction=self.reduction, label_smoothing=self.label_smoothing)
+        # Half precision would round scaled logits to a quarter, at a scale of 64.
+        with torch.autocast(device_type=embeddings.device.type, enabled=False):
+            features = match_dim(full_precision(embeddings), self.old_classifier.shape[1])
+            logits = self._logits(features, rows)
+            loss = F.cross_entropy(logits, rows, reduction=self.reduction, label_smoothing=self.label_smoothing)
         if self.reduction == "none":
             loss = loss.new_zeros(len(valid)).masked_scatter(valid, loss)
         return self.weight * loss
@@ -128,7 +132,8 @@ class InfluenceLoss(nn.Module):
         return F.linear(features, self.old_classifier.to(features.dtype))
 
 
-def _checked_classifier(weight: Tensor) -> Tensor:
+def checked_classifier(weight: Tensor) -> Tensor:
+    """A copy of a finite float matrix ``(C_old, d_old)`` without rows of zeros, without gradient."""
     if weight.ndim != 2 or not weight.dtype.is_floating_point:
         raise InputError(
             f"Old classifier: {weight.dtype} of shape {tuple(weight.shape)}; a float matrix (C_old, d_old) is due."

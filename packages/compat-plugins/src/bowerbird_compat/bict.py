@@ -25,7 +25,16 @@ from torch import Tensor, nn
 from bowerbird.errors import DataError, InputError
 from bowerbird.files import write_atomically
 from bowerbird.protocols import Transform
-from bowerbird_compat.checks import check_above_zero, check_not_negative, finite_vectors, integer_labels
+from bowerbird_compat.checks import (
+    check_above_zero,
+    check_batch,
+    check_classes,
+    check_not_negative,
+    cosine_distance,
+    finite_vectors,
+    full_precision,
+    integer_labels,
+)
 from bowerbird_compat.compatible_losses import CompatibleContrastiveLoss
 from bowerbird_compat.gallery_rewrite import TransformChain, UpgradeReport, VersionedVectors, upgrade_gallery
 
@@ -175,6 +184,8 @@ class ForwardCompatibleLoss(nn.Module):
         """
         if upgraded.shape != new.shape or upgraded.ndim != 2:
             raise InputError(f"upgraded {tuple(upgraded.shape)} and new {tuple(new.shape)} must be equal (B, D_new).")
+        check_batch(upgraded)
+        upgraded = full_precision(upgraded)
         new = new.detach().to(upgraded.dtype)
         total = self._alignment(upgraded, new)
         if self.disc is None:
@@ -187,16 +198,19 @@ class ForwardCompatibleLoss(nn.Module):
         if self.disc != "contrastive":
             if classifier is None:
                 raise InputError(f"disc = {self.disc!r} needs the weight of the new classifier.")
+            classifier = torch.as_tensor(classifier)
             if classifier.ndim != 2 or classifier.shape[1] != new.shape[1]:
                 raise InputError(f"classifier has shape {tuple(classifier.shape)}; (C, {new.shape[1]}) is needed.")
+            check_classes(labels, len(classifier))
             factor = self.weight if self.disc == "classifier" else self.classifier_weight
-            logits = F.linear(upgraded, classifier.detach().to(upgraded.dtype))
-            total = total + factor * F.cross_entropy(logits, labels)
+            with torch.autocast(device_type=upgraded.device.type, enabled=False):
+                logits = F.linear(upgraded, classifier.detach().to(upgraded.dtype))
+                total = total + factor * F.cross_entropy(logits, labels)
         return total
 
     def _alignment(self, upgraded: Tensor, new: Tensor) -> Tensor:
         if self.align == "cosine":
-            return (1 - F.cosine_similarity(upgraded, new)).mean()
+            return cosine_distance(upgraded, new)
         if self.align == "mse":
             return F.mse_loss(F.normalize(upgraded), F.normalize(new))
         return F.mse_loss(upgraded, new)
@@ -278,7 +292,7 @@ def fit_forward_transform(
         psi = ForwardTransform(x.shape[1], y.shape[1], hidden, depth, norm, residual, source=source, target=target)
     psi.to(x.device)
     if classifier is not None:
-        classifier = classifier.to(x.device)
+        classifier = torch.as_tensor(classifier).to(x.device)
     least = 2 if norm == "batch" else 1
     per_epoch = sum(min(batch_size, len(x) - start) >= least for start in range(0, len(x), batch_size))
     if steps is None:

@@ -20,7 +20,14 @@ from torch.nn.utils.parametrizations import orthogonal
 
 from bowerbird.errors import InputError
 from bowerbird_compat.bct import InfluenceLoss
-from bowerbird_compat.checks import check_above_zero, check_not_negative
+from bowerbird_compat.checks import (
+    check_above_zero,
+    check_batch,
+    check_classes,
+    check_not_negative,
+    cosine_distance,
+    integer_labels,
+)
 from bowerbird_compat.feature_cache import FeatureCache
 
 __all__ = ["BT2Loss", "BT2Output", "BasisTransformHead", "FeatureCache", "FoldedHead", "compare"]
@@ -230,21 +237,23 @@ class BT2Loss(nn.Module):
                     f"The {name} vectors have shape {tuple(given.shape)}; {tuple(ours.shape)} is needed. "
                     f"Build the head with {'old_dim' if name == 'old' else 'new_dim'} = the size of the {name} vectors."
                 )
+        size = self.influence.old_classifier.shape[1]
+        if size != out.backward.shape[1]:
+            raise InputError(f"The prototypes have size {size}, and the head's old_dim is {out.backward.shape[1]}.")
+        labels = integer_labels(labels, len(old)).to(out.backward.device)
+        check_batch(out.backward)
         terms = {
             "influence": self.influence(out.backward, labels),
-            "old": _cosine_distance(out.backward, old),
-            "teacher": _cosine_distance(out.teacher, teacher),
+            "old": cosine_distance(out.backward, old),
+            "teacher": cosine_distance(out.teacher, teacher),
         }
         total = self.influence_weight * terms["influence"] + self.old_weight * terms["old"]
         total = total + self.teacher_weight * terms["teacher"]
         if out.logits is not None:
+            check_classes(labels, out.logits.shape[1])
             terms["cls"] = F.cross_entropy(out.logits, labels, label_smoothing=self.label_smoothing)
             total = total + terms["cls"]
         return {**terms, "total": total}
-
-
-def _cosine_distance(ours: Tensor, given: Tensor) -> Tensor:
-    return 1 - F.cosine_similarity(ours, given.detach().to(ours.dtype)).mean()
 
 
 def compare(query: Tensor, gallery: Tensor, *, gallery_version: Literal["old", "new"]) -> Tensor:
@@ -259,6 +268,7 @@ def compare(query: Tensor, gallery: Tensor, *, gallery_version: Literal["old", "
     Raises:
         InputError: (a ``ValueError``) Sizes that do not fit, or another version.
     """
+    query, gallery = torch.as_tensor(query), torch.as_tensor(gallery)
     if query.ndim != 2 or gallery.ndim != 2:
         raise InputError(f"query {tuple(query.shape)} and gallery {tuple(gallery.shape)} must be matrices.")
     size = gallery.shape[1]
@@ -268,4 +278,5 @@ def compare(query: Tensor, gallery: Tensor, *, gallery_version: Literal["old", "
         raise InputError(f"Queries have size {query.shape[1]} and the new gallery {size}; if it is old, say so.")
     if size > query.shape[1]:
         raise InputError(f"Queries have size {query.shape[1]}, and the old gallery has more: {size}.")
-    return 1 - query[:, :size] @ gallery.T
+    both = torch.promote_types(query.dtype, gallery.dtype)
+    return 1 - query[:, :size].to(both) @ gallery.to(both).T

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
@@ -15,15 +17,23 @@ from bowerbird.errors import InputError
 def check_above_zero(**values: float) -> None:
     """Each of the named values is a finite number above 0."""
     for name, value in values.items():
-        if not 0 < value < math.inf:
+        if not 0 < _number(value) < math.inf:
             raise InputError(f"{name} is {value}; it must be a finite number above 0.")
 
 
 def check_not_negative(**values: float) -> None:
     """Each of the named values is a finite number of at least 0."""
     for name, value in values.items():
-        if not 0 <= value < math.inf:
+        if not 0 <= _number(value) < math.inf:
             raise InputError(f"{name} is {value}; it must be a finite number of at least 0.")
+
+
+def _number(value: Any) -> float:
+    """NaN for what is no number; arrays and tensors with one entry are numbers."""
+    try:
+        return math.nan if isinstance(value, str) else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return math.nan
 
 
 def check_finite(vectors: Tensor, what: str) -> None:
@@ -44,8 +54,32 @@ def check_no_class_missing(counts: Tensor) -> None:
         )
 
 
+def check_classes(labels: Tensor, classes: int) -> None:
+    """All labels are in ``0..classes - 1``."""
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise InputError(f"Labels are in {int(labels.min())}..{int(labels.max())}; {classes} classes are known.")
+
+
+def check_batch(vectors: Tensor) -> None:
+    """There is a row to take a mean over."""
+    if not len(vectors):
+        raise InputError("The batch is empty; a mean needs at least one sample.")
+
+
+def full_precision(vectors: Tensor) -> Tensor:
+    """Half precision as float32, in which logits and distances are computed; others as they are."""
+    return vectors.float() if vectors.dtype in (torch.float16, torch.bfloat16) else vectors
+
+
+def cosine_distance(ours: Tensor, given: Tensor) -> Tensor:
+    """Mean ``1 - cos`` of the rows of ``(B, D)``, whatever their lengths; ``given`` gets no gradient."""
+    ours = full_precision(ours)
+    return (1 - (F.normalize(ours) * F.normalize(given.detach().to(ours.dtype))).sum(dim=1)).mean()
+
+
 def frozen_classifier(weight: Tensor) -> Tensor:
     """A copy of a finite matrix ``(C, D)`` without gradient."""
+    weight = torch.as_tensor(weight)
     if weight.ndim != 2 or not torch.isfinite(weight).all():
         raise InputError(f"Old classifier of shape {tuple(weight.shape)}: a finite matrix (C, D) is due.")
     return weight.detach().clone()

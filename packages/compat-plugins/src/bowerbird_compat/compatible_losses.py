@@ -20,9 +20,12 @@ from bowerbird import dist
 from bowerbird.errors import InputError
 from bowerbird_compat.checks import (
     check_above_zero,
+    check_batch,
+    check_classes,
     check_finite,
     check_not_negative,
     frozen_classifier,
+    full_precision,
     integer_labels,
 )
 
@@ -63,8 +66,7 @@ class _PairwiseLoss(nn.Module):
         labels = _checked_pair(new, old, labels)
         # Half precision cannot hold cosines divided by a temperature of 0.01.
         with torch.autocast(device_type=new.device.type, enabled=False):
-            if new.dtype in (torch.float16, torch.bfloat16):
-                new = new.float()
+            new = full_precision(new)
             u, o = F.normalize(new), F.normalize(old.detach().to(new.dtype))
             old_keys, key_labels = o, labels
             if self.gather:
@@ -229,19 +231,22 @@ class ClassLevelCompatibleLoss(nn.Module):
             raise InputError(f"Embeddings have shape {tuple(new.shape)}; the old classifier needs (batch, {size}).")
         check_finite(new, "New embeddings")
         labels = integer_labels(labels, len(new))
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-            raise InputError(f"Labels are in {int(labels.min())}..{int(labels.max())}; {classes} classes are known.")
-        logits = F.linear(new, self.old_classifier.to(new.dtype))
-        if self.new_to_new:
-            if new_classifier is None or new_classifier.shape != self.old_classifier.shape:
-                found = None if new_classifier is None else tuple(new_classifier.shape)
-                raise InputError(
-                    f"The new classifier has shape {found}; the old one has {(classes, size)}, and the class-level "
-                    "form needs the same classes in both."
-                )
-            target = F.one_hot(labels, classes).bool()
-            logits = torch.cat([logits, F.linear(new, new_classifier).masked_fill(target, -math.inf)], dim=1)
-        return self.weight * F.cross_entropy(logits, labels)
+        check_batch(new)
+        check_classes(labels, classes)
+        if self.new_to_new and (new_classifier is None or new_classifier.shape != self.old_classifier.shape):
+            found = None if new_classifier is None else tuple(new_classifier.shape)
+            raise InputError(
+                f"The new classifier has shape {found}; the old one has {(classes, size)}, and the class-level "
+                "form needs the same classes in both."
+            )
+        with torch.autocast(device_type=new.device.type, enabled=False):
+            new = full_precision(new)
+            logits = F.linear(new, self.old_classifier.to(new.dtype))
+            if self.new_to_new and new_classifier is not None:
+                others = F.linear(new, new_classifier.to(new.dtype))
+                others = others.masked_fill(F.one_hot(labels, classes).bool(), -math.inf)
+                logits = torch.cat([logits, others], dim=1)
+            return self.weight * F.cross_entropy(logits, labels)
 
 
 def _checked_pair(new: Tensor, old: Tensor, labels: Tensor) -> Tensor:

@@ -13,7 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bowerbird.errors import InputError
-from bowerbird_compat.checks import check_above_zero, check_not_negative, frozen_classifier, integer_labels
+from bowerbird_compat.checks import (
+    check_above_zero,
+    check_batch,
+    check_classes,
+    check_not_negative,
+    frozen_classifier,
+    full_precision,
+    integer_labels,
+)
 
 
 class DistillationLoss(nn.Module):
@@ -44,7 +52,7 @@ class DistillationLoss(nn.Module):
         if new.shape[1] != self.old_classifier.shape[1]:
             raise InputError(f"Embeddings have size {new.shape[1]}, the old classifier {self.old_classifier.shape[1]}.")
         with torch.autocast(device_type=new.device.type, enabled=False):
-            new = new.float() if new.dtype in (torch.float16, torch.bfloat16) else new
+            new = full_precision(new)
             rows = self.old_classifier.to(new.dtype)
             said = (F.linear(old.detach().to(new.dtype), rows) / self.old_temperature).softmax(dim=1)
             return self.weight * F.cross_entropy(F.linear(new, rows) / self.temperature, said)
@@ -78,7 +86,10 @@ class FocalDistillationLoss(nn.Module):
         _check_pair(new, old)
         if logits.ndim != 2 or len(logits) != len(new):
             raise InputError(f"logits have shape {tuple(logits.shape)}; ({len(new)}, C) is needed.")
-        right = logits.detach().argmax(dim=1) == integer_labels(labels, len(new)).to(logits.device)
+        labels = integer_labels(labels, len(new)).to(logits.device)
+        check_classes(labels, logits.shape[1])
+        right = logits.detach().argmax(dim=1) == labels
+        new = full_precision(new)
         each = F.mse_loss(new, old.detach().to(new.dtype), reduction="none").mean(dim=1)
         return self.weight * ((self.alpha + self.beta * right.to(each.dtype)) * each).mean()
 
@@ -86,3 +97,4 @@ class FocalDistillationLoss(nn.Module):
 def _check_pair(new: Tensor, old: Tensor) -> None:
     if new.ndim != 2 or new.shape != old.shape:
         raise InputError(f"New embeddings {tuple(new.shape)} and old ones {tuple(old.shape)} must both be (B, D).")
+    check_batch(new)

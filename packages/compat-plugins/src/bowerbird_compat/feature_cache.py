@@ -19,9 +19,9 @@ class FeatureCache:
     They are made without augmentation; the authors' code keeps one random augmentation of each image.
     """
 
-    def __init__(self, vectors: Tensor, ids: Sequence[Any]) -> None:
+    def __init__(self, vectors: Tensor, ids: Sequence[Any] | Tensor) -> None:
         self.vectors = vectors
-        self._row = {sample: row for row, sample in enumerate(ids)}
+        self._row = {sample: row for row, sample in enumerate(_plain(ids))}
         if len(self._row) != len(ids) or len(vectors) != len(ids):
             raise InputError(f"{len(ids)} ids, {len(self._row)} of them different, for {len(vectors)} vectors.")
 

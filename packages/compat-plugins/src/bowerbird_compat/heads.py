@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bowerbird.errors import InputError, did_you_mean
-from bowerbird_compat.checks import check_above_zero, check_not_negative, integer_labels
+from bowerbird_compat.checks import check_above_zero, check_not_negative, full_precision, integer_labels
 
 MarginKind = Literal["none", "cosface", "arcface", "arcface_monotone"]
 DimMode = Literal["truncate_or_pad", "strict"]
@@ -103,8 +103,7 @@ class MarginSoftmax(nn.Module):
             )
         # Half precision cannot resolve cosines near 1, where the margins act.
         with torch.autocast(device_type=embeddings.device.type, enabled=False):
-            if embeddings.dtype in (torch.float16, torch.bfloat16):
-                embeddings = embeddings.float()
+            embeddings = full_precision(embeddings)
             return self.apply_margin(
                 F.linear(F.normalize(embeddings), F.normalize(weight.to(embeddings.dtype))), labels
             )
@@ -112,6 +111,7 @@ class MarginSoftmax(nn.Module):
     def apply_margin(self, cosine: Tensor, labels: Tensor) -> Tensor:
         """``(B, C)`` logits from ready cosines ``(B, C)``; ``cosine`` is left as it is."""
         labels = integer_labels(labels, len(cosine))
+        cosine = full_precision(cosine)
         if self.kind == "none" or self.margin == 0 or not len(labels):
             return cosine * self.scale
         column = labels.unsqueeze(1)

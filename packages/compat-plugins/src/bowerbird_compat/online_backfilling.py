@@ -11,6 +11,7 @@ new embedding. Distance is ``1 - cosine``.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,7 @@ from bowerbird.errors import InputError
 from bowerbird.gallery.merge import merge_by_distance
 from bowerbird.protocols import Transform
 from bowerbird.retrieval.index import Hits
-from bowerbird_compat.checks import check_above_zero, finite_vectors, integer_labels
+from bowerbird_compat.checks import check_above_zero, finite_vectors, full_precision, integer_labels
 from bowerbird_compat.mixed_gallery import MixedGallery, Progress, backfill
 
 __all__ = [
@@ -61,7 +62,15 @@ class ReverseQueryTransform(Transform):
             self.branch = nn.Sequential(nn.Linear(in_dim, hidden), nn.ReLU(), last)
 
     def forward(self, vectors: Tensor) -> Tensor:
-        """``(B, D_new) -> (B, D_old)``, not normalised, in the precision of the transform."""
+        """``(B, D_new) -> (B, D_old)``, not normalised, in the precision of the transform.
+
+        Raises ``InputError`` for other sizes.
+        """
+        if vectors.shape[-1:] != (self.linear.in_features,):
+            raise InputError(
+                f"Vectors have shape {tuple(vectors.shape)}; this transform maps (batch, {self.linear.in_features}) "
+                f"to (batch, {self.linear.out_features})."
+            )
         vectors = vectors.to(self.linear.weight.dtype)
         mapped = self.linear(vectors)
         return mapped if self.branch is None else mapped + self.branch(vectors)
@@ -119,7 +128,7 @@ class MetricCompatibleLoss(nn.Module):
         check_above_zero(temperature=temperature)
         if mining is not None and not isinstance(mining, TopK):
             raise InputError(f"mining is {mining!r}; accepted: None or TopK(k).")
-        if len(weights) != 3 or min(weights) < 0:
+        if len(weights) != 3 or not all(0 <= weight < math.inf for weight in weights):
             raise InputError(f"weights are {weights}; three numbers of at least 0 are needed.")
         self.temperature, self.mining, self.weights = float(temperature), mining, weights
         self.cross_system_negatives, self.include_new_side = cross_system_negatives, include_new_side
@@ -149,8 +158,16 @@ class MetricCompatibleLoss(nn.Module):
                 "(B, D_old) and (B, D_new) with B at least 1."
             )
         labels = integer_labels(labels, len(old)).to(old.device)
-        r, o = F.normalize(reverse), F.normalize(old.detach().to(reverse.dtype))
-        n = F.normalize(new if self.include_new_side else new.detach())
+        # Half precision cannot hold cosines divided by a small temperature.
+        with torch.autocast(device_type=reverse.device.type, enabled=False):
+            reverse = full_precision(reverse)
+            new = (new if self.include_new_side else new.detach()).to(reverse.dtype)
+            return self._terms(
+                F.normalize(reverse), F.normalize(old.detach().to(reverse.dtype)), F.normalize(new), labels
+            )
+
+    def _terms(self, r: Tensor, o: Tensor, n: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """From unit vectors."""
         # exp(-d / t) = exp(cos / t) * exp(-1 / t): the constant is in every sum and cancels.
         old_logits, new_logits = r @ o.T / self.temperature, n @ n.T / self.temperature
         same = labels[:, None] == labels

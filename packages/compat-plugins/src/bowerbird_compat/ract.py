@@ -65,7 +65,10 @@ def backfill_order(
     """
     if strategy == "random":
         check_above_zero(temperature=temperature)
-        check_finite(torch.as_tensor(old_gallery), "Old vectors")
+        gallery = torch.as_tensor(old_gallery)
+        if gallery.ndim != 2:
+            raise InputError(f"Old vectors have shape {tuple(gallery.shape)}; (N, D) is needed.")
+        check_finite(gallery, "Old vectors")
         return torch.randperm(len(old_gallery), generator=generator)
     if centers is None:
         raise InputError(f"Strategy {strategy!r} needs class centres; give centers, or strategy='random'.")
@@ -87,6 +90,8 @@ class BackfillState:
 
     def __post_init__(self) -> None:
         self.order = torch.as_tensor(self.order)
+        if not self.order.numel():
+            self.order = self.order.long()  # an empty list has no type
         size = len(self.order)
         if not torch.equal(integer_labels(self.order, size).sort().values.cpu(), torch.arange(size)):
             raise InputError(f"order must be a permutation of 0..{size - 1}.")

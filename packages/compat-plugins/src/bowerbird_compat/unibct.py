@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bowerbird.errors import InputError
-from bowerbird_compat.bct import InfluenceLoss
+from bowerbird_compat.bct import InfluenceLoss, checked_classifier
 from bowerbird_compat.checks import check_above_zero, check_finite, check_no_class_missing, integer_labels
 from bowerbird_compat.heads import MarginSoftmax
 from bowerbird_compat.prototypes import Prototypes, evaluating
@@ -110,6 +110,9 @@ def refine_prototypes(
         raise InputError(f"solver is {solver!r}; accepted: {', '.join(get_args(Solver))}.")
     if max_iter < 1 or not tol > 0:
         raise InputError(f"max_iter is {max_iter} and tol is {tol}; at least 1 and a number above 0 are needed.")
+    old, new = torch.as_tensor(old), torch.as_tensor(new)
+    if not (old.is_floating_point() and new.is_floating_point()):
+        raise InputError(f"Old vectors are {old.dtype} and new ones {new.dtype}; floating-point numbers are needed.")
     if old.ndim != 2 or new.ndim != 2 or len(old) != len(new):
         raise InputError(
             f"Old vectors have shape {tuple(old.shape)} and new ones {tuple(new.shape)}; "
@@ -190,7 +193,7 @@ class PrototypeLoss(nn.Module):
             decay, saved with the module.
         scale: Factor of the logits, 1 to 64. With 1, as published, they lie in [-1, 1] and pull weakly.
         margin: Takes the place of the plain cosines; it has its own scale, which ``scale`` multiplies.
-        known_classes: Only these classes have a row, and only their samples count. ``None``: all.
+        known_classes: Class indices: only these have a row, and only their samples count. ``None``: all.
         weight: Factor of the loss, at least 0.
     """
 
@@ -199,15 +202,13 @@ class PrototypeLoss(nn.Module):
         prototypes: Tensor | Prototypes,
         scale: float = 1.0,
         margin: MarginSoftmax | None = None,
-        known_classes: Tensor | None = None,
+        known_classes: Tensor | Sequence[int] | None = None,
         *,
         weight: float = 1.0,
     ) -> None:
         super().__init__()
         rows, present = _rows_of(prototypes)
-        known = present if known_classes is None else [c for c in present if c in set(known_classes.tolist())]
-        if not known:
-            raise InputError("No known class has a prototype.")
+        known = present if known_classes is None else _known(known_classes, present)
         self._taken = [present.index(c) for c in known]
         self._classes = present
         self.influence = InfluenceLoss(
@@ -234,7 +235,7 @@ class PrototypeLoss(nn.Module):
                 f"{len(self._classes)} classes ({_some(self._classes)}) with size {self.prototypes.shape[1]}."
             )
         with torch.no_grad():
-            self.prototypes.copy_(taken)
+            self.prototypes.copy_(checked_classifier(taken))
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """The loss, a scalar; 0 without a known class. ``embeddings`` ``(B, D_new)``, ``labels`` ``(B,)`` int64."""
@@ -244,7 +245,21 @@ class PrototypeLoss(nn.Module):
 def _rows_of(prototypes: Tensor | Prototypes) -> tuple[Tensor, list[int]]:
     if isinstance(prototypes, Prototypes):
         return prototypes.weight, prototypes.classes.tolist()
-    return prototypes, list(range(len(prototypes)))
+    rows = torch.as_tensor(prototypes)
+    return rows, list(range(len(rows)))
+
+
+def _known(classes: Tensor | Sequence[int], present: Sequence[int]) -> list[int]:
+    """Those of ``classes`` that have a row, in the order of the rows."""
+    wanted = torch.as_tensor(classes)
+    if wanted.ndim != 1 or not len(wanted) or wanted.dtype == torch.bool or wanted.is_floating_point():
+        raise InputError(f"known_classes is {classes!r}; class indices are needed, or None for all classes.")
+    known = set(wanted.tolist())
+    if known.isdisjoint(present):
+        raise InputError(
+            f"No known class has a prototype: {_some(sorted(known))} are known, {_some(present)} have one."
+        )
+    return [c for c in present if c in known]
 
 
 def _some(classes: Sequence[int]) -> str:
