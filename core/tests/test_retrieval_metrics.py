@@ -691,3 +691,109 @@ def test_pairing_finds_a_small_steady_difference_that_unpaired_intervals_hide():
     assert R.paired_difference(half, better).mean == pytest.approx((better - base)[:100].mean())
     with pytest.raises(InputError, match="same queries"):
         R.paired_difference(base, better[:-1])
+
+
+# ------------------------------------------------------------------------------------------------------ odd inputs
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_a_cosine_does_not_depend_on_the_size_of_vectors_not_even_where_squares_leave_the_range(dtype):
+    rng = np.random.default_rng(0)
+    queries, gallery = rng.standard_normal((3, 5)).astype(dtype), rng.standard_normal((4, 5)).astype(dtype)
+    expected = R.similarity(queries, gallery)
+    largest = {np.float16: 1e4, np.float32: 1e37, np.float64: 1e300}[dtype]
+    for factor in (dtype(largest), dtype(1 / largest) if dtype != np.float16 else dtype(1e-2)):
+        np.testing.assert_allclose(R.similarity(queries * factor, gallery), expected, atol=2e-3)
+    assert expected.dtype == (np.float64 if dtype == np.float64 else np.float32)
+
+
+def test_euclidean_scores_of_long_vectors_keep_their_digits():
+    rng = np.random.default_rng(0)
+    far = 1000 + rng.standard_normal((6, 8)).astype(np.float32)
+    exact = -np.linalg.norm(far[:, None].astype(np.float64) - far[None], axis=2)
+    scores = R.similarity(far, far, "l2")
+    np.testing.assert_allclose(scores, exact, atol=1e-3)
+    assert scores.dtype == np.float32
+    with pytest.raises(InputError, match="row 1"):
+        R.similarity(np.array([[1.0, 0.0], [np.inf, 0.0]]), far[:, :2])
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint64, bool, np.int32])
+def test_distances_of_any_type_rank_the_smallest_first(dtype):
+    distances = np.array([[3, 0, 1, 2]]).astype(dtype)
+    assert R.RankedList.from_distances(distances).ids[0, 0] == 1
+    assert (np.diff(R.RankedList.from_distances(distances).scores) <= 0).all()
+
+
+def test_a_gallery_id_that_pads_rankings_and_a_cut_to_nothing_are_refused():
+    scores = np.array([[0.3, 0.2, 0.1]])
+    with pytest.raises(InputError, match="-1 is no id"):
+        R.RankedList.from_scores(scores, ids=[-1, 0, 1])
+    with pytest.raises(InputError, match="-1 is no id"):
+        R.Relevance.from_labels([0], [0, 1, 0], query_ids=[7], gallery_ids=[-1, 0, 1])
+    for k in (0, -1):
+        with pytest.raises(InputError, match="k must be at least 1"):
+            R.RankedList.from_scores(scores, k=k)
+
+
+def test_an_empty_gallery_gives_no_query_anything():
+    ranked, relevance = R.RankedList.from_scores(np.zeros((2, 0))), R.Relevance([[1], [2]])
+    for metric in (R.cmc, R.precision, R.recall_all, R.revisited_precision):
+        assert (metric(ranked, relevance, (1, 3)).values == 0).all()
+    for kind in KINDS:
+        assert R.average_precision(ranked, relevance, kind).mean() == 0
+    state = R.BackfillState(np.zeros((1, 0)), np.zeros((1, 0)))
+    assert R.backfill_curve(state, [], (0, 1), lambda ranked: 0.5).area() == 0.5
+
+
+@pytest.mark.parametrize("k", ["5", None, math.nan, math.inf, 1.5, 0])
+def test_a_rank_that_is_no_number_of_items_is_refused_everywhere(k):
+    ranked, relevance = R.RankedList.from_scores([[0.2, 0.1]]), R.Relevance([[1]])
+    with pytest.raises(InputError, match="a rank k"):
+        R.cmc(ranked, relevance, k)
+    with pytest.raises(InputError, match="a rank k"):
+        R.identification_at_fpir([[0.1, 0.2], [0.3, 0.1]], [0, 5], [0, 1], ks=(k,))
+    if k is not None:
+        with pytest.raises(InputError, match="a rank k"):
+            R.average_precision(ranked, relevance, "at_k", k)
+        with pytest.raises(InputError, match=r"k must be|a rank k"):
+            R.churn(ranked, ranked, k)
+
+
+def test_one_rank_or_several_may_be_asked_for():
+    vectors = R.Embeddings(np.eye(3), np.eye(3))
+    data = R.Relevance.from_labels([0, 1, 0], [0, 1, 0])
+    one, several = (R.compatibility_report(vectors, vectors, data=data, ks=ks) for ks in (3, (3,)))
+    assert one.table() == several.table()
+    assert R.identification_at_fpir([[0.1, 0.2], [0.3, 0.1]], [0, 5], [0, 1], ks=2).hits == {2: 1}
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: R.cmc(np.eye(2), R.Relevance([[0], [1]])), "RankedList and a Relevance; got ndarray"),
+        (lambda: R.self_test(R.Embeddings(np.eye(2), np.eye(2)), None), "RetrievalData"),
+        (lambda: R.cross_test(R.Embeddings(np.eye(2), np.eye(2)), R.Relevance([[0]])), "pair"),
+        (lambda: R.Relevance.from_labels([0, 1], [0, 1], query_cams=[0], gallery_cams=[0, 0]), "cameras have shapes"),
+        (lambda: R.Relevance.from_labels([0, 1], [0, 1], query_cams=[0, 1], gallery_cams=[0] * 3), "cameras have"),
+        (lambda: R.flips([1, 0], [1, 0], query_ids_ref=[1, 2, 3], query_ids_new=[1, 2, 3]), "2 queries"),
+        (lambda: R.flips([1, 0], [1, 0], query_ids_new=[1]), "2 queries"),
+        (lambda: R.ap_flips([0.5], [0.4], eps=-0.1), "eps must be"),
+        (lambda: R.update_gain([0.1, 0.2], 0.1, [0.3, 0.4, 0.5]), r"\(2,\), \(\), \(3,\)"),
+        (lambda: R.advbct_scores([], [], [], []), "no data set"),
+        (lambda: R.pair_scores(np.eye(3), np.eye(3), [0, -1], [0, 1]), r"pair_a must be row numbers in 0..2"),
+        (lambda: R.pair_scores(np.eye(3), np.eye(3), [0, 1], [0, 3]), r"pair_b must be row numbers in 0..2"),
+        (lambda: R.Curve([0, 1], [0.1, math.inf]), "the curve is inf at beta 1"),
+        (lambda: R.backfill_curve(R.BackfillState(np.eye(2), np.eye(2)), [0.0, 1.0], metric=len), "permutation"),
+        (lambda: R.backfill_curve(R.BackfillState(np.eye(2), np.eye(2)), [0, 1], metric="ap"), "got 'ap'"),
+    ],
+)
+def test_what_does_not_fit_is_named(call, message):
+    with pytest.raises(InputError, match=message):
+        call()
+
+
+def test_extreme_gains_have_scores_without_overflow():
+    scores = R.advbct_scores([-5000.0], [0.0], [0.5], [1.0])
+    assert scores.p_comp == 0
+    assert scores.p_1 == 0

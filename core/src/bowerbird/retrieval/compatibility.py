@@ -59,14 +59,15 @@ Model = Embeddings | Callable[[Any], Any]  # vectors, or an encoder: items -> (n
 
 
 def similarity(queries: ArrayLike, gallery: ArrayLike, distance: str = "cosine") -> NDArray[np.floating]:
-    """``(Q, N)`` scores, larger = nearer, in the precision of the inputs.
+    """``(Q, N)`` scores, larger = nearer, in the precision of the inputs (float32 for half precision).
 
     Args:
         queries, gallery: ``(Q, D)`` and ``(N, D)``.
         distance: ``cosine``, ``dot``, or ``l2`` (the negative Euclidean distance).
 
     Raises:
-        InputError: Different widths (vectors are never cut to fit), NaN, or for cosine a zero vector.
+        InputError: Different widths (vectors are never cut to fit), values that are not finite, or for cosine a zero
+            vector.
     """
     q, g = _vectors(queries, "queries"), _vectors(gallery, "gallery")
     if q.shape[1] != g.shape[1]:
@@ -76,9 +77,12 @@ def similarity(queries: ArrayLike, gallery: ArrayLike, distance: str = "cosine")
     if distance == "dot":
         return q @ g.T
     if distance == "l2":
-        squares = (q**2).sum(axis=1)[:, None] + (g**2).sum(axis=1) - 2 * (q @ g.T)
-        return -np.sqrt(np.maximum(squares, 0))
-    raise InputError(f"no distance {distance!r}; accepted: {', '.join(DISTANCES)}.{did_you_mean(distance, DISTANCES)}")
+        a, b = q.astype(np.float64), g.astype(np.float64)  # the difference of squares leaves few digits of float32
+        squares = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1) - 2 * (a @ b.T)
+        return (-np.sqrt(np.maximum(squares, 0))).astype(np.result_type(q, g))
+    raise InputError(
+        f"no distance {distance!r}; accepted: {', '.join(DISTANCES)}.{did_you_mean(str(distance), DISTANCES)}"
+    )
 
 
 def measure(
@@ -110,6 +114,8 @@ def cross_test(
     distance: str = "cosine",
 ) -> float:
     """``M(query encoder, gallery encoder)`` of the pair ``encoders``: (new, old) for the cross test of an upgrade."""
+    if not isinstance(encoders, (tuple, list)) or len(encoders) != 2:
+        raise InputError("a cross test needs the pair (query encoder, gallery encoder).")
     query_model, gallery_model = encoders
     return float(measure(query_model, gallery_model, data, metric, distance=distance))
 
@@ -162,7 +168,7 @@ def update_gain(m_cross: ArrayLike, m_old: ArrayLike, m_star: ArrayLike) -> Any:
 
     Undefined, and NaN (logged), where the ceiling is not above the old level. Can be negative or exceed 1.
     """
-    cross, old, star = (np.asarray(m, np.float64) for m in (m_cross, m_old, m_star))
+    cross, old, star = _broadcast(m_cross, m_old, m_star)
     room = star - old
     if (room <= 0).any():
         logger.warning("update gain is undefined where M(star, star) <= M(old, old): NaN.")
@@ -173,7 +179,7 @@ def update_gain(m_cross: ArrayLike, m_old: ArrayLike, m_star: ArrayLike) -> Any:
 def new_model_loss(m_new: ArrayLike, m_star: ArrayLike) -> Any:
     """``(M(new, new) - M(star, star)) / M(star, star)``: what compatibility costs the new model; NaN where star is
     0."""
-    new, star = np.asarray(m_new, np.float64), np.asarray(m_star, np.float64)
+    new, star = _broadcast(m_new, m_star)
     loss = np.divide(new - star, star, out=np.full(np.broadcast(new, star).shape, np.nan), where=star != 0)
     return float(loss) if loss.ndim == 0 else loss
 
@@ -194,6 +200,8 @@ def advbct_scores(m_cross: ArrayLike, m_old: ArrayLike, m_new: ArrayLike, m_star
     Args:
         m_cross, m_old, m_new, m_star: ``(S,)`` M(new, old), M(old, old), M(new, new), M(star, star) per data set.
     """
+    if not np.size(m_cross):
+        raise InputError("there is no data set to take the mean over.")
     gain, loss = np.atleast_1d(update_gain(m_cross, m_old, m_star)), np.atleast_1d(new_model_loss(m_new, m_star))
     p_comp, p_up = float(_sigmoid(gain).mean()), float(_sigmoid(loss).mean())
     return AdvBCTScores(p_comp, p_up, 2 * p_comp * p_up / (p_comp + p_up))
@@ -255,7 +263,7 @@ def compatibility_report(
     kind: str = "ap",
     ap_k: int | None = None,
     k: int = 1,
-    ks: Sequence[int] = (1, 5, 10),
+    ks: int | Sequence[int] = (1, 5, 10),
     eps: float = 0.01,
     tie: str = "stable",
     distance: str = "cosine",
@@ -274,7 +282,7 @@ def compatibility_report(
 
     Pairs whose vectors have different widths are left out.
     """
-    data = _data(data)
+    data, ranks = _data(data), np.atleast_1d(np.asarray(ks)).tolist()
     vectors = {
         name: _embed(model, data) for name, model in (("old", old), ("new", new), ("star", star)) if model is not None
     }
@@ -289,9 +297,9 @@ def compatibility_report(
         pair = f"{a}/{b}"
         aps[pair] = average_precision(ranked, data.relevance, kind, ap_k, tie=tie)
         correct[pair] = cmc(ranked, data.relevance, k, tie=tie)
-        at = cmc(ranked, data.relevance, ks, tie=tie)
+        at = cmc(ranked, data.relevance, ranks, tie=tie)
         metrics[pair] = {"mAP": aps[pair]} | {
-            f"R@{rank}": PerQuery(at.values[:, column], at.valid) for column, rank in enumerate(ks)
+            f"R@{rank}": PerQuery(at.values[:, column], at.valid) for column, rank in enumerate(ranks)
         }
     references = {
         "new/old vs_old": ("new/old", "old/old"),
@@ -367,6 +375,15 @@ def backward_transfer(matrix: ArrayLike) -> float:
 # ---------------------------------------------------------------------------------------------------------- inside
 
 
+def _broadcast(*values: ArrayLike) -> tuple[NDArray[np.float64], ...]:
+    arrays = [np.asarray(m, np.float64) for m in values]
+    try:
+        return tuple(np.broadcast_arrays(*arrays))
+    except ValueError:
+        shapes = ", ".join(str(a.shape) for a in arrays)
+        raise InputError(f"one value per data set is needed on each side; got shapes {shapes}.") from None
+
+
 def _triangle(matrix: ArrayLike, at_least: int) -> NDArray[np.float64]:
     c = np.asarray(matrix, np.float64)
     if c.ndim != 2 or c.shape[0] != c.shape[1] or len(c) < at_least:
@@ -377,7 +394,11 @@ def _triangle(matrix: ArrayLike, at_least: int) -> NDArray[np.float64]:
 
 
 def _data(data: RetrievalData | Relevance) -> RetrievalData:
-    return RetrievalData(data) if isinstance(data, Relevance) else data
+    if isinstance(data, Relevance):
+        return RetrievalData(data)
+    if not isinstance(data, RetrievalData):
+        raise InputError(f"needs RetrievalData, or a Relevance where models are Embeddings; got {type(data).__name__}.")
+    return data
 
 
 def _embed(model: Model, data: RetrievalData) -> Embeddings:
@@ -396,23 +417,30 @@ def _embed(model: Model, data: RetrievalData) -> Embeddings:
 
 
 def _vectors(values: Any, name: str) -> NDArray[np.floating]:
-    # An encoder that is a torch module gives tensors that still want gradients.
-    array = np.asarray(values.detach() if hasattr(values, "detach") else values)
+    if hasattr(values, "detach"):  # a tensor, which may still want gradients, or be of a type that numpy has not
+        values = values.detach()
+        values = values.float() if str(values.dtype) == "torch.bfloat16" else values
+    array = np.asarray(values)
     if not np.issubdtype(array.dtype, np.floating):
         array = array.astype(np.float64)
     if array.ndim != 2:
         raise InputError(f"{name} must have shape (n, D); got {array.shape}.")
-    if np.isnan(array).any():
-        raise InputError(f"{name} hold NaN, first in row {np.argwhere(np.isnan(array))[0][0]}.")
-    return array
+    if not np.isfinite(array).all():
+        raise InputError(f"{name} hold NaN or infinity, first in row {np.argwhere(~np.isfinite(array))[0][0]}.")
+    return array.astype(np.float32) if array.dtype == np.float16 else array
 
 
 def _normalised(vectors: NDArray[np.floating], name: str) -> NDArray[np.floating]:
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    if (norms == 0).any():
-        raise InputError(f"row {np.flatnonzero(norms == 0)[0]} of {name} is the zero vector; it has no cosine.")
-    return vectors / norms
+    zero = ~vectors.any(axis=1)
+    if zero.any():
+        raise InputError(f"row {np.flatnonzero(zero)[0]} of {name} is the zero vector; it has no cosine.")
+    with np.errstate(over="ignore", under="ignore"):
+        squares = (vectors**2).sum(axis=1)
+    if not ((squares > np.finfo(vectors.dtype).tiny) & (squares < np.inf)).all():
+        # squares of such entries leave the range of the type: a direction has no size
+        vectors = vectors / np.abs(vectors).max(axis=1, keepdims=True)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 def _sigmoid(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    return 1 / (1 + np.exp(-x))
+    return (1 + np.tanh(x / 2)) / 2

@@ -72,7 +72,7 @@ class Curve:
     """``values[i]`` is the metric at ``betas[i]``; ``per_query`` holds the single queries where the metric gave them.
 
     Raises:
-        InputError: Betas not increasing, or without 0 or 1; NaN values.
+        InputError: Betas not increasing, or without 0 or 1; values that are not finite.
     """
 
     betas: Any
@@ -83,8 +83,9 @@ class Curve:
         betas, values = _betas(self.betas), np.asarray(self.values, np.float64)
         if values.shape != betas.shape:
             raise InputError(f"a curve needs one value per beta; got {values.shape} for {betas.shape}.")
-        if np.isnan(values).any():
-            raise InputError(f"the curve is NaN at beta {betas[np.isnan(values)][0]}.")
+        odd = ~np.isfinite(values)
+        if odd.any():
+            raise InputError(f"the curve is {values[odd][0]} at beta {betas[odd][0]}.")
         object.__setattr__(self, "betas", betas)
         object.__setattr__(self, "values", values)
 
@@ -165,18 +166,19 @@ def backfill_curve(
     Raises:
         InputError: No permutation, or a grid without 0 or 1.
     """
-    if metric is None:
-        raise InputError("backfill_curve needs a metric: a function of the ranking.")
+    if not callable(metric):
+        raise InputError(f"backfill_curve needs a metric, a function of the ranking; got {metric!r}.")
     grid, n = _betas(betas), state.num_items
     permutation = np.asarray(order)
-    if permutation.shape != (n,) or not np.array_equal(np.sort(permutation), np.arange(n)):
+    whole = np.issubdtype(permutation.dtype, np.integer) or not permutation.size
+    if permutation.shape != (n,) or not whole or not np.array_equal(np.sort(permutation), np.arange(n)):
         raise InputError(f"order must be a permutation of 0..{n - 1}, one entry per gallery item.")
     old_scores, new_scores, moved = np.asarray(state.old_scores), np.asarray(state.new_scores), 0
     scores = old_scores.astype(np.result_type(old_scores, new_scores))  # a copy that holds both without rounding
     results: list[PerQuery | float] = []
     for beta in grid:
         count = num_backfilled(float(beta), n)
-        columns = permutation[moved:count]  # only what moved since the last fraction
+        columns = permutation[moved:count].astype(np.int64)  # only what moved since the last fraction
         scores[:, columns], moved = new_scores[:, columns], count
         results.append(metric(RankedList.from_scores(scores, ids=gallery_ids)))
     kept = [r for r in results if isinstance(r, PerQuery)]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bowerbird.errors import InputError
-from bowerbird.retrieval.metrics import PAD_ID, PerQuery
+from bowerbird.retrieval.metrics import PAD_ID, PerQuery, checked_rank
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -101,8 +101,10 @@ def ap_flips(ap_ref: PerQuery | ArrayLike, ap_new: PerQuery | ArrayLike, eps: fl
     """Queries with ``ap_new < ap_ref - eps``.
 
     Raises:
-        InputError: The query sets differ in size, or no query is valid in both.
+        InputError: The query sets differ in size, no query is valid in both, or a negative ``eps``.
     """
+    if not eps >= 0:
+        raise InputError(f"eps must be at least 0; got {eps}.")
     ref, new = _values(ap_ref, "ap_ref"), _values(ap_new, "ap_new")
     _same_queries(len(ref), len(new), None, None)
     valid = ~np.isnan(ref) & ~np.isnan(new)
@@ -128,7 +130,7 @@ def churn(
     a, b = (np.asarray(getattr(ids, "ids", ids)) for ids in (ids_ref, ids_new))
     if a.ndim != 2 or b.ndim != 2 or len(a) != len(b):
         raise InputError(f"the two rankings must be (Q, K) with the same queries; got {a.shape} and {b.shape}.")
-    k = min(a.shape[1], b.shape[1]) if k is None else k
+    k = min(a.shape[1], b.shape[1]) if k is None else checked_rank(k)
     if not 1 <= k <= min(a.shape[1], b.shape[1]):
         raise InputError(f"k must be in 1..{min(a.shape[1], b.shape[1])}, the length of the shorter ranking; got {k}.")
     a, b = a[:, :k], b[:, :k]
@@ -161,5 +163,8 @@ def _outcomes(correct: PerQuery | ArrayLike, name: str) -> tuple[NDArray[np.bool
 def _same_queries(num_ref: int, num_new: int, ids_ref: ArrayLike | None, ids_new: ArrayLike | None) -> None:
     if num_ref != num_new:
         raise InputError(f"flips compare two systems on the same queries; got {num_ref} and {num_new} queries.")
+    for ids in (ids_ref, ids_new):
+        if ids is not None and np.shape(ids) != (num_ref,):
+            raise InputError(f"there are {num_ref} queries; got query ids of shape {np.shape(ids)}.")
     if ids_ref is not None and ids_new is not None and not np.array_equal(np.asarray(ids_ref), np.asarray(ids_new)):
         raise InputError("flips compare two systems on the same queries; the query ids differ (or their order does).")

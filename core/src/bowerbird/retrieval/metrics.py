@@ -138,7 +138,7 @@ def revisited_precision(
     positive)."""
     judged = _judge(ranked, rel, tie)
     width = judged.relevant.shape[1]
-    last = np.where(judged.relevant.any(axis=1), width - judged.relevant[:, ::-1].argmax(axis=1), 0)
+    last = (judged.relevant * np.arange(1, width + 1)).max(axis=1, initial=0)
 
     # no positive stands behind the last one: those among the first kq are those among the first k
     def at(k: int) -> NDArray[np.float64]:
@@ -178,14 +178,14 @@ def average_precision(
     Raises:
         InputError: No valid query, or a bad switch.
     """
-    kind = kind if kind == "ap" else kind.removeprefix("ap_")
+    kind = kind if kind == "ap" else str(kind).removeprefix("ap_")
     if kind not in AP_KINDS:
         raise InputError(
             f"no average precision {kind!r}; accepted: {', '.join(AP_KINDS)}.{did_you_mean(kind, AP_KINDS)}"
         )
     if k is not None and kind != "at_k":
         raise InputError(f"k belongs to average precision at_k; got k={k} for {kind!r}.")
-    k = _rank(100 if k is None else k)
+    k = checked_rank(100 if k is None else k)
     judged = _judge(ranked, rel, tie)
     hit, n = judged.relevant, np.maximum(judged.num_relevant, 1).astype(np.float64)
     rank = np.arange(1, hit.shape[1] + 1)
@@ -276,6 +276,11 @@ class _Judged:
 def _judge(ranked: RankedList, rel: Relevance, tie: str) -> _Judged:
     if tie not in TIES:
         raise InputError(f"tie must be one of {', '.join(TIES)}; got {tie!r}.{did_you_mean(str(tie), TIES)}")
+    if not isinstance(ranked, RankedList) or not isinstance(rel, Relevance):
+        raise InputError(
+            f"a metric takes a RankedList and a Relevance; got {type(ranked).__name__} and {type(rel).__name__}. "
+            "See RankedList.from_scores and Relevance.from_labels."
+        )
     if len(ranked) != len(rel):
         raise InputError(f"the ranking has {len(ranked)} queries, the relevance {len(rel)}.")
     removed = [np.append(ignored, own) for ignored, own in zip(rel.ignore, rel.self_ids, strict=True)]
@@ -335,16 +340,21 @@ def _at_ranks(
     ks: int | Sequence[int], value_at: Callable[[int], NDArray[Any]], judged: _Judged, no_positive: str
 ) -> PerQuery:
     single = np.ndim(ks) == 0
-    values = [value_at(_rank(k)) for k in np.atleast_1d(np.asarray(ks)).tolist()]
+    values = [value_at(checked_rank(k)) for k in np.atleast_1d(np.asarray(ks)).tolist()]
     if not values:
         raise InputError("ks must name at least one rank.")
     return _per_query(values[0] if single else np.stack(values, axis=1), judged, no_positive)
 
 
-def _rank(k: Any) -> int:
-    if int(k) != k or k < 1:
+def checked_rank(k: Any) -> int:
+    """``k`` as an integer of at least 1. Raises ``InputError`` for anything else."""
+    try:
+        rank = int(k)
+    except (TypeError, ValueError, OverflowError):
+        rank = 0
+    if rank != k or rank < 1:
         raise InputError(f"a rank k must be an integer of at least 1; got {k!r}.")
-    return int(k)
+    return rank
 
 
 def _member(ids: NDArray[np.int64], sets: list[NDArray[np.int64]]) -> NDArray[np.bool_]:

@@ -73,8 +73,10 @@ class RankedList:
         Args:
             scores: ``(Q, N)``, float32 or float64 (kept).
             ids: ``(N,)`` ids of the gallery items; default: their positions.
-            k: Keep the first k only.
+            k: Keep the first k only, at least 1.
         """
+        if k is not None and k < 1:
+            raise InputError(f"k must be at least 1; got {k}.")
         matrix = np.asarray(scores)
         if matrix.ndim != 2:
             raise InputError(f"scores must have shape (Q, N); got {matrix.shape}.")
@@ -87,13 +89,18 @@ class RankedList:
             raise InputError(
                 f"ids must have one entry per gallery item ({matrix.shape[1]}); got shape {gallery.shape}."
             )
+        if (gallery == PAD_ID).any():
+            raise InputError(f"{PAD_ID} is no id of a gallery item: it pads rankings.")
         order = np.argsort(-matrix, axis=1, kind="stable")[:, :k]
         return cls(gallery[order], np.take_along_axis(matrix, order, axis=1))
 
     @classmethod
     def from_distances(cls, distances: ArrayLike, *, ids: ArrayLike | None = None, k: int | None = None) -> Self:
         """``from_scores`` of the negative distances."""
-        return cls.from_scores(-np.asarray(distances), ids=ids, k=k)
+        matrix = np.asarray(distances)
+        # the negative of an unsigned integer is a large one
+        signed = matrix if np.issubdtype(matrix.dtype, np.floating) else matrix.astype(np.float64)
+        return cls.from_scores(-signed, ids=ids, k=k)
 
     @classmethod
     def from_hits(cls, hits: Hits) -> Self:
@@ -173,6 +180,8 @@ class Relevance:
                 )
             if len(np.unique(theirs)) != len(theirs):
                 raise InputError("gallery_ids must be unique.")
+            if np.issubdtype(theirs.dtype, np.integer) and (theirs == PAD_ID).any():
+                raise InputError(f"{PAD_ID} is no id of a gallery item: it pads rankings.")
             if np.issubdtype(theirs.dtype, np.integer):
                 ranked_ids = theirs.astype(np.int64)
             self_ids = _find(mine, theirs, ranked_ids)
@@ -184,6 +193,12 @@ class Relevance:
             self_ids = ranked_ids
         if (query_cams is None) != (gallery_cams is None):
             raise InputError("query_cams and gallery_cams must be given together.")
+        cameras = [np.asarray([] if cams is None else cams) for cams in (query_cams, gallery_cams)]
+        if query_cams is not None and [c.shape for c in cameras] != [queries.shape, gallery.shape]:
+            raise InputError(
+                f"cameras have shapes {cameras[0].shape} and {cameras[1].shape}; "
+                f"labels {queries.shape}, {gallery.shape}."
+            )
 
         known, group = np.unique(gallery, return_inverse=True)
         members = np.split(np.argsort(group, kind="stable"), np.cumsum(np.bincount(group, minlength=len(known)))[:-1])
@@ -195,8 +210,8 @@ class Relevance:
         ]
         ignore = None
         if query_cams is not None:
-            cams = np.asarray(gallery_cams)
-            ignore = [ranked_ids[m[cams[m] == c]] for m, c in zip(same, np.asarray(query_cams), strict=True)]
+            theirs = cameras[1]
+            ignore = [ranked_ids[m[theirs[m] == c]] for m, c in zip(same, cameras[0], strict=True)]
         return cls([ranked_ids[m] for m in same], ignore, self_ids)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bowerbird.errors import InputError
+from bowerbird.retrieval.metrics import checked_rank
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -89,6 +90,9 @@ def pair_scores(first: ArrayLike, second: ArrayLike, pair_a: ArrayLike, pair_b: 
     if a.shape[1:] != b.shape[1:]:
         raise InputError(f"features of widths {a.shape[1:]} and {b.shape[1:]} have no dot product.")
     left, right = np.asarray(pair_a), np.asarray(pair_b)
+    for name, rows, features in (("pair_a", left, a), ("pair_b", right, b)):
+        if rows.size and (not np.issubdtype(rows.dtype, np.integer) or rows.min() < 0 or rows.max() >= len(features)):
+            raise InputError(f"{name} must be row numbers in 0..{len(features) - 1}.")
     if left.shape != right.shape or left.ndim != 1:
         raise InputError(f"pair_a and pair_b must have the same shape (P,); got {left.shape} and {right.shape}.")
     scores = np.empty(len(left), np.result_type(a, b))
@@ -228,7 +232,7 @@ def identification_at_fpir(
     probe_subjects: ArrayLike,
     gallery_subjects: ArrayLike,
     targets: float | Sequence[float] = (0.01, 0.1),
-    ks: Sequence[int] = (1, 5, 10),
+    ks: int | Sequence[int] = (1, 5, 10),
 ) -> Identification:
     """True positive identification rate at given false positive identification rates.
 
@@ -250,7 +254,7 @@ def identification_at_fpir(
             f"scores must be (P, G) for {probe.shape} probes and {gallery.shape} templates; got {score.shape}."
         )
     _refuse_nan(score, "scores")
-    wanted = _rates(targets)
+    wanted, wanted_ranks = _rates(targets), [checked_rank(k) for k in np.atleast_1d(np.asarray(ks)).tolist()]
     mated = np.isin(probe, gallery)
     if not mated.any() or mated.all():
         raise InputError(
@@ -269,7 +273,7 @@ def identification_at_fpir(
         tpir=accepted.sum(axis=0) / num_mated,
         thresholds=thresholds,
         targets=wanted,
-        hits={int(k): int(((ranks > 0) & (ranks <= k)).sum()) for k in ks},
+        hits={k: int(((ranks > 0) & (ranks <= k)).sum()) for k in wanted_ranks},
         num_mated=num_mated,
         num_probes=len(probe),
         ranks=ranks,
@@ -295,6 +299,8 @@ def combine_galleries(first: Identification, second: Identification) -> TwoGalle
 
 def _floats(values: ArrayLike) -> NDArray[np.floating]:
     array = np.asarray(values)
+    if array.dtype == np.float16:  # its sums overflow at 65,504
+        return array.astype(np.float32)
     return array if np.issubdtype(array.dtype, np.floating) else array.astype(np.float64)
 
 
