@@ -14,6 +14,7 @@ from bowerbird.cli import main
 from bowerbird.errors import GalleryError
 from bowerbird.gallery import Gallery, open_gallery
 from bowerbird.gallery.copy import copy_gallery
+from bowerbird.gallery.open import folder_of, safe_url
 from bowerbird.gallery.transform import VectorTransform
 
 NAMES = [f"item-{number}" for number in range(60)]
@@ -98,6 +99,44 @@ def test_what_cannot_be_copied_is_refused_with_what_to_do(source: Gallery, tmp_p
     source.store.rollback(leave_pending=True)
     with pytest.raises(GalleryError, match=r"1 items of .* have no readable vector"):
         copy_gallery(source, str(tmp_path / "copy"))
+
+
+def test_an_empty_gallery_of_the_same_kind_is_filled_also_one_that_a_killed_copy_left_behind(
+    source: Gallery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("bowerbird.gallery.copy._mark", killed)  # the gallery is there, and the note of whose copy not
+        copy_gallery(source, str(tmp_path / "copy"))
+    assert copy_gallery(source, str(tmp_path / "copy")).added == 59
+    Gallery.create(tmp_path / "float32", OLD).close()
+    with pytest.raises(GalleryError, match="no copy: choose another place"):
+        copy_gallery(source, str(tmp_path / "float32"))
+    with Gallery.create(tmp_path / "used", OLD, dtype="float16") as used:
+        used.add(["x"], vectors(["x"], OLD))
+        used.delete(["x"])
+    with pytest.raises(GalleryError, match="no copy: choose another place"):
+        copy_gallery(source, str(tmp_path / "used"))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://me:se/cret@db/x",
+        "postgresql://me:se@cret@db/x",
+        "postgresql://me:se?cret@db/x",
+        "postgresql://me:se#cret@db/x",
+        "qdrant+postgresql://me@db/x?qdrant=http://me:secret@q:6333&gallery=g",
+        "qdrant+postgresql://me@db/x?qdrant=http%3A%2F%2Fme%3Asecret%40q&gallery=g",
+        "POSTGRESQL://me:secret@db/x",
+    ],
+)
+def test_no_piece_of_a_password_is_left_in_a_url_however_it_is_written(url: str) -> None:
+    shown = safe_url(url)
+    assert "se" not in shown.replace("postgresql", "") and "cret" not in shown
+    assert folder_of(url) is None  # and it never names a folder
 
 
 def test_the_command_copies_and_says_so(source: Gallery, tmp_path: Path) -> None:

@@ -328,6 +328,25 @@ def test_create_refuses_a_folder_with_something_in_it_and_takes_an_empty_one(tmp
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["empty"]
 
 
+def test_of_two_that_create_one_gallery_at_once_the_second_is_told_that_something_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+
+    def overtaken(self: Path, target: Path) -> Path:
+        monkeypatch.setattr(Path, "rename", rename)
+        with Gallery.create(target, OLD) as first:
+            first.add(["x"], vectors(["x"], OLD))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", overtaken)
+    with pytest.raises(GalleryError, match="something is there already"):
+        Gallery.create(tmp_path / "g", NEW)
+    assert [file.name for file in tmp_path.iterdir()] == ["g"]
+    with Gallery.open(tmp_path / "g") as gallery:
+        assert len(gallery) == 1
+
+
 def test_network_file_systems_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mounts = f"/dev/vda / ext4 rw 0 0\nserver:/export {tmp_path}/share nfs4 rw 0 0\n"
     assert file_system_type(tmp_path / "share" / "gallery", mounts) == "nfs4"

@@ -232,6 +232,11 @@ def test_a_filter_that_cannot_be_understood_is_refused(gallery: Gallery, where: 
         gallery.search(QUERIES, where=where)
 
 
+def test_a_filter_for_a_number_of_more_than_64_bits_is_refused(gallery: Gallery) -> None:
+    with pytest.raises(InputError, match="keep them as text"):
+        gallery.search(QUERIES, 3, where={"n": 2**63})
+
+
 @pytest.mark.parametrize("metadata", [[{"x": object()}], ["text"], [{"x": float("nan")}], [{'"': 1}]])
 def test_metadata_that_is_not_json_is_refused(gallery: Gallery, metadata: list) -> None:
     with pytest.raises(InputError, match="metadata"):

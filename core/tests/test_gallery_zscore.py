@@ -69,6 +69,13 @@ def test_without_a_background_or_with_a_small_one_plain_distances_are_merged() -
         np.testing.assert_array_equal(found.distances, expected.distances)
 
 
+def test_a_background_of_one_distance_is_one_also_where_it_was_rounded() -> None:
+    """Copies of one item: float32 products differ in the last bit, and float64 means of equal numbers do."""
+    distances = np.array([[0.1, 0.2, 0.3]])
+    for equal in (np.full((1, 1000), 0.9), 0.9 + 6e-8 * (np.arange(1000)[None] % 2)):
+        np.testing.assert_allclose(merge_by_zscore.rescale(distances, equal), distances - 0.9, atol=1e-6)
+
+
 def test_padding_stays_at_the_end() -> None:
     old = Hits(np.array([[3, -1]]), np.array([[0.2, np.inf]]))
     new = Hits(np.array([[-1, -1]]), np.array([[np.inf, np.inf]]))

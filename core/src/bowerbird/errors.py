@@ -77,7 +77,9 @@ def without_passwords(text: str) -> str:
     import re
 
     text = re.sub(r"((?:password|api_key)=)[^&\s'\"]*", r"\1***", text)
-    return re.sub(r"(?<=://)([^:/@\s]*):[^@/\s]*@", r"\1:***@", text)
+    text = re.sub(r"(?i)(?<=%3A%2F%2F)([^&\s]*?)%3A[^&\s]*%40", r"\1%3A***%40", text)  # a URL within a URL
+    # Up to the last @ of a word: a / or @ in a password should be written %2F, %40, and often is not.
+    return re.sub(r"(?<=://)([^:/@\s]*):\S*@", r"\1:***@", text)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import psycopg
@@ -21,6 +24,8 @@ from bowerbird.errors import (
     SnapshotGoneError,
     SpaceError,
     StoreUnavailableError,
+    UnknownNameError,
+    UpgradeError,
 )
 from bowerbird.gallery import Gallery, Space, create_gallery, open_gallery
 from bowerbird.gallery.copy import copy_gallery
@@ -57,8 +62,57 @@ def test_a_password_is_given_to_the_server_and_to_nobody_else() -> None:
         assert address.name == "postgresql://me@db.example:5433/images?sslmode=require&gallery=photos"
         assert address.schema == "bowerbird_photos"
     assert Address.parse("postgresql:///images").schema == "bowerbird_main"
+    assert Address.parse("postgresql:///images").conninfo == "postgresql:///images?"
     with pytest.raises(InputError, match="gallery's name"):
         Address.parse("postgresql:///images?gallery=Fo%22o")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://me:se/cret@db/x",
+        "postgresql://me:12/cret@db/x",
+        "postgresql://me:se?cret@db/x",
+        "postgresql://me:se#cret@db/x",
+        "postgresql://me:100%secret@db/x",
+        "postgresql://me:se%00cret@db/x",
+        "postgresql://me:secret@[::1/x",
+        "postgresql://me:secret@db:port/x",
+        "postgresql://me:secret@db/x?gallry=photos",
+        "postgresql://me:secret@db/x?connect_timeout=soon",
+        "postgres:secret",
+    ],
+)
+def test_a_url_that_cannot_be_read_is_refused_without_a_piece_of_its_password(url: str) -> None:
+    with pytest.raises(InputError, match=r"cannot be (read|used)") as caught:
+        open_gallery(url)
+    assert "cret" not in str(caught.value) and "se/" not in str(caught.value)
+    assert "12" not in str(caught.value) and "100" not in str(caught.value)
+
+
+def test_an_address_that_is_printed_has_no_password_in_it() -> None:
+    url = "qdrant+postgresql://me:secret@db/x?qdrant=http://me:secret@q:6333&qdrant_api_key=secret&gallery=g"
+    address = Address.parse(url)
+    assert address.name == "qdrant+postgresql://me@db/x?qdrant=http://me:***@q:6333&gallery=g"
+    assert "secret" not in repr(address)
+
+
+def test_the_first_galleries_of_a_database_can_be_created_at_once(postgres_server: str, url: str) -> None:
+    parts = urlsplit(postgres_server)
+    name = f"bowerbird_fresh_{os.getpid()}"
+    with psycopg.connect(postgres_server, autocommit=True) as db:
+        db.execute(f"CREATE DATABASE {name} TEMPLATE template0")
+        try:
+            fresh = f"postgresql://{parts.netloc}/{name}?{parts.query}"
+            with psycopg.connect(fresh) as slow, ThreadPoolExecutor(3) as pool:
+                slow.execute("SELECT pg_advisory_xact_lock(hashtext('bowerbird pgvector'))")
+                made = [pool.submit(create_gallery, f"{fresh}&gallery=g{n}", FIRST) for n in range(3)]
+                time.sleep(0.3)  # all of them have seen that the extension is missing
+                slow.commit()
+                for one in made:
+                    one.result().close()
+        finally:
+            db.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
 def test_a_server_that_does_not_answer_is_said_to_be_away_without_the_password() -> None:
@@ -135,12 +189,13 @@ QUERIES_OF_TWO = {space.fingerprint: QUERIES[space.fingerprint] for space in (FI
 def test_a_gallery_moves_to_postgres_and_back_bit_for_bit(tmp_path: Path, url: str, dtype: str) -> None:
     with Gallery.create(tmp_path / "folder", FIRST, dtype=dtype) as folder:
         fill(folder)
+        folder.add(["numbers"], vectors(["numbers"], FIRST), metadata=[{"west": -0.0, "ns": 1.7e18}])
         copied = copy_gallery(folder, url)
         with open_gallery(url) as there:
             assert there.storage.dtype == dtype
             same(there, folder, FIRST)
             back = copy_gallery(there, str(tmp_path / "back"))
-            assert (back.digest, back.items) == (copied.digest, 40)
+            assert (back.digest, back.items) == (copied.digest, 41)
 
 
 def test_vectors_of_many_widths_are_kept_exactly_and_too_wide_ones_are_refused_before_anything_is_made(
@@ -277,6 +332,64 @@ def test_items_that_are_deleted_while_a_rollback_encodes_them_stay_deleted_and_l
     assert sorted(gallery.search(QUERIES[FIRST.fingerprint], 50).ids[0]) == sorted([*NAMES, "later", "last"])
     assert gallery.counts() == {FIRST.fingerprint: 42}
     assert gallery.verify().ok
+
+
+def test_two_that_roll_back_at_once_encode_twice_and_write_once(gallery: Gallery, url: str) -> None:
+    begin(gallery, SECOND)
+    gallery.add(["late"], vectors(["late"], SECOND), space=SECOND.fingerprint)
+    both = threading.Barrier(2)
+
+    def roll_back() -> str:
+        with open_gallery(url) as mine:
+            try:
+                mine.store.rollback(encode_old=lambda items: both.wait(20) * 0 + encode(items, FIRST))
+            except UpgradeError as exc:
+                return str(exc)
+            return "done"
+
+    with ThreadPoolExecutor(2) as pool:
+        said = sorted(one.result() for one in [pool.submit(roll_back), pool.submit(roll_back)])
+    assert said[0] == "done"
+    assert said[1] == "done" or "by another process" in said[1] or "no upgrade" in said[1]
+    assert gallery.verify().ok
+    assert np.array_equal(gallery.vectors_of(["late"]), vectors(["late"], FIRST))
+
+
+def test_a_rollback_that_another_upgrade_overtakes_leaves_that_one_alone(gallery: Gallery, url: str) -> None:
+    same_width = Space("contract-space-4", "contract:fourth", FIRST.dim)
+    begin(gallery, same_width)
+    gallery.add(["late"], vectors(["late"], same_width), space=same_width.fingerprint)
+    work(gallery)
+
+    def slowly(items):
+        with open_gallery(url) as other:
+            other.store.finish_upgrade(verified=True)
+            begin(other, SECOND)
+        return encode(items, FIRST)
+
+    with pytest.raises(UpgradeError, match="by another process"):
+        gallery.store.rollback(encode_old=slowly)
+    assert gallery.store.upgrade_state().new == SECOND.fingerprint
+    assert np.array_equal(gallery.vectors_of(["late"], same_width.fingerprint), vectors(["late"], same_width))
+
+
+def test_pending_items_that_another_process_filled_are_not_filled_again(gallery: Gallery) -> None:
+    begin(gallery, SECOND)
+    gallery.add(["late"], vectors(["late"], SECOND), space=SECOND.fingerprint)
+    gallery.store.rollback(leave_pending=True)
+    nums = np.array([gallery.get("late").num])
+    gallery.store.fill(nums, vectors(["late"], FIRST))
+    with pytest.raises(UnknownNameError, match="not pending any more: 'late'"):
+        gallery.store.fill(nums, vectors(["other"], FIRST))
+    assert np.array_equal(gallery.vectors_of(["late"]), vectors(["late"], FIRST))
+
+
+def test_a_nul_is_refused_and_what_only_looks_like_one_is_kept(gallery: Gallery) -> None:
+    gallery.add(["y"], vectors(["y"], FIRST), metadata=[{"a": "\\u0000"}])
+    assert gallery.get("y").metadata == {"a": "\\u0000"}
+    with pytest.raises(InputError, match="NUL"):
+        gallery.add(["x"], vectors(["x"], FIRST), metadata=[{"a": "\\\0"}])
+    assert "x" not in gallery
 
 
 def test_lost_and_damaged_rows_are_found_by_verify(gallery: Gallery, url: str) -> None:

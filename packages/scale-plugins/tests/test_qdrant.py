@@ -80,6 +80,9 @@ def test_a_place_is_needed_and_a_key_is_never_shown(postgres_url: Callable[[], s
     assert address.name == "qdrant+postgresql://me@db/images?qdrant=http://q:6333&gallery=photos"
     assert address.options["qdrant_api_key"] == "hidden"
     assert "hidden" not in safe_url(url) and "secret" not in safe_url(url)
+    for place in ("nonsense://q:6333", "/proc/nowhere"):
+        with pytest.raises(InputError, match="Qdrant cannot be used there"):
+            create_gallery(f"qdrant+{postgres_url()}&qdrant={place}", FIRST)
     dead = f"qdrant+{postgres_url()}&qdrant=http://127.0.0.1:1"
     with pytest.raises(StoreUnavailableError, match="Qdrant does not answer"):
         create_gallery(dead, FIRST)

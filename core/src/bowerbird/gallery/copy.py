@@ -84,7 +84,7 @@ def copy_gallery(
 
 
 def _target(source: Gallery, url: str, space: Space, lock_timeout: float) -> Gallery:
-    """The gallery at ``url``: created, or the beginning of this copy."""
+    """The gallery at ``url``: created, or the beginning of this copy, or empty and of the same kind."""
     try:
         target = create_gallery(url, space, dtype=source.storage.dtype, lock_timeout=lock_timeout)
     except GalleryError as occupied:
@@ -93,6 +93,10 @@ def _target(source: Gallery, url: str, space: Space, lock_timeout: float) -> Gal
         except GalleryError:
             raise occupied from None
         marker = target.storage.read_file(MARKER)
+        if marker is None and _untouched(target, space, source.storage.dtype):
+            # Also what a copy leaves that was killed between its first two steps.
+            _mark(target, source, space, complete=False)
+            return target
         known = json.loads(marker) if marker else {}
         if known.get("source") != str(source.path) or known.get("space") != space.fingerprint:
             whose = f"a copy of {known['source']}" if "source" in known else "no copy"
@@ -108,6 +112,13 @@ def _target(source: Gallery, url: str, space: Space, lock_timeout: float) -> Gal
     else:
         _mark(target, source, space, complete=False)
     return target
+
+
+def _untouched(target: Gallery, space: Space, dtype: str) -> bool:
+    """Whether a gallery is as `gallery create` makes one for what is to be copied."""
+    snapshot = target.snapshot()
+    fresh = snapshot.num_limit == 0 and snapshot.upgrade is None
+    return fresh and snapshot.serving == space.fingerprint and target.storage.dtype == dtype
 
 
 def _mark(target: Gallery, source: Gallery, space: Space, *, complete: bool) -> None:
@@ -180,6 +191,8 @@ def _batches(gallery: Gallery, snapshot: Any) -> Iterator[list[Item]]:
 def _content(item: Item, row: np.ndarray) -> bytes:
     """Digest of everything that is copied of an item."""
     about = json.dumps([item.id, item.uri, item.content_hash, dict(item.metadata)], sort_keys=True)
+    if "-0.0" in about:  # which is 0.0 in a store that keeps decimal numbers
+        about = json.dumps(json.loads(about, parse_float=lambda text: float(text) + 0.0), sort_keys=True)
     return blake2b(about.encode() + b"\0" + np.ascontiguousarray(row, "<f4").tobytes(), digest_size=16).digest()
 
 

@@ -25,7 +25,7 @@ from bowerbird.gallery.space import Item, Relation, Space
 from bowerbird.gallery.storage import Storage
 from bowerbird.gallery.store import Store
 from bowerbird.gallery.transform import VectorTransform, check_direction
-from bowerbird.gallery.vectors import checked_ids, unit_vectors
+from bowerbird.gallery.vectors import checked_ids, is_utf8, unit_vectors
 from bowerbird.retrieval.index import Hits
 
 if TYPE_CHECKING:
@@ -321,7 +321,8 @@ class Gallery:
         return self.storage.find(list(ids))
 
     def _unknown(self, item_id: str) -> UnknownNameError:
-        return UnknownNameError(f"gallery {self.path} has no item {item_id!r}.{self.storage.close_id(item_id)}")
+        close = self.storage.close_id(item_id) if is_utf8(item_id) and "\0" not in item_id else ""
+        return UnknownNameError(f"gallery {self.path} has no item {item_id!r}.{close}")
 
     def items(self, batch: int = 1000, *, snapshot: Snapshot | None = None) -> Iterator[Item]:
         """Every live item of one epoch (default: the newest), by number."""

@@ -26,6 +26,7 @@ from bowerbird.errors import InputError, IntegrityError
 from bowerbird.retrieval.index import Hits
 
 TIES = ("new_first", "old_first", "lower_id")
+NO_SPREAD = 1e-6  # of cosine distances: no more than the rounding of float32 products
 Merger = Callable[..., Hits]
 
 
@@ -181,12 +182,12 @@ class ZScoreMerge:
     def rescale(distances: np.ndarray, background: np.ndarray) -> np.ndarray:
         """``(distances - mean) / std`` by row, float64; ``distances`` ``(Q, M)``, ``background`` ``(Q, B)``.
 
-        A background of one distance only (std 0) moves the distances but does not stretch them.
+        A background of one distance only (std 0, but for rounding) moves the distances but does not stretch them.
         """
         rows = np.atleast_2d(np.asarray(background, np.float64))
         spread = rows.std(axis=1, keepdims=True)
         scaled = (np.atleast_2d(np.asarray(distances, np.float64)) - rows.mean(axis=1, keepdims=True)) / np.where(
-            spread > 0, spread, 1.0
+            spread > NO_SPREAD, spread, 1.0
         )
         return scaled.reshape(np.shape(distances))
 

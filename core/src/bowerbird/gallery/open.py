@@ -18,7 +18,7 @@ from bowerbird.gallery.storage import Storage
 if TYPE_CHECKING:
     from bowerbird.gallery.space import Space
 
-_SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):")  # two characters at least: C: is a drive
+_SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+):")  # two characters at least: C: is a drive
 
 
 def open_gallery(url: str | Path, *, readonly: bool = False, lock_timeout: float = 10.0) -> Gallery:
@@ -57,7 +57,7 @@ class EmbeddedGalleries:
 def scheme_of(url: str | Path) -> str | None:
     """``None`` for a path."""
     found = _SCHEME.match(url) if isinstance(url, str) else None
-    return found[1] if found else None
+    return found[1].lower() if found else None
 
 
 def folder_of(url: str | Path) -> Path | None:
@@ -67,8 +67,8 @@ def folder_of(url: str | Path) -> Path | None:
         return Path(url)
     if scheme != "file":
         return None
-    text = str(url)
-    return Path(unquote(urlsplit(text).path)) if text.startswith("file://") else Path(text.removeprefix("file:"))
+    rest = str(url)[len("file:") :]
+    return Path(unquote(urlsplit(rest).path) if rest.startswith("//") else rest)
 
 
 def _folder(url: str) -> Path:

@@ -101,6 +101,8 @@ class Storage:
                 raise GalleryError(
                     f"cannot create a gallery at {path}: the disk is full ({exc}). Free some space."
                 ) from exc
+            if isinstance(exc, OSError):
+                refuse_occupied(path)  # another process was quicker
             raise
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -120,7 +121,18 @@ def checked_column(values: Any, count: int, what: str) -> Sequence[str | None] |
             raise InputError(f"{what}: row {row} is {value!r} ({type(value).__name__}); it must be text or None")
         if value and "\0" in value:
             raise InputError(f"{what}: row {row} has a NUL character")
+        if value and not is_utf8(value):  # as the name of a file can be that is not in the encoding of the system
+            raise InputError(f"{what}: row {row} is {value!r}, which cannot be written as UTF-8")
     return column
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a text can be stored: Python's may have halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def metadata_json(metadata: Any, count: int) -> Sequence[str | None] | None:
@@ -163,8 +175,10 @@ def _json_object(row: Any, position: int) -> str:
     for key in row:
         check_key(key)
     try:
-        return json.dumps(dict(row), ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError) as exc:
+        text = json.dumps(dict(row), ensure_ascii=False, allow_nan=False)
+        text.encode()
+        return text
+    except (TypeError, ValueError, RecursionError) as exc:
         raise InputError(f"metadata: row {position} cannot be written as JSON: {exc}") from exc
 
 
@@ -174,21 +188,42 @@ def check_key(key: Any) -> str:
     return key
 
 
-def filter_clause(where: Mapping[str, Any]) -> tuple[str, list[Any]]:
-    """SQL for ``{"key": value}`` (equal) and ``{"key": [values]}`` (any of them); all keys must hold. A missing key "
-    "is null."""
-    clauses, parameters = [], []
+def checked_filter(where: Any) -> dict[str, list[Any]]:
+    """Of each key the values that it may have, from ``{"key": value}`` and ``{"key": [values]}``.
+
+    Raises:
+        InputError: If it is no such thing; names the key.
+    """
+    if not isinstance(where, Mapping):
+        raise InputError(f"a filter is {{key: value}} or {{key: [values]}}, got {where!r}")
+    found = {}
     for key, wanted in where.items():
-        path = f'$."{check_key(key)}"'
-        values = list(wanted) if isinstance(wanted, list | tuple | set | frozenset) else [wanted]
-        for value in values:
+        found[check_key(key)] = list(wanted) if isinstance(wanted, list | tuple | set | frozenset) else [wanted]
+        for value in found[key]:
             if not (value is None or isinstance(value, str | int | float)):
                 raise InputError(
                     f"filter {key!r}: {value!r} is not text, a number, true, false or null, nor a list of these"
                 )
+            if not (math.isfinite(value) if isinstance(value, float) else is_utf8(str(value))):
+                raise InputError(f"filter {key!r}: {value!r} cannot be the value of any item")
+    return found
+
+
+def filter_clause(where: Mapping[str, Any]) -> tuple[str, list[Any]]:
+    """SQL for ``{"key": value}`` (equal) and ``{"key": [values]}`` (any of them); all keys must hold. A missing key
+    is null."""
+    clauses, parameters = [], []
+    for key, values in checked_filter(where).items():
+        path = f'$."{key}"'
         parts = ["json_extract(metadata, ?) IS NULL"] if None in values else []
         parameters.extend([path] if parts else [])
         scalars = [value for value in values if value is not None]
+        for value in scalars:
+            if isinstance(value, int) and not -(2**63) <= value < 2**63:
+                raise InputError(
+                    f"filter {key!r}: {value} has more than 64 bits, and SQLite does not compare such numbers exactly; "
+                    "keep them as text"
+                )
         if scalars:
             parts.append(f"json_extract(metadata, ?) IN ({', '.join('?' * len(scalars))})")
             parameters.extend([path, *scalars])

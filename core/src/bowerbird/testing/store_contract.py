@@ -151,6 +151,12 @@ class StoreContract(Contract):
             lambda: gallery.add(["new", "new"], vectors(["new", "new"], FIRST)),
             lambda: gallery.add([""], vectors(["new"], FIRST)),
             lambda: gallery.add(["new"], vectors(["new"], FIRST), metadata=[{"a": float("nan")}]),
+            # As Python reads the name of a file that is not UTF-8.
+            lambda: gallery.add(["\udcff"], vectors(["new"], FIRST)),
+            lambda: gallery.add(["new"], vectors(["new"], FIRST), uris=["\udcff.jpg"]),
+            lambda: gallery.add(["new"], vectors(["new"], FIRST), content_hashes=["\udcff"]),
+            lambda: gallery.add(["new"], vectors(["new"], FIRST), metadata=[{"a": "\udcff"}]),
+            lambda: gallery.get("\udcff"),
             lambda: gallery.search(vectors(["q"], SECOND)),
             lambda: self.target.create(url, FIRST),
             lambda: self.target.open(self.new_url()),
@@ -162,15 +168,18 @@ class StoreContract(Contract):
 
     def test_unusual_ids_and_metadata_are_kept(self, gallery: Gallery) -> None:
         """Fix: an id is any text of 1 to 1024 characters; metadata is any JSON object."""
-        names = ["ü" * 1024, "a\tb'c\"d%s{}", "日本", "-1"]
+        names = ["ü" * 1024, "a\tb'c\"d%s{}", "日本", "-1", "1e+20"]
         rows: list[dict[str, Any]] = [
             {"nested": {"list": [1, 2.5, None]}},
             {"quote'": "\\ \" '"},
             {"emoji": "🦜"},
             {"big": 2**60, "no": False},
+            {"large": [1e16, -1.7e18, 1e300, 5e-324, 1.0], "text": '\\u0000 "1e+20" \\'},
         ]
         gallery.add(names, vectors(names, FIRST), metadata=rows)
-        assert [dict(item.metadata) if item else None for item in gallery.get_many(names)] == rows
+        kept = [dict(item.metadata) if item else {} for item in gallery.get_many(names)]
+        in_words = [[repr(sorted(row.items())) for row in metadata] for metadata in (kept, rows)]
+        assert in_words[0] == in_words[1]  # 1e16 is a float and stays one
         assert gallery.search(vectors(names, FIRST), 1).ids == [[name] for name in names]
 
     def test_files_and_lines_are_kept_beside_the_gallery(self, gallery: Gallery, url: str) -> None:
@@ -235,6 +244,11 @@ class StoreContract(Contract):
         ):
             found = gallery.search(QUERIES[FIRST.fingerprint], 6, where=where).ids
             assert found == [[name for name in names if matches(rows[name])][:6] for names in everything], where
+        nothing_has: list[Any] = [{"year": float("nan")}, {"year": -float("inf")}, {"kind": "\udcff"}, {"year": {}}]
+        for bad in [*nothing_has, {"": 1}, ["year"]]:
+            with pytest.raises(InputError):
+                gallery.search(QUERIES[FIRST.fingerprint], 6, where=bad)
+        assert gallery.search(QUERIES[FIRST.fingerprint], 6, where={"kind": "\0"}).ids == [[]] * 4
 
     def test_a_half_moved_gallery_is_searched_on_both_sides_and_counted_by_space(self, gallery: Gallery) -> None:
         """Fix: an item with a new vector is searched in the new space only, every other one in the old space only."""

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from qdrant_client import QdrantClient, models
 from qdrant_client.http.exceptions import ApiException
 
-from bowerbird.errors import InputError, SnapshotGoneError, SpaceError, StoreUnavailableError
+from bowerbird.errors import InputError, SnapshotGoneError, SpaceError, StoreUnavailableError, without_passwords
 from bowerbird.gallery.gallery import Gallery
 from bowerbird.gallery.space import Space
 from bowerbird_scale.postgres.connection import Address, Connection
@@ -240,22 +240,30 @@ def collections_at(address: Address) -> Collections:
     """The collections of the gallery whose URL has ``qdrant=``: an address with ``http``, or a folder.
 
     Raises:
-        InputError: If it is missing.
+        InputError: If it is missing, or cannot be used.
     """
     place = address.options.get("qdrant")
     if not place:
         raise InputError(
             f"{address.name} does not say where Qdrant is: add &qdrant=http://HOST:6333, or &qdrant=FOLDER for a trial"
         )
-    if "://" not in place:
-        with _folders_lock:
-            if place not in _folders:
-                _folders[place] = QdrantClient(path=place)
-                atexit.register(_folders[place].close)
-            return Collections(_folders[place], address.schema)
     key = address.options.get("qdrant_api_key") or os.environ.get("QDRANT_API_KEY")
-    client = QdrantClient(url=place, api_key=key, timeout=TIMEOUT_SECONDS, check_compatibility=False)
+    try:
+        if "://" in place:
+            client = QdrantClient(url=place, api_key=key, timeout=TIMEOUT_SECONDS, check_compatibility=False)
+        else:
+            client = _client_of_folder(place)
+    except (OSError, ValueError, RuntimeError) as exc:  # RuntimeError: another process has the folder
+        raise InputError(f"{address.name}: Qdrant cannot be used there: {without_passwords(str(exc))}") from exc
     return Collections(client, address.schema)
+
+
+def _client_of_folder(place: str) -> QdrantClient:
+    with _folders_lock:
+        if place not in _folders:
+            _folders[place] = QdrantClient(path=place)
+            atexit.register(_folders[place].close)
+        return _folders[place]
 
 
 class QdrantGalleries:

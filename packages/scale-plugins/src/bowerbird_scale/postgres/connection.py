@@ -13,16 +13,25 @@ import socket
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 import psycopg
 from psycopg import sql
 
-from bowerbird.errors import GalleryError, GalleryLockedError, InputError, SnapshotGoneError, StoreUnavailableError
+from bowerbird.errors import (
+    GalleryError,
+    GalleryLockedError,
+    InputError,
+    SnapshotGoneError,
+    StoreUnavailableError,
+    without_passwords,
+)
 
 GALLERY_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,49}")
+HOSTS = re.compile(r"((\[[^\]]*\]|[^:\[\],]*)(:\d*)?(,|$))*")
+NO_ESCAPE = re.compile(r"%(?!(?!00)[0-9A-Fa-f]{2})")
 SECRETS = {"password", "passfile", "sslpassword", "sslkey", "qdrant_api_key"}
 OWN = ("gallery", "qdrant", "qdrant_api_key")  # parameters of the URL that libpq does not know
 # A worker whose machine vanished in the middle of a commit holds the lock of all commits for this long at most.
@@ -63,31 +72,45 @@ class Address:
         name: The URL without secrets, for messages.
     """
 
-    conninfo: str
+    conninfo: str = field(repr=False)
     schema: str
     name: str
-    options: Mapping[str, str]
+    options: Mapping[str, str] = field(repr=False)
 
     @classmethod
     def parse(cls, url: str) -> Address:
         """``postgresql://user@host:5432/database?gallery=photos`` and libpq's other parameters; gallery: `main`."""
-        parts = urlsplit(url)
+        scheme, found, rest = url.partition("://")
+        try:
+            parts = urlsplit(f"//{rest}", allow_fragments=False)
+        except ValueError as exc:
+            raise InputError(f"a URL of a gallery cannot be read: {exc}") from None
         query = parse_qsl(parts.query, keep_blank_values=True)
         options = {key: value for key, value in query if key in OWN}
         gallery = options.get("gallery", "main")
+        user, at, place = parts.netloc.rpartition("@")
+        # What does not fit may be a piece of a password, and libpq would quote it: nothing of it is said.
+        misplaced = not found or "@" in parts.path or any("@" in key for key, _ in query)
+        if misplaced or not HOSTS.fullmatch(place) or NO_ESCAPE.search(parts.netloc + parts.path):
+            raise InputError(
+                "a URL of a gallery cannot be read: it is postgresql://USER:PASSWORD@HOST:PORT/DATABASE?gallery=NAME, "
+                "and what is not a letter or digit in a user or password is written as %40 (@), %2F (/), %3A (:), "
+                "%3F (?), %23 (#) or %25 (%)"
+            )
         if not GALLERY_NAME.fullmatch(gallery):
             raise InputError(
                 f"the gallery's name is {gallery!r}; accepted: 1 to 50 of a-z, 0-9, _ and -, as in ?gallery=photos"
             )
         libpq = [(key, value) for key, value in query if key not in OWN]
-        shown = [(key, value) for key, value in query if key not in {*SECRETS, "gallery"}]
-        user, at, place = parts.netloc.rpartition("@")
+        shown = [(key, without_passwords(value)) for key, value in query if key not in {*SECRETS, "gallery"}]
         public = user.split(":")[0] + at + place
-        rest = (parts.path, urlencode(libpq, quote_via=quote), "")
-        conninfo = urlunsplit(("postgresql", parts.netloc, *rest))
-        named = urlencode([*shown, ("gallery", gallery)], quote_via=quote, safe="/:")
-        scheme = "postgresql" if parts.scheme == "postgres" else parts.scheme
-        name = urlunsplit((scheme, public, parts.path, named, ""))
+        conninfo = f"postgresql://{parts.netloc}{parts.path}?{urlencode(libpq, quote_via=quote)}"
+        named = urlencode([*shown, ("gallery", gallery)], quote_via=quote, safe="/:@*")
+        name = f"{'postgresql' if scheme == 'postgres' else scheme}://{public}{parts.path}?{named}"
+        try:
+            psycopg.conninfo.conninfo_to_dict(conninfo)
+        except psycopg.ProgrammingError as exc:
+            raise InputError(f"the URL {name} cannot be read: {_text(exc)}") from None
         return cls(conninfo, f"bowerbird_{gallery}", name, options)
 
 
@@ -177,7 +200,7 @@ class Database:
             ) from exc
         except (psycopg.errors.InsufficientPrivilege, psycopg.errors.ReadOnlySqlTransaction) as exc:
             raise GalleryError(f"the server does not let this user {purpose} in {name}: {_text(exc)}") from exc
-        except (psycopg.errors.DataException, psycopg.errors.ProgramLimitExceeded) as exc:
+        except (psycopg.DataError, psycopg.errors.ProgramLimitExceeded) as exc:
             raise InputError(f"PostgreSQL cannot {purpose}: {_text(exc)}. Nothing was changed.") from exc
         except (psycopg.OperationalError, psycopg.InterfaceError) as exc:
             raise StoreUnavailableError(
@@ -200,13 +223,17 @@ def connect(address: Address) -> Connection:
     """A connection that finds the gallery's tables, in autocommit outside ``transaction()`` blocks.
 
     Raises:
+        InputError: If a parameter of the URL has a value that libpq does not know.
         psycopg.OperationalError: If the server does not answer.
     """
     given = psycopg.conninfo.conninfo_to_dict(address.conninfo)
     defaults = {name: value for name, value in DEFAULTS.items() if name not in given}
-    connection = Connection.connect(
-        address.conninfo, autocommit=True, application_name=_application("idle"), **defaults
-    )
+    try:
+        connection = Connection.connect(
+            address.conninfo, autocommit=True, application_name=_application("idle"), **defaults
+        )
+    except psycopg.ProgrammingError as exc:
+        raise InputError(f"the URL {address.name} cannot be used: {_text(exc)}") from None
     try:
         # pgvector's types may lie in any schema.
         row = connection.execute(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -35,9 +36,7 @@ def add_items(
 ) -> NDArray[np.int64]:
     """See ``Gallery.add``. Returns the new item numbers."""
     names, vectors, columns = checked_items(ids, vectors, uris, content_hashes, metadata)
-    for row, text in enumerate(columns[2] or ()):
-        if text is not None and "\\u0000" in text:
-            raise InputError(f"metadata: row {row} has a NUL character, which PostgreSQL cannot keep")
+    columns = (columns[0], columns[1], columns[2] and [_as_kept(row, text) for row, text in enumerate(columns[2])])
     if not names:
         return np.empty(0, np.int64)
     target = storage.snapshot().space_to_write(space)
@@ -76,6 +75,22 @@ def add_items(
         with storage.db.outside() as db:
             storage.db.vectors.analyze(db, number)
     return nums
+
+
+# In JSON: texts, which stay as they are, and whole numbers that Python writes with an exponent.
+_TEXT_OR_LARGE = re.compile(r'"(?:[^"\\]|\\.)*"|-?[0-9.]+e\+[0-9]+')
+_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+
+
+def _as_kept(row: int, text: str | None) -> str | None:
+    """Metadata as JSON in which ``jsonb`` changes nothing: it would write 1e+20 out, and then it were no float."""
+    if text is None:
+        return None
+    if _NUL.search(text):
+        raise InputError(f"metadata: row {row} has a NUL character, which PostgreSQL cannot keep")
+    if "e+" in text:
+        text = _TEXT_OR_LARGE.sub(lambda m: m[0] if m[0][0] == '"' else f"{int(float(m[0]))}.0", text)
+    return text
 
 
 _THERE = "SELECT id FROM item WHERE deleted_epoch = 0 AND id = ANY(%s)"
@@ -119,16 +134,34 @@ def _bury(db: Connection, names: Sequence[str], epoch: int) -> None:
 
 
 def fill(storage: PostgresStorage, nums: NDArray[np.int64], vectors: Any) -> None:
-    """Give pending items their vectors of the serving space."""
+    """Give pending items their vectors of the serving space.
+
+    Raises:
+        UnknownNameError: If one of them is not pending (any more): another process was there first.
+    """
     with storage.db.writing("fill pending items") as db:
+        done = db.execute(
+            "SELECT coalesce(id, '?') FROM unnest(%s::bigint[]) AS given(num) LEFT JOIN item USING (num) "
+            "WHERE num NOT IN (SELECT num FROM pending)",
+            (nums.tolist(),),
+        ).fetchall()
+        if done:
+            names = ", ".join(repr(row[0]) for row in done[:5])
+            raise UnknownNameError(f"{len(done)} items are not pending any more: {names}")
         snapshot = storage._load(db)
         append_rows(db, snapshot, snapshot.serving, nums, vectors)
 
 
 def append_rows(db: Connection, snapshot: Any, fingerprint: str, nums: NDArray[np.int64], vectors: Any) -> None:
-    """Inside a transaction: vectors of existing items in a space (rollback, pending items), from a new epoch on."""
+    """Inside a transaction: vectors of existing items in a space (rollback, pending items), from a new epoch on.
+
+    Items that have one there by now, from another process that does the same, keep it.
+    """
     rows = unit_vectors(vectors, snapshot.spaces[fingerprint].dim, count=len(nums))
     number, epoch = snapshot.numbers[fingerprint], next_epoch(db)
+    there = db.execute("SELECT num FROM member WHERE space = %s AND num = ANY(%s)", (number, nums.tolist())).fetchall()
+    fresh = ~np.isin(nums, np.array(there, np.int64).ravel())
+    nums, rows = nums[fresh], rows[fresh]
     snapshot.db.vectors.write(db, number, nums, rows, snapshot.dtype)
     # Where the item has a newer vector already, this one waits beneath it.
     newer = [snapshot.numbers[name] for name in snapshot.stack[snapshot.stack.index(fingerprint) + 1 :]]

@@ -14,7 +14,7 @@ from bowerbird.errors import GalleryError, InputError, SpaceError
 from bowerbird.gallery.snapshot import UpgradeState
 from bowerbird.gallery.space import DTYPES, Item, Relation, Space
 from bowerbird.gallery.storage import check_same_space
-from bowerbird.gallery.vectors import check_key
+from bowerbird.gallery.vectors import checked_filter, is_utf8
 from bowerbird.gallery.verify import Report
 from bowerbird_scale.postgres import indexes, verify
 from bowerbird_scale.postgres.connection import Address, Connection, Database, connect
@@ -60,8 +60,7 @@ class PostgresStorage:
                         f"cannot create a gallery at {address.name}: the schema {address.schema} is there already. "
                         "Choose another name (?gallery=NAME), or drop that schema."
                     )
-                if db.execute("SELECT 1 FROM pg_extension WHERE extname = 'vector'").fetchone() is None:
-                    _install_pgvector(db, address)
+                _install_pgvector(db, address)
                 db.execute(sql.SQL("CREATE SCHEMA {}").format(schema))
                 db.execute(TABLES)
                 db.execute("INSERT INTO head VALUES (1, %s, 0, 0, 0, 0, 0, %s, %s)", (FORMAT, space.fingerprint, dtype))
@@ -132,7 +131,7 @@ class PostgresStorage:
 
     def find(self, ids: Sequence[str]) -> list[Item | None]:
         """Live items in the order of ``ids``."""
-        known = [name for name in ids if "\0" not in name]
+        known = [name for name in ids if "\0" not in name and is_utf8(name)]
         with self.db.reading() as db:
             rows = db.execute(f"SELECT {ITEM} FROM item WHERE deleted_epoch = 0 AND id = ANY(%s)", (known,)).fetchall()
         found = {row[0]: item_of_row(row) for row in rows}
@@ -177,20 +176,14 @@ class PostgresStorage:
         """``{"key": value}`` (equal), ``{"key": [values]}`` (any of them); all must hold; a missing key is null."""
         clauses: list[str] = []
         parameters: list[Any] = []
-        for key, wanted in where.items():
-            check_key(key)
-            values = list(wanted) if isinstance(wanted, list | tuple | set | frozenset) else [wanted]
-            for value in values:
-                if not (value is None or isinstance(value, str | int | float)):
-                    raise InputError(
-                        f"filter {key!r}: {value!r} is not text, a number, true, false or null, nor a list of these"
-                    )
+        for key, values in checked_filter(where).items():
             either = []
             if None in values:
                 either.append("coalesce(metadata -> %s, 'null') = 'null'")
                 parameters.append(key)
-            # As in SQLite, true is 1 and false is 0.
-            scalars = {json.dumps(same) for value in values if value is not None for same in _same(value)}
+            # As in SQLite, true is 1 and false is 0. No item here has a NUL in a text.
+            given = [value for value in values if value is not None and not (isinstance(value, str) and "\0" in value)]
+            scalars = {json.dumps(same) for value in given for same in _same(value)}
             if scalars:
                 either.append("metadata -> %s = ANY(%s::jsonb[])")
                 parameters.extend([key, sorted(scalars)])
@@ -348,7 +341,11 @@ def _same(value: Any) -> list[Any]:
 
 
 def _install_pgvector(db: Connection, address: Address) -> None:
-    available = db.execute("SELECT 1 FROM pg_available_extensions WHERE name = 'vector'").fetchone()
-    if available is None:
+    installed = "SELECT 1 FROM pg_extension WHERE extname = 'vector'"
+    if db.execute(installed).fetchone() is not None:
+        return
+    if db.execute("SELECT 1 FROM pg_available_extensions WHERE name = 'vector'").fetchone() is None:
         raise GalleryError(f"the server of {address.name} has no pgvector: install it there (0.7 or newer)")
-    db.execute("CREATE EXTENSION vector SCHEMA public")
+    db.execute("SELECT pg_advisory_xact_lock(hashtext('bowerbird pgvector'))")  # the first galleries of a database
+    if db.execute(installed).fetchone() is None:
+        db.execute("CREATE EXTENSION vector SCHEMA public")

@@ -320,8 +320,11 @@ class PostgresStore:
         batch_items: int = 256,
     ) -> int:
         """See ``bowerbird.gallery.store.Store.rollback``: the old vectors were never touched and count again."""
+        upgrade = self.upgrade_state()
+        if upgrade is None:
+            raise UpgradeError("there is no upgrade to roll back")
         while True:
-            missing = self._to_encode()
+            missing = self._to_encode(upgrade)
             if len(missing) and encode_old is None and not leave_pending:
                 raise UpgradeError(
                     f"{len(missing)} items were added or edited during the upgrade and have no vector of the old "
@@ -329,39 +332,43 @@ class PostgresStore:
                     "unsearchable until it is there."
                 )
             if encode_old is not None:  # outside the transaction that ends the upgrade: encoding takes long
-                self._give_old_vectors(missing, encode_old, batch_items)
-            left = self._end_rollback(leave_pending=leave_pending)
+                self._give_old_vectors(upgrade, missing, encode_old, batch_items)
+            left = self._end_rollback(upgrade, leave_pending=leave_pending)
             if left is not None:
                 self._sweep()
                 return left
             # Items came in between; once more.
 
-    def _to_encode(self) -> NDArray[np.int64]:
+    def _under_way(self, db: Connection, upgrade: UpgradeState) -> PostgresSnapshot:
+        """The state of this moment, if ``upgrade`` is still the topmost one: a rollback is many transactions."""
+        snapshot = self.storage._load(db)
+        if snapshot.upgrade is None or snapshot.upgrade.id != upgrade.id:
+            raise UpgradeError("the upgrade was ended, or another begun on top of it, by another process meanwhile")
+        return snapshot
+
+    def _to_encode(self, upgrade: UpgradeState) -> NDArray[np.int64]:
         """Live items without a vector in an older space, but for those that the upgrade below has in its queue."""
         with self.db.reading() as db:
-            snapshot = self.storage._load(db)
-            if snapshot.upgrade is None:
-                raise UpgradeError("there is no upgrade to roll back")
-            return _missing_below(db, snapshot)[0]
+            return _missing_below(db, self._under_way(db, upgrade))[0]
 
     def _give_old_vectors(
-        self, missing: NDArray[np.int64], encode_old: Callable[[list[Item]], Any], batch_items: int
+        self,
+        upgrade: UpgradeState,
+        missing: NDArray[np.int64],
+        encode_old: Callable[[list[Item]], Any],
+        batch_items: int,
     ) -> None:
         for start in range(0, len(missing), batch_items):
             chunk = missing[start : start + batch_items]
             found = self.items(chunk)
             vectors = encode_old([found[num] for num in chunk.tolist()])
             with self.db.writing("roll back the upgrade", wait=COMMIT_LOCK_SECONDS) as db:
-                snapshot = self.storage._load(db)
-                if snapshot.upgrade is None:
-                    raise UpgradeError("the upgrade was ended by another process meanwhile")
-                _items.append_rows(db, snapshot, snapshot.upgrade.old, chunk, vectors)
+                _items.append_rows(db, self._under_way(db, upgrade), upgrade.old, chunk, vectors)
 
-    def _end_rollback(self, *, leave_pending: bool) -> int | None:
+    def _end_rollback(self, upgrade: UpgradeState, *, leave_pending: bool) -> int | None:
         """How many items are left pending; ``None`` where items came that must be encoded first."""
         with self.db.writing("roll back the upgrade", wait=COMMIT_LOCK_SECONDS) as db:
-            snapshot = self.storage._load(db)
-            upgrade = tasks.require_upgrade(db)
+            snapshot = self._under_way(db, upgrade)
             to_encode, missing = _missing_below(db, snapshot)
             if len(to_encode) and not leave_pending:
                 return None
