@@ -151,13 +151,14 @@ def test_the_folded_head_gives_the_same_vectors(dims, seed, rectify):
     assert sum(p.numel() for p in folded.parameters()) == added * (new + old + 1)
 
 
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("orthogonal_map", ["matrix_exp", "cayley", "householder"])
-def test_the_matrices_stay_orthogonal_under_training(orthogonal_map):
+def test_the_matrices_stay_orthogonal_under_training(orthogonal_map, weight_decay):
     torch.manual_seed(0)
     head = BasisTransformHead(40, 24, 16, 8, orthogonal_map=orthogonal_map, num_classes=5)
     start = head.old_basis.weight.detach().clone()
     loss = BT2Loss(F.normalize(torch.randn(5, 16)))
-    optimiser = torch.optim.Adam(head.parameters(), lr=0.05)
+    optimiser = torch.optim.AdamW(head.parameters(), lr=0.05, weight_decay=weight_decay)
     h, old, teacher = torch.randn(30, 40), torch.randn(30, 16), torch.randn(30, 24)
     for _ in range(50):
         optimiser.zero_grad()
@@ -168,6 +169,21 @@ def test_the_matrices_stay_orthogonal_under_training(orthogonal_map):
         assert_close(q @ q.T, torch.eye(len(q)), rtol=0, atol=3e-6)
     assert not torch.allclose(start, head.old_basis.weight, atol=0.1)
     assert_close(head(h).embedding.square().sum(1), torch.full((30,), 5.0), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("orthogonal_map", ["matrix_exp", "cayley", "householder"])
+def test_matrices_can_be_assigned_saved_and_loaded_whatever_parametrises_them(orthogonal_map):
+    torch.manual_seed(0)
+    first, second = (BasisTransformHead(9, 5, 4, 2, orthogonal_map=orthogonal_map) for _ in range(2))
+    turn = torch.linalg.qr(torch.randn(5, 5)).Q
+    for matrix in (turn, turn * torch.tensor([-1.0, 1, 1, 1, 1])):
+        first.new_basis.weight = matrix
+        assert_close(first.new_basis.weight, matrix, rtol=0, atol=1e-6)
+    second.load_state_dict(first.state_dict())
+    h = torch.randn(3, 9)
+    assert torch.equal(second(h).embedding, first(h).embedding)
+    with pytest.raises(InputError, match="orthogonal_map is 'qr'; accepted: matrix_exp"):
+        BasisTransformHead(9, 5, 4, 2, orthogonal_map="qr")
 
 
 def test_half_precision_training_leaves_the_norm_exact():

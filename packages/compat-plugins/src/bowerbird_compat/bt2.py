@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
+from torch.nn.utils.parametrize import register_parametrization
 
 from bowerbird.errors import InputError
 from bowerbird_compat.bct import InfluenceLoss
@@ -180,10 +181,26 @@ def _check_features(features: Tensor, in_dim: int) -> None:
 
 
 def _orthogonal(size: int, orthogonal_map: OrthogonalMap) -> nn.Linear:
+    if orthogonal_map not in get_args(OrthogonalMap):
+        raise InputError(f"orthogonal_map is {orthogonal_map!r}; accepted: {', '.join(get_args(OrthogonalMap))}.")
     linear = nn.Linear(size, size, bias=False)
-    nn.init.orthogonal_(linear.weight)
+    start = nn.init.orthogonal_(linear.weight).detach().clone()
+    if orthogonal_map == "householder":
+        register_parametrization(linear, "weight", _WholeSigns())
     made: nn.Linear = orthogonal(linear, orthogonal_map=orthogonal_map)  # type: ignore[assignment]
+    made.weight = start
     return made
+
+
+class _WholeSigns(nn.Module):
+    """What torch's Householder map reads from the diagonal of its parameter are signs, and it cuts them to whole
+    numbers: after one step of weight decay 0.99 would be 0, and the matrix zero."""
+
+    def forward(self, parameter: Tensor) -> Tensor:
+        return parameter.tril(-1) + torch.diag(parameter.detach().diagonal().sign())
+
+    def right_inverse(self, parameter: Tensor) -> Tensor:
+        return parameter
 
 
 class BT2Loss(nn.Module):
