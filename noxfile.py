@@ -28,7 +28,7 @@ PACKAGES = {
     "domain": ("./packages/domain-plugins", "", f"{CORE}[torch,digits,testing]"),
     "mim": ("./packages/mim-plugins", "", f"{CORE}[torch,digits,testing]"),
     "emoji": ("./packages/emoji-plugins", "", f"{CORE}[testing]"),
-    "scale": ("./packages/scale-plugins", "[ray,testing]", f"{CORE}[faiss-cpu,testing]"),
+    "scale": ("./packages/scale-plugins", "[ray,testing]", f"{CORE}[faiss-cpu,serve,testing]"),
     "sparsity": ("./packages/sparsity-plugins", "[onnx,report]", f"{CORE}[torch,digits,testing]"),
     "videotext": (
         "./packages/videotext-plugins",

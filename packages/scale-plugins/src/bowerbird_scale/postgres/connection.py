@@ -1,14 +1,16 @@
 """Connections and transactions of one gallery: its URL, the errors of the server in words, and who may write.
 
 Every write is one transaction that locks the single row of ``head`` first. That gives each commit its epoch, in the
-order of the commits, and lets no two transactions wait for each other. Nothing is retried here: a server that is away
-is a ``StoreUnavailableError``, the next call connects again, and `run` decides how long to be patient.
+order of the commits, and lets no two transactions wait for each other. Nothing is retried here: a connection that was
+ended while it rested is replaced, but a server that is away, or goes in the middle, is a ``StoreUnavailableError``; the
+next call connects again, and `run` decides how long to be patient.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import selectors
 import socket
 import threading
 from collections.abc import Iterator, Mapping
@@ -175,6 +177,8 @@ class Database:
         if os.getpid() != self.pid:
             raise GalleryError("a gallery that was opened before fork() cannot be used in the child; open it again")
         connection = self._connections.get(role)
+        if connection is not None and not _open(connection):
+            connection.close()
         if connection is None or connection.closed:
             connection = connect(self.address)
             if role == "read":
@@ -246,6 +250,16 @@ def connect(address: Address) -> Connection:
         connection.close()
         raise
     return connection
+
+
+def _open(connection: Connection) -> bool:
+    """Whether the server has not ended it while nobody asked, as a restart, a failover or a pooler does. Costs no round
+    trip: on a connection at rest there is nothing to read but the server's farewell."""
+    if connection.closed or connection.info.transaction_status != psycopg.pq.TransactionStatus.IDLE:
+        return not connection.closed
+    with selectors.DefaultSelector() as selector:
+        selector.register(connection.fileno(), selectors.EVENT_READ)
+        return not selector.select(0)
 
 
 def _application(purpose: str) -> str:
