@@ -19,6 +19,7 @@ from bowerbird.errors import InputError  # noqa: E402
 from bowerbird.gallery import Gallery  # noqa: E402
 from bowerbird.upgrade.engines import load_executor, run_workers  # noqa: E402
 from bowerbird.upgrade.worker import Job  # noqa: E402
+from bowerbird_scale.ray_executor import _connect  # noqa: E402
 
 # Ray leaves sockets to the end of the process.
 pytestmark = pytest.mark.filterwarnings(
@@ -29,8 +30,6 @@ NAMES = [f"item-{n:03d}" for n in range(300)]
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
-    from bowerbird_scale.ray_executor import _connect
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([HERE, os.environ.get("PYTHONPATH", "")]))
         patch.delenv("RAY_ADDRESS", raising=False)
@@ -84,6 +83,16 @@ def test_a_cluster_that_is_too_small_is_refused(gallery):
         run_workers(gallery, lambda: job(gallery), load_executor("ray")(50))
     with pytest.raises(InputError, match="at least 1"):
         load_executor("ray")(0)
+
+
+def test_a_cluster_that_does_not_answer_is_named(monkeypatch):
+    def silent(**settings):
+        raise ConnectionError("ray client connection timeout")  # what Ray says, after 30 seconds
+
+    monkeypatch.setenv("RAY_ADDRESS", "ray://me:secret@head:10001")
+    monkeypatch.setattr("bowerbird_scale.ray_executor.ray.init", silent)
+    with pytest.raises(InputError, match=r"no Ray cluster at RAY_ADDRESS=ray://me:\*\*\*@head:10001: ray client"):
+        _connect(2)
 
 
 def test_a_folder_cannot_be_reached_from_other_machines(gallery, monkeypatch):

@@ -102,10 +102,9 @@ def checked_ids(ids: Any, *, what: str = "ids") -> list[str]:
     joined = "".join(names)
     if "\0" in joined:
         raise InputError(f"{what}: row {next(i for i, n in enumerate(names) if chr(0) in n)} has a NUL character")
-    try:
-        joined.encode()
-    except UnicodeEncodeError as exc:
-        raise InputError(f"{what}: an id cannot be written as UTF-8: {exc}") from exc
+    if not is_utf8(joined):
+        row = next(i for i, name in enumerate(names) if not is_utf8(name))
+        raise InputError(f"{what}: row {row} is {names[row]!r}, which cannot be written as UTF-8; give it another name")
     return names
 
 

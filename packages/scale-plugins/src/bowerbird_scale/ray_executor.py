@@ -15,7 +15,7 @@ from typing import Any
 
 import ray
 
-from bowerbird.errors import InputError
+from bowerbird.errors import InputError, without_passwords
 from bowerbird.gallery.open import folder_of
 from bowerbird.upgrade.executors import checked_workers, supervise, thread_environment, threads_per_worker
 from bowerbird.upgrade.run import WorkerShare
@@ -80,7 +80,13 @@ class RayExecutor:
 def _connect(workers: int) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if address := os.environ.get("RAY_ADDRESS"):
-        ray.init(address=address, log_to_driver=False)
+        try:
+            ray.init(address=address, log_to_driver=False)
+        except (OSError, RuntimeError, ValueError) as exc:
+            raise InputError(
+                f"there is no Ray cluster at RAY_ADDRESS={without_passwords(address)}: "
+                f"{without_passwords(str(exc))}. Start it, or unset RAY_ADDRESS to use a Ray of this machine"
+            ) from exc
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     ray.init(
