@@ -147,6 +147,26 @@ def test_an_edit_while_a_worker_encodes_is_not_overwritten_by_the_stale_vector(g
     assert "item-0001" not in gallery and gallery.verify().ok
 
 
+def test_files_in_the_folder_of_a_gallery_are_found_there_after_it_moved(tmp_path: Path) -> None:
+    inside, outside = tmp_path / "here" / "contents" / "a.png#xywh=1,2,3,4", tmp_path / "here-too" / "b.png"
+    uris = [str(inside), str(outside), "emoji:styles?item=3", None]
+    with Gallery.create(tmp_path / "here", OLD) as gallery:
+        gallery.add(["a", "b", "c", "d"], vectors(["a", "b", "c", "d"], OLD), uris=uris)
+        assert [gallery.get(name).uri for name in "abcd"] == uris
+    (tmp_path / "here").rename(tmp_path / "there")
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    expected = [str(tmp_path / "there" / "contents" / "a.png#xywh=1,2,3,4"), *uris[1:]]
+    for place in ("there", "link"):
+        with Gallery.open(tmp_path / place) as gallery:
+            assert [item.uri for item in gallery.items()] == expected
+    with Gallery.open(tmp_path / "there") as gallery:
+        gallery.store.begin_upgrade(NEW, strategy="core:full", order_name="core:random")
+        task = gallery.store.lease_task("worker")
+        assert task is not None and {item.id: item.uri for item in task.items} == dict(
+            zip("abcd", expected, strict=True)
+        )
+
+
 def test_a_worker_that_lost_its_lease_is_refused_and_changes_nothing(gallery: Gallery) -> None:
     begin(gallery)
     slow = gallery.store.lease_task("slow", 10, now=0)

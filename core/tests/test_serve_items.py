@@ -117,6 +117,20 @@ def test_an_added_picture_is_found_and_its_file_is_kept_as_it_was_sent(client: T
     assert file.read_bytes() == data and file.is_relative_to(contents_of(client))
 
 
+def test_uploaded_pictures_move_with_the_folder_of_the_gallery(gallery_path: Path) -> None:
+    data = picture_bytes(OTHER)
+    with served(gallery_path) as client:
+        ok(add(client, [{"id": "new"}], [data]))
+    moved = gallery_path.rename(gallery_path.with_name("moved"))
+    with served(moved) as client:
+        file = Path(str(gallery_of(client).get("new").uri))
+        assert file.is_relative_to(moved) and file.read_bytes() == data
+        assert client.get("/v1/thumbnail", params={"id": "new"}).status_code == 200
+        assert ok(add(client, [{"id": "new"}], [data]))["unchanged"] == ["new"]
+        ok(client.post("/v1/items/delete", json={"ids": ["new"]}))
+        assert not file.exists()
+
+
 def test_sending_a_batch_again_changes_nothing(client: TestClient) -> None:
     items = [{"id": "again/a"}, {"id": "again/b", "metadata": {"n": 1}}]
     data = [picture_bytes(OTHER + 1), picture_bytes(OTHER + 2)]

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from bowerbird.gallery.store import Store
 
 THREAD_FROM_ROWS = 8192  # below, threads cost more than they give
+INSIDE = "gallery-folder:"  # begins the stored uri of a file in the gallery's folder
 
 # One statement for many rows, given as JSON: three times cheaper than binding every row from Python, and SQLite works
 # through it without the interpreter, beside the thread that writes vectors.
@@ -59,6 +60,8 @@ def add_items(
     if not names:
         return np.empty(0, np.int64)
     storage = store.storage
+    if columns[0] is not None:
+        columns = (stored_uris(columns[0], storage.place), *columns[1:])
     with storage.catalog.exclusive("add items"), storage.appending():
         target = storage.snapshot().space_to_write(space)
         if vectors.shape[1] != target.dim:
@@ -72,6 +75,22 @@ def add_items(
             raise
         writer.committed()
         return nums
+
+
+def stored_uris(uris: Sequence[str | None], place: str) -> list[str | None]:
+    """Files in the gallery's own folder are stored by their place there, so that it can be moved with its pictures.
+
+    Args:
+        place: ``Storage.place``.
+    """
+    return [INSIDE + uri[len(place) :] if uri is not None and uri.startswith(place) else uri for uri in uris]
+
+
+def found_uri(uri: str | None, place: str) -> str | None:
+    """Where the content is now, of what ``stored_uris`` gave."""
+    if uri is None or not uri.startswith(INSIDE):
+        return uri
+    return place + uri.removeprefix(INSIDE)
 
 
 def _commit(

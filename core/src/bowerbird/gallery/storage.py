@@ -52,6 +52,7 @@ class Storage:
 
     def __init__(self, path: str | Path, *, readonly: bool = False, lock_timeout: float = 10.0) -> None:
         self.path = Path(path)
+        self.place = f"{self.path.resolve()}{os.sep}"  # begins the paths of all files in it
         self.catalog = Catalog(self.path, readonly=readonly, lock_timeout=lock_timeout)
         self.segment_folder = self.path / "seg"
         self._snapshot: Snapshot | None = None
@@ -203,7 +204,7 @@ class Storage:
                 "SELECT id, num, uri, content_hash, metadata FROM item WHERE num IN (SELECT value FROM json_each(?))",
                 (wanted,),
             ).fetchall()
-        return {row[1]: item_of_row(row) for row in rows}
+        return {row[1]: item_of_row(row, self.place) for row in rows}
 
     def find(self, ids: Sequence[str]) -> list[Item | None]:
         """Live items in the order of ``ids``."""
@@ -213,7 +214,7 @@ class Storage:
                 "WHERE deleted_epoch = 0 AND id IN (SELECT value FROM json_each(?))",
                 (json.dumps(list(ids)),),
             ).fetchall()
-        found = {row[0]: item_of_row(row) for row in rows}
+        found = {row[0]: item_of_row(row, self.place) for row in rows}
         return [found.get(name) for name in ids]
 
     def names(self, nums: Iterable[int]) -> dict[int, str]:
@@ -234,7 +235,7 @@ class Storage:
                 "AND (deleted_epoch = 0 OR deleted_epoch > ?) ORDER BY num LIMIT ?",
                 (after, epoch, epoch, limit),
             ).fetchall()
-        return [item_of_row(row) for row in rows]
+        return [item_of_row(row, self.place) for row in rows]
 
     def pending(self) -> list[Item]:
         """Items without a vector in the serving space, by number."""
@@ -547,8 +548,9 @@ def read_relations(db: sqlite3.Connection) -> list[Relation]:
     return [Relation(kind, new, old, json.loads(evidence)) for kind, new, old, evidence in rows]
 
 
-def item_of_row(row: tuple[str, int, str | None, str | None, str | None]) -> Item:
+def item_of_row(row: tuple[str, int, str | None, str | None, str | None], place: str) -> Item:
     item_id, num, uri, content_hash, metadata = row
+    uri = ingest.found_uri(uri, place)
     return Item(item_id, num, uri, content_hash, json.loads(metadata) if metadata else {})
 
 

@@ -255,7 +255,8 @@ class Store:
                 if row is None:
                     return None
                 task, lo, hi, crc, token = row
-                items = tasks.live_items(db, tasks.read_plan(self.plan_folder, db, upgrade.id, lo, hi, crc))
+                nums = tasks.read_plan(self.plan_folder, db, upgrade.id, lo, hi, crc)
+                items = tasks.live_items(db, nums, self.storage.place)
                 if not items:
                     db.execute("UPDATE task SET state = 'done', owner = NULL WHERE id = ?", (task,))
                     continue

@@ -111,13 +111,13 @@ def insert_tasks(db: sqlite3.Connection, upgrade: int, nums: NDArray[np.int64], 
     )
 
 
-def live_items(db: sqlite3.Connection, nums: NDArray[np.int64]) -> tuple[Item, ...]:
+def live_items(db: sqlite3.Connection, nums: NDArray[np.int64], place: str) -> tuple[Item, ...]:
     rows = db.execute(
         "SELECT id, num, uri, content_hash, metadata FROM item "
         "WHERE num IN (SELECT value FROM json_each(?)) AND deleted_epoch = 0",
         (json.dumps(nums.tolist()),),
     )
-    found = {row[1]: item_of_row(row) for row in rows}
+    found = {row[1]: item_of_row(row, place) for row in rows}
     return tuple(found[num] for num in nums.tolist() if num in found)
 
 
