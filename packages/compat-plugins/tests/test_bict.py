@@ -282,7 +282,7 @@ def test_what_cannot_be_trained_on_is_refused():
     with pytest.raises(InputError, match="at least 2 vectors"):
         fit_forward_transform(old[:1], new[:1])
     for wrong in ({"lr": 0.0}, {"batch_size": 0}, {"warmup": 1.0}):
-        with pytest.raises(InputError, match=f"{next(iter(wrong))}={next(iter(wrong.values()))}"):
+        with pytest.raises(InputError, match=f"{next(iter(wrong))}( is |=){next(iter(wrong.values()))}"):
             fit_forward_transform(old, new, **wrong)
     assert fit_forward_transform(old.numpy(), new.numpy(), labels.numpy(), steps=1).out_dim == 10
 

@@ -9,10 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from bowerbird_compat.bct import InfluenceLoss, MarginSoftmax
-from bowerbird_compat.bict import ForwardCompatibleLoss
+from bowerbird_compat.bct import InfluenceLoss, MarginSoftmax, build_prototypes
+from bowerbird_compat.bict import ForwardCompatibleLoss, fit_forward_transform
 from bowerbird_compat.bt2 import BasisTransformHead, BT2Loss, FeatureCache, compare
-from bowerbird_compat.online_backfilling import MetricCompatibleLoss, ReverseQueryTransform, TopK
+from bowerbird_compat.online_backfilling import (
+    MetricCompatibleLoss,
+    ReverseQueryTransform,
+    TopK,
+    fit_metric_compatible,
+    fit_reverse_transform,
+)
 from bowerbird_compat.ract import (
     BackfillState,
     ClassLevelCompatibleLoss,
@@ -88,6 +94,25 @@ def test_losses_agree_in_both_precisions(name):
     labels = torch.tensor([0, 1, 2, 3, 4, 0])
     single, double = LOSSES[name](new, old, labels), LOSSES[name](new.double(), old.double(), labels)
     torch.testing.assert_close(single.double(), double, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_old_vectors_and_labels_may_come_from_inference_mode(name):
+    new = torch.randn(6, SIZE, requires_grad=True)
+    with torch.inference_mode():
+        old, labels = torch.randn(6, SIZE), torch.tensor([0, 1, 2, 3, 4, 0])
+    LOSSES[name](new, old, labels).backward()
+    assert torch.isfinite(new.grad).all()
+
+
+@pytest.mark.parametrize("fit", [fit_forward_transform, fit_reverse_transform, fit_metric_compatible])
+def test_transforms_are_fitted_alike_in_and_out_of_inference_mode(fit):
+    first, second, labels = torch.randn(12, 5), torch.randn(12, 4), torch.arange(12) % 3
+    outside = fit(first, second, labels, steps=3)
+    with torch.inference_mode(), torch.no_grad():
+        inside = fit(first, second, labels, steps=3)
+    for a, b in zip(*[made if isinstance(made, tuple) else (made,) for made in (outside, inside)], strict=True):
+        assert torch.equal(a(first), b(first))
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -283,3 +308,56 @@ def test_a_gallery_without_items_has_an_order_and_is_done():
     state.advance(3)
     assert state.fraction == 1
     assert state.vectors(torch.ones(0, 2), torch.ones(0, 2)).shape == (0, 2)
+
+
+@pytest.mark.parametrize("value", [1.5, float("nan"), "3", True])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda v: TopK(v),
+        lambda v: CompatibleContrastiveLoss(topk=v),
+        lambda v: BasisTransformHead(9, 5, v, 2),
+        lambda v: ReverseQueryTransform(v, 3),
+        lambda v: refine_prototypes(rows(), rows(), torch.arange(CLASSES), num_classes=v),
+        lambda v: BackfillState(torch.arange(4), v),
+        lambda v: InfluenceLoss(rows(), {v: 0}),
+        lambda v: fit_forward_transform(rows(), rows(), steps=v),
+        lambda v: fit_reverse_transform(rows(), rows(), batch_size=v),
+    ],
+)
+def test_numbers_of_things_are_integers(make, value):
+    with pytest.raises(ValueError, match=r"is .*; it must be an integer"):
+        make(value)
+
+
+def test_integers_may_come_as_entries_of_arrays_and_tensors():
+    assert CompatibleContrastiveLoss(topk=np.int64(3)).topk == 3
+    assert CompatibleContrastiveLoss(topk=torch.tensor(3)).topk == 3
+    assert InfluenceLoss(rows(), {np.int64(7): torch.tensor(2)}).old_labels(torch.tensor([7, 0])).tolist() == [2, -1]
+
+
+@pytest.mark.parametrize("fit", [fit_forward_transform, fit_reverse_transform])
+def test_names_of_classes_are_no_labels(fit):
+    with pytest.raises(TypeError, match="integers"):
+        fit(torch.randn(3, 4), torch.randn(3, 4), ["a", "b", "c"], steps=1)
+    fit(torch.randn(3, 4), torch.randn(3, 4), [0, 1, 0], steps=1)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"image": torch.ones(2, 3)}, "has no 'label'; it has 'image'"),
+        ((torch.ones(2, 3), torch.tensor([0, 1]), torch.tensor([0, 1])), "pairs"),
+        (torch.ones(2, 3), "pairs"),
+    ],
+)
+def test_batches_without_labels_are_named(batch, message):
+    with pytest.raises(ValueError, match=message):
+        build_prototypes(torch.as_tensor, [batch], 2)
+    with pytest.raises(ValueError, match=message):
+        PrototypeRefresh(PrototypeLoss(rows()), torch.as_tensor, [batch], rows()).refresh()
+
+
+def test_an_encoder_that_changes_its_size_is_refused():
+    with pytest.raises(ValueError, match="size 3 and then 2"):
+        build_prototypes(torch.as_tensor, [(torch.ones(1, 3), np.array([0])), (torch.ones(1, 2), np.array([1]))], 2)

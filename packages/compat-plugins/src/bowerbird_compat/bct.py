@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from bowerbird.batch import Batch
 from bowerbird.errors import InputError, RecipeError
 from bowerbird.protocols import BuildContext, Encoder, LossOutput
-from bowerbird_compat.checks import check_above_zero, check_not_negative, full_precision, integer_labels
+from bowerbird_compat.checks import check_above_zero, check_integers, check_not_negative, full_precision, integer_labels
 from bowerbird_compat.compatible_objective import CompatibleConfig, CompatibleObjective
 from bowerbird_compat.heads import MarginSoftmax, match_dim
 from bowerbird_compat.old_model import OldModel
@@ -76,7 +76,8 @@ class InfluenceLoss(nn.Module):
             raise InputError(f"reduction is {reduction!r}; accepted: {', '.join(get_args(Reduction))}.")
         check_not_negative(weight=weight)
         check_above_zero(scale=scale)
-        if not 0 <= label_smoothing < 1:
+        check_not_negative(label_smoothing=label_smoothing)
+        if not label_smoothing < 1:
             raise InputError(f"label_smoothing is {label_smoothing}; it must be in [0, 1).")
         if margin is not None and not isinstance(margin, nn.Module):
             raise InputError(f"margin is {margin!r}; give MarginSoftmax(kind, scale, margin) or None.")
@@ -153,7 +154,10 @@ def _row_of_class(class_map: Mapping[int, int] | None, num_rows: int) -> Tensor:
     """Lookup table: entry ``c`` is the row of new class ``c``, or -1."""
     if class_map is None:
         return torch.arange(num_rows)
+    if not isinstance(class_map, Mapping):
+        raise InputError(f"class_map is {class_map!r}; a mapping from new classes to rows is needed.")
     for new, row in class_map.items():
+        check_integers(**{"a class of class_map": new, "a row of class_map": row})
         if new < 0 or not 0 <= row < num_rows:
             raise InputError(f"class_map has {new} -> {row}; classes are at least 0 and rows in 0..{num_rows - 1}.")
     table = torch.full((max(class_map, default=-1) + 1,), -1, dtype=torch.int64)

@@ -29,11 +29,13 @@ from bowerbird_compat.checks import (
     check_above_zero,
     check_batch,
     check_classes,
+    check_integers,
     check_not_negative,
     cosine_distance,
     finite_vectors,
     full_precision,
     integer_labels,
+    labels_of,
 )
 from bowerbird_compat.compatible_losses import CompatibleContrastiveLoss
 from bowerbird_compat.gallery_rewrite import TransformChain, UpgradeReport, VersionedVectors, upgrade_gallery
@@ -78,6 +80,7 @@ class ForwardTransform(Transform):
         target: str = "",
     ) -> None:
         super().__init__()
+        check_integers(in_dim=in_dim, out_dim=out_dim, hidden=1 if hidden is None else hidden, depth=depth)
         hidden = 4 * max(in_dim, out_dim) if hidden is None else hidden
         if min(in_dim, out_dim, hidden, depth) < 1:
             raise InputError(f"in_dim={in_dim}, out_dim={out_dim}, hidden={hidden}, depth={depth}; all at least 1.")
@@ -212,10 +215,11 @@ class ForwardCompatibleLoss(nn.Module):
         if self.align == "cosine":
             return cosine_distance(upgraded, new)
         if self.align == "mse":
-            return F.mse_loss(F.normalize(upgraded), F.normalize(new))
-        return F.mse_loss(upgraded, new)
+            upgraded, new = F.normalize(upgraded), F.normalize(new)
+        return (upgraded - new).square().mean()
 
 
+@torch.inference_mode(False)
 def fit_forward_transform(
     old: ArrayLike | Tensor,
     new: ArrayLike | Tensor,
@@ -269,18 +273,17 @@ def fit_forward_transform(
     y = y.to(x.device)
     if len(x) != len(y):
         raise InputError(f"{len(x)} old and {len(y)} new vectors; both of the same items are needed, row by row.")
-    classes = None if labels is None else integer_labels(torch.as_tensor(labels), len(x)).to(x.device)
+    classes = labels_of(labels, len(x))
+    classes = None if classes is None else classes.to(x.device)
+    check_integers(
+        batch_size=batch_size, seed=seed, epochs=0 if epochs is None else epochs, steps=0 if steps is None else steps
+    )
+    check_above_zero(lr=lr)
+    check_not_negative(weight_decay=weight_decay)
     loss = loss or ForwardCompatibleLoss(disc=None if classes is None else "contrastive")
-    if (
-        (epochs is not None and epochs < 0)
-        or (steps is not None and steps < 0)
-        or batch_size < 1
-        or not lr > 0
-        or weight_decay < 0
-    ):
+    if (epochs is not None and epochs < 0) or (steps is not None and steps < 0) or batch_size < 1:
         raise InputError(
-            f"epochs={epochs}, steps={steps}, batch_size={batch_size}, lr={lr}, weight_decay={weight_decay}; "
-            "batch_size must be at least 1, lr above 0, the others at least 0."
+            f"epochs={epochs}, steps={steps}, batch_size={batch_size}; batch_size must be at least 1, the others 0."
         )
     if not (0 <= warmup < 1 and 0 <= freeze_norm_after <= 1):
         raise InputError(f"warmup={warmup}, freeze_norm_after={freeze_norm_after}; parts of 1 are needed.")

@@ -25,6 +25,7 @@ from bowerbird_compat.checks import (
     check_above_zero,
     check_batch,
     check_classes,
+    check_integers,
     check_not_negative,
     cosine_distance,
     integer_labels,
@@ -92,6 +93,7 @@ class BasisTransformHead(nn.Module):
         super().__init__()
         check_sizes(in_dim, new_dim, old_dim, added_dim)
         check_above_zero(scale=scale)
+        check_integers(num_classes=1 if num_classes is None else num_classes)
         if num_classes is not None and num_classes < 1:
             raise InputError(f"num_classes is {num_classes}; it must be at least 1, or None for no classifier.")
         self.in_dim, self.new_dim, self.old_dim, self.added_dim = in_dim, new_dim, old_dim, added_dim
@@ -162,6 +164,7 @@ class FoldedHead(nn.Module):
 
 
 def check_sizes(in_dim: int, new_dim: int, old_dim: int, added_dim: int) -> None:
+    check_integers(in_dim=in_dim, new_dim=new_dim, old_dim=old_dim, added_dim=added_dim)
     if min(new_dim, old_dim) < 1:
         raise InputError(f"new_dim is {new_dim} and old_dim {old_dim}; both must be at least 1.")
     if in_dim < new_dim:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,17 @@ def check_not_negative(**values: float) -> None:
     for name, value in values.items():
         if not 0 <= _number(value) < math.inf:
             raise InputError(f"{name} is {value}; it must be a finite number of at least 0.")
+
+
+def check_integers(**values: Any) -> None:
+    """Each of the named values is an integer; arrays and tensors with one entry are, truth values are not."""
+    for name, value in values.items():
+        try:
+            operator.index(value)
+        except TypeError:
+            raise InputError(f"{name} is {value!r}; it must be an integer.") from None
+        if isinstance(value, bool):
+            raise InputError(f"{name} is {value!r}; it must be an integer.")
 
 
 def _number(value: Any) -> float:
@@ -94,6 +106,13 @@ def finite_vectors(values: ArrayLike | Tensor, name: str) -> Tensor:
     return vectors
 
 
+def labels_of(items: ArrayLike | Tensor | None, count: int) -> Tensor | None:
+    """``integer_labels`` of what may also be a list, or missing."""
+    if items is None:
+        return None
+    return integer_labels(items if isinstance(items, Tensor) else np.asarray(items), count)
+
+
 def integer_labels(labels: Tensor | NDArray[np.integer], batch: int) -> Tensor:
     """``labels``, a tensor or an array, as an int64 tensor ``(batch,)``.
 
@@ -101,7 +120,7 @@ def integer_labels(labels: Tensor | NDArray[np.integer], batch: int) -> Tensor:
         TypeError: The labels are not integers.
         InputError: (a ``ValueError``) There is not one label per embedding.
     """
-    if isinstance(labels, np.ndarray):
+    if isinstance(labels, np.ndarray) and labels.dtype.kind in "iu":
         labels = torch.as_tensor(labels)
     if (
         not isinstance(labels, Tensor)
@@ -109,8 +128,8 @@ def integer_labels(labels: Tensor | NDArray[np.integer], batch: int) -> Tensor:
         or labels.dtype.is_complex
         or labels.dtype == torch.bool
     ):
-        found = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        found = getattr(labels, "dtype", type(labels).__name__)
         raise TypeError(f"Labels must be a tensor of integers (class indices), found {found}.")
     if labels.shape != (batch,):
         raise InputError(f"{batch} embeddings need labels of shape ({batch},), found {tuple(labels.shape)}.")
-    return labels.long()
+    return (labels.clone() if labels.is_inference() else labels).long()  # a loss may keep them for its gradient

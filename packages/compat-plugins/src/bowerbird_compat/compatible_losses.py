@@ -23,6 +23,7 @@ from bowerbird_compat.checks import (
     check_batch,
     check_classes,
     check_finite,
+    check_integers,
     check_not_negative,
     frozen_classifier,
     full_precision,
@@ -44,7 +45,9 @@ class _PairwiseLoss(nn.Module):
         check_not_negative(weight=weight)
         if reduction not in get_args(Reduction):
             raise InputError(f"reduction is {reduction!r}; accepted: {', '.join(get_args(Reduction))}.")
-        self.topk = topk if topk is not None and topk > 0 else None
+        if topk is not None:
+            check_integers(topk=topk)
+        self.topk = int(topk) if topk is not None and topk > 0 else None
         self.new_to_new, self.gather, self.weight, self.reduction = new_to_new, gather, float(weight), reduction
         self.detach_keys = gather if detach_keys is None else detach_keys
         self.miner = miner

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bowerbird.errors import InputError, did_you_mean
-from bowerbird_compat.checks import check_above_zero, check_not_negative, full_precision, integer_labels
+from bowerbird_compat.checks import check_above_zero, check_integers, check_not_negative, full_precision, integer_labels
 
 MarginKind = Literal["none", "cosface", "arcface", "arcface_monotone"]
 DimMode = Literal["truncate_or_pad", "strict"]
@@ -42,8 +42,9 @@ def match_dim(x: Tensor | NDArray[np.floating], dim: int, mode: DimMode = "trunc
     """
     if mode not in get_args(DimMode):
         raise InputError(
-            f"mode is {mode!r}; accepted: {', '.join(get_args(DimMode))}.{did_you_mean(mode, get_args(DimMode))}"
+            f"mode is {mode!r}; accepted: {', '.join(get_args(DimMode))}.{did_you_mean(str(mode), get_args(DimMode))}"
         )
+    check_integers(dim=dim)
     if dim < 1:
         raise InputError(f"dim is {dim}; it must be at least 1.")
     x = torch.as_tensor(x)

@@ -11,7 +11,6 @@ new embedding. Distance is ``1 - cosine``.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +22,15 @@ from bowerbird.errors import InputError
 from bowerbird.gallery.merge import merge_by_distance
 from bowerbird.protocols import Transform
 from bowerbird.retrieval.index import Hits
-from bowerbird_compat.checks import check_above_zero, finite_vectors, full_precision, integer_labels
+from bowerbird_compat.checks import (
+    check_above_zero,
+    check_integers,
+    check_not_negative,
+    finite_vectors,
+    full_precision,
+    integer_labels,
+    labels_of,
+)
 from bowerbird_compat.mixed_gallery import MixedGallery, Progress, backfill
 
 __all__ = [
@@ -50,6 +57,7 @@ class ReverseQueryTransform(Transform):
         self, in_dim: int, out_dim: int, hidden: int | None = None, *, source: str = "", target: str = ""
     ) -> None:
         super().__init__()
+        check_integers(in_dim=in_dim, out_dim=out_dim, hidden=1 if hidden is None else hidden)
         if min(in_dim, out_dim) < 1 or (hidden is not None and hidden < 1):
             raise InputError(f"Sizes must be at least 1; got in_dim={in_dim}, out_dim={out_dim}, hidden={hidden}.")
         self.source, self.target = source, target
@@ -91,6 +99,7 @@ class TopK:
     k: int
 
     def __post_init__(self) -> None:
+        check_integers(k=self.k)
         if self.k < 1:
             raise InputError(f"k is {self.k}; it must be at least 1.")
 
@@ -128,8 +137,10 @@ class MetricCompatibleLoss(nn.Module):
         check_above_zero(temperature=temperature)
         if mining is not None and not isinstance(mining, TopK):
             raise InputError(f"mining is {mining!r}; accepted: None or TopK(k).")
-        if len(weights) != 3 or not all(0 <= weight < math.inf for weight in weights):
+        if len(weights) != 3:
             raise InputError(f"weights are {weights}; three numbers of at least 0 are needed.")
+        for weight in weights:
+            check_not_negative(weight=weight)
         self.temperature, self.mining, self.weights = float(temperature), mining, weights
         self.cross_system_negatives, self.include_new_side = cross_system_negatives, include_new_side
 
@@ -267,6 +278,7 @@ def fit_metric_compatible(
     return rho, psi
 
 
+@torch.inference_mode(False)
 def _fit(
     new: ArrayLike | Tensor,
     old: ArrayLike | Tensor,
@@ -283,11 +295,11 @@ def _fit(
     target = target.to(source.device)
     if len(source) != len(target):
         raise InputError(f"{len(source)} new and {len(target)} old vectors; both of the same items are needed.")
-    classes = None if labels is None else integer_labels(torch.as_tensor(labels), len(source))
-    if steps < 0 or batch_size < 1 or not lr > 0:
-        raise InputError(
-            f"steps={steps}, batch_size={batch_size}, lr={lr}; at least 0, at least 1 and above 0 are needed."
-        )
+    classes = labels_of(labels, len(source))
+    check_integers(steps=steps, batch_size=batch_size, seed=seed)
+    check_above_zero(lr=lr)
+    if steps < 0 or batch_size < 1:
+        raise InputError(f"steps={steps}, batch_size={batch_size}; at least 0 and at least 1 are needed.")
 
     draws = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bowerbird.errors import InputError
-from bowerbird_compat.checks import check_no_class_missing, integer_labels
+from bowerbird_compat.checks import check_integers, check_no_class_missing, integer_labels
 
 OnMissing = Literal["raise", "zero", "skip"]
 
@@ -67,6 +67,7 @@ def build_prototypes(
     """
     if on_missing not in get_args(OnMissing):
         raise InputError(f"on_missing is {on_missing!r}; accepted: {', '.join(get_args(OnMissing))}.")
+    check_integers(num_classes=num_classes)
     if num_classes < 1:
         raise InputError(f"num_classes is {num_classes}; it must be at least 1.")
     sums: Tensor | None = None
@@ -74,10 +75,12 @@ def build_prototypes(
     dtype = torch.float32
     with evaluating(encoder):
         for batch in loader:
-            inputs, labels = (batch, batch["label"]) if isinstance(batch, dict) else batch
+            inputs, labels = inputs_and_labels(batch)
             output = encoder(inputs)
             embeddings = torch.as_tensor(getattr(output, "pooled", output))
             unit, labels = _checked(embeddings, labels, num_classes)
+            if sums is not None and embeddings.shape[1] != sums.shape[1]:
+                raise InputError(f"The encoder gave size {sums.shape[1]} and then {embeddings.shape[1]}.")
             if sums is None:
                 dtype = embeddings.dtype
                 sums = torch.zeros(num_classes, embeddings.shape[1], dtype=torch.float64)
@@ -96,6 +99,17 @@ def build_prototypes(
     if on_missing == "skip":
         classes = (counts > 0).nonzero().flatten()
     return Prototypes(weight[classes].to(dtype), counts, classes)
+
+
+def inputs_and_labels(batch: Any) -> tuple[Any, Any]:
+    """What the encoder is given of a batch, and its labels: see ``build_prototypes``."""
+    if isinstance(batch, dict):
+        if "label" not in batch:
+            raise InputError(f"A batch has no 'label'; it has {', '.join(map(repr, batch))}.")
+        return batch, batch["label"]
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise InputError("The loader must give dicts with a 'label', or pairs (inputs, labels).")
+    return batch[0], batch[1]
 
 
 @contextmanager

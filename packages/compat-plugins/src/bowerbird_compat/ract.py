@@ -24,7 +24,7 @@ from bowerbird.batch import Batch
 from bowerbird.errors import InputError, RecipeError
 from bowerbird.protocols import BuildContext, Encoder, LossOutput
 from bowerbird.upgrade import orders
-from bowerbird_compat.checks import check_above_zero, check_finite, integer_labels
+from bowerbird_compat.checks import check_above_zero, check_finite, check_integers, integer_labels
 from bowerbird_compat.compatible_losses import (
     ClassLevelCompatibleLoss,
     CompatibleContrastiveLoss,
@@ -63,8 +63,8 @@ def backfill_order(
 
     Raises ``InputError`` (a ``ValueError``): shapes, temperature, strategy, or a row that is not finite (named).
     """
+    check_above_zero(temperature=temperature)
     if strategy == "random":
-        check_above_zero(temperature=temperature)
         gallery = torch.as_tensor(old_gallery)
         if gallery.ndim != 2:
             raise InputError(f"Old vectors have shape {tuple(gallery.shape)}; (N, D) is needed.")
@@ -95,6 +95,7 @@ class BackfillState:
         size = len(self.order)
         if not torch.equal(integer_labels(self.order, size).sort().values.cpu(), torch.arange(size)):
             raise InputError(f"order must be a permutation of 0..{size - 1}.")
+        check_integers(done=self.done)
         if not 0 <= self.done <= size:
             raise InputError(f"done is {self.done}; it must be in 0..{size}.")
 
@@ -105,6 +106,7 @@ class BackfillState:
 
     def advance(self, n: int) -> None:
         """The next ``n`` items of the order have been encoded, or all that are left."""
+        check_integers(n=n)
         if n < 0:
             raise InputError(f"n is {n}; a backfill does not go back.")
         self.done = min(self.done + n, len(self.order))

@@ -22,9 +22,16 @@ from torch import Tensor, nn
 
 from bowerbird.errors import InputError
 from bowerbird_compat.bct import InfluenceLoss, checked_classifier
-from bowerbird_compat.checks import check_above_zero, check_finite, check_no_class_missing, integer_labels
+from bowerbird_compat.checks import (
+    check_above_zero,
+    check_finite,
+    check_integers,
+    check_no_class_missing,
+    check_not_negative,
+    integer_labels,
+)
 from bowerbird_compat.heads import MarginSoftmax
-from bowerbird_compat.prototypes import Prototypes, evaluating
+from bowerbird_compat.prototypes import Prototypes, evaluating, inputs_and_labels
 
 __all__ = [
     "PrototypeLoss", "PrototypeRefresh", "Prototypes", "RefinedPrototypes", "embedded", "refine_prototypes",
@@ -104,12 +111,15 @@ def refine_prototypes(
             row is named), or classes without samples (they are listed).
         TypeError: Labels are not integers.
     """
-    if not 0 <= lam < 1:
+    check_not_negative(lam=lam)
+    check_integers(max_iter=max_iter, num_classes=1 if num_classes is None else num_classes)
+    check_above_zero(tol=tol)
+    if not lam < 1:
         raise InputError(f"lam is {lam}; it must be in [0, 1).")
     if solver not in get_args(Solver):
         raise InputError(f"solver is {solver!r}; accepted: {', '.join(get_args(Solver))}.")
-    if max_iter < 1 or not tol > 0:
-        raise InputError(f"max_iter is {max_iter} and tol is {tol}; at least 1 and a number above 0 are needed.")
+    if max_iter < 1:
+        raise InputError(f"max_iter is {max_iter}; it must be at least 1.")
     old, new = torch.as_tensor(old), torch.as_tensor(new)
     if not (old.is_floating_point() and new.is_floating_point()):
         raise InputError(f"Old vectors are {old.dtype} and new ones {new.dtype}; floating-point numbers are needed.")
@@ -235,7 +245,7 @@ class PrototypeLoss(nn.Module):
                 f"{len(self._classes)} classes ({_some(self._classes)}) with size {self.prototypes.shape[1]}."
             )
         with torch.no_grad():
-            self.prototypes.copy_(checked_classifier(taken))
+            self.influence.old_classifier = checked_classifier(taken).to(self.prototypes)
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """The loss, a scalar; 0 without a known class. ``embeddings`` ``(B, D_new)``, ``labels`` ``(B,)`` int64."""
@@ -311,7 +321,7 @@ def embedded(encoder: Callable[[Any], Any], loader: Iterable[Any]) -> tuple[Tens
     vectors, labels = [], []
     with evaluating(encoder):
         for batch in loader:
-            inputs, of_batch = (batch, batch["label"]) if isinstance(batch, dict) else batch
+            inputs, of_batch = inputs_and_labels(batch)
             output = encoder(inputs)
             vectors.append(torch.as_tensor(getattr(output, "pooled", output)).float().cpu())
             labels.append(torch.as_tensor(of_batch).cpu())
