@@ -420,6 +420,41 @@ class StoreContract(Contract):
 
     # --------------------------------------------------------------------------------------------------- leases
 
+    def test_the_parts_below_are_those_that_a_rollback_returns_to(self, gallery: Gallery) -> None:
+        """Fix: every item that has an older vector, in the newest older space; without an upgrade the parts."""
+        assert [sorted(part.nums) for part in gallery.snapshot().parts_below] == [list(range(40))]
+        begin(gallery, SECOND, seed=1)
+        work(gallery, tasks=2)
+        gallery.add(["late"], vectors(["late"], SECOND), space=SECOND.fingerprint)
+        (below,) = gallery.snapshot().parts_below
+        assert (below.count, sorted(below.nums)) == (40, list(range(40)))
+        assert np.array_equal(below.vectors_of(np.arange(40)), vectors(NAMES, FIRST))
+        assert below.search(QUERIES[FIRST.fingerprint], 50).ids[:, 40:].max() == -1
+        self.needs("sequences")
+        begin(gallery, THIRD, seed=4, on_top=True)
+        before = [sorted(part.nums) for part in gallery.snapshot().parts[:2]]
+        work(gallery, tasks=2)
+        assert [sorted(part.nums) for part in gallery.snapshot().parts_below] == before
+        assert [part.space.fingerprint for part in gallery.snapshot().parts_below] == [
+            FIRST.fingerprint, SECOND.fingerprint,
+        ]  # fmt: skip
+
+    def test_a_gallery_without_pictures_is_lifted_by_a_transform(self, gallery: Gallery) -> None:
+        """Fix: a lift reads the older vectors of an item while its new one is being written."""
+        from bowerbird.upgrade.lift import begin_lift, lifter
+        from bowerbird.upgrade.run import run
+        from bowerbird.upgrade.state import finish
+
+        weight = np.random.default_rng(3).standard_normal((SECOND.dim, FIRST.dim))
+        transform = VectorTransform.linear(FIRST.fingerprint, SECOND.fingerprint, weight)
+        begin_lift(gallery, transform, SECOND, strategy="core:full", task_items=16)
+        gallery.add(["late"], vectors(["late"], FIRST), space=FIRST.fingerprint)
+        assert run(gallery, lifter(gallery)).reason == "complete"
+        finish(gallery, encoder=lifter(gallery))
+        names = [*NAMES, "late"]
+        assert np.allclose(gallery.vectors_of(names), transform(vectors(names, FIRST)), atol=1e-6)
+        assert gallery.search({SECOND.fingerprint: QUERIES[SECOND.fingerprint]}, 50).ids[0]
+
     def test_no_task_is_in_two_hands(self, gallery: Gallery, url: str) -> None:
         """Fix: leasing is one atomic step, whoever asks."""
         begin(gallery, SECOND)

@@ -67,8 +67,11 @@ class Collections:
             distance=models.Distance.DOT,
             datatype=models.Datatype.FLOAT16 if half else models.Datatype.FLOAT32,
         )
+        name = self._name(db, number)
         with self._answers():
-            self.client.create_collection(self._name(db, number), vectors_config=vectors)
+            # PostgreSQL may give a number again whose transaction never came to its end. Nothing that is there counts.
+            self.client.delete_collection(name)
+            self.client.create_collection(name, vectors_config=vectors)
 
     def forget(self, db: Connection, number: int) -> None:
         """Only noted: if the transaction does not come to its end, the vectors still count."""

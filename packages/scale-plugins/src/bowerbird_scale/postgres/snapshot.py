@@ -219,19 +219,21 @@ class PostgresSnapshot(SpaceStack):
         if not switches or not any(part.count for part in self.olds):
             return self.parts
         *below, top = self.stack
-        last = self.numbers[top]
         older = ", ".join(str(self.numbers[name]) for name in below)
         elsewhere = (
             f"SELECT FROM member o WHERE o.num = m.num AND o.space IN ({older}) AND o.since <= {self.epoch} "
             f"AND o.gone > {self.epoch}"
         )
-        return (
-            *(
-                self._part(name, f"{self._kept[name]} AND (m.moved > {self.epoch} OR m.moved_to = {last})")
-                for name in below
-            ),
-            self._part(top, f"{self._kept[top]} AND NOT EXISTS ({elsewhere})"),
-        )
+        return *self.parts_below, self._part(top, f"{self._kept[top]} AND NOT EXISTS ({elsewhere})")
+
+    @cached_property
+    def parts_below(self) -> tuple[PostgresPart, ...]:
+        """The parts as they would be without the topmost upgrade: what a lift maps, and a rollback returns to."""
+        if not self.upgrades:
+            return self.parts
+        *below, top = self.stack
+        there = f"(m.moved > {self.epoch} OR m.moved_to = {self.numbers[top]})"
+        return tuple(self._part(name, f"{self._kept[name]} AND {there}") for name in below)
 
     def part_of(self, fingerprint: str) -> PostgresPart | None:
         return next((part for part in self.parts if part.space.fingerprint == fingerprint), None)
