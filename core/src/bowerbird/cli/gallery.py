@@ -16,6 +16,7 @@ from bowerbird.cli.parts import class_names, images_from, progress_bar, shown_ti
 if TYPE_CHECKING:
     from bowerbird.gallery import Gallery
 
+SAME_VECTOR = 0.999  # cosine from which a vector is a repetition of another, as the canary has it
 CALL_ITEMS = 50_000  # vectors per call of Gallery.add: bounds memory, and what an interruption repeats
 
 gallery_argument = click.argument("path", type=click.Path(file_okay=False))
@@ -188,10 +189,10 @@ def add(
                 ids, array = list(table.ids), table.vectors
                 own = None if table.labels is None else [{"label": label} for label in table.labels]
             rows = _metadata(metadata, ids, own)
+            named = _space(gallery, space)
+            _refuse_foreign(gallery, vectors, array, ids, named)
             with progress_bar("adding", len(ids), "vectors", as_json) as progress:
-                result: Added = _add_vectors(
-                    gallery, vectors, array, ids, rows, _space(gallery, space), existing or "error", progress
-                )
+                result: Added = _add_vectors(gallery, vectors, array, ids, rows, named, existing or "error", progress)
         else:
             encoder = _encoder_of(gallery, device)
             of_videos = encoder.frames is not None and detector is None
@@ -617,6 +618,40 @@ def _add_vectors(
         if progress is not None:
             progress(len(ids[chunk]))
     return result
+
+
+def _refuse_foreign(gallery: Gallery, file: str, vectors: Any, ids: list[str], named: str | None) -> None:
+    """Vectors of another model of the same width, where the space is known by a file (``vectors:FILE``) that is still
+    there: ids that the file has, too, must have its vectors.
+
+    Raises:
+        SpaceError: If half of them, or more, have others.
+    """
+    import numpy as np
+
+    from bowerbird.errors import BowerbirdError, SpaceError
+    from bowerbird.gallery.vectors import unit_vectors
+    from bowerbird.upgrade.vectors_encoder import is_vectors_ref, load_vectors_encoder
+
+    snapshot = gallery.snapshot()
+    space = snapshot.spaces[named] if named else snapshot.write_space
+    if not is_vectors_ref(space.encoder) or vectors.ndim != 2 or vectors.shape[1] != space.dim:
+        return
+    try:
+        known = load_vectors_encoder(space.encoder, space=space).encoder.table
+    except BowerbirdError:
+        return  # the file has gone or has changed: there is nothing to compare with
+    both = [row for row, name in enumerate(ids) if name in known.rows]
+    if not both:
+        return
+    own = unit_vectors(vectors[both], space.dim, what=f"the vectors of {file}")
+    cosines = np.einsum("nd,nd->n", own, known.vectors[[known.rows[ids[row]] for row in both]])
+    if np.median(cosines) < SAME_VECTOR:
+        raise SpaceError(
+            f"the vectors of {file} are not of space {space}: of {len(both)} ids that {known.source} has as well, "
+            f"{(cosines < SAME_VECTOR).sum()} have other vectors there (median cosine {np.median(cosines):.2f}); "
+            f"nothing was added. If {file} is right, write its vectors into {known.source} first"
+        )
 
 
 def _space(gallery: Gallery, named: str | None) -> str | None:

@@ -81,8 +81,10 @@ def lift(gallery: str, transform_file: str | None, to: str | None, old_pairs: st
         refuse_second_lift,
         refuse_without_images,
     )
+    from bowerbird.upgrade.run import Limits
     from bowerbird.upgrade.run import run as work
 
+    Limits(stop_after, None, stop_at_share)  # refused here, before a map is fitted and the lift begun
     with open_at(gallery) as opened, terminated_like_ctrl_c():
         pairs = _pairs(old_pairs, new_pairs)
         if _begins(opened, transform_file, to, on_top):

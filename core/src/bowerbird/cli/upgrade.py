@@ -29,6 +29,7 @@ from bowerbird.cli.upgrade_parts import (
     print_results,
     print_status,
     queries_of,
+    refuse_out,
     saved_plan,
     settings_of,
     steps_bar,
@@ -123,6 +124,8 @@ def plan(gallery: str, to: str, old: str | None, queries: str | None, split: str
     """
     from bowerbird.upgrade.plan import plan as make_plan
 
+    for out in outs:
+        refuse_out(out)
     with open_at(gallery, readonly=True) as opened:
         new_encoder = encoder_of(to, batch_size, device)
         old_encoder = old_encoder_of(opened, old, batch_size, device, required=as_images(queries))
@@ -267,8 +270,10 @@ def run(gallery: str, to: str | None, old: str | None, on_top: bool, compatible:
     """
     from bowerbird.errors import InputError
     from bowerbird.upgrade import Upgrade
+    from bowerbird.upgrade.run import Limits
     from bowerbird.upgrade.tables import show, watch_table
 
+    Limits(stop_after, None, stop_at_share, rate)  # refused here, before an encoder is loaded or a map fitted
     begin_settings = {name: value for name, value in begin_settings.items() if value is not None}
     executor = executor_of(engine, workers)
     with open_at(gallery) as opened, terminated_like_ctrl_c():
@@ -370,8 +375,11 @@ def run(gallery: str, to: str | None, old: str | None, on_top: bool, compatible:
         click.echo(f"failed ({attempts} of 3 attempts): {item}: {error}", err=True)
     exit_if_failed(report)
     named = shlex.quote(str(opened.path))  # a URL has characters that mean something to a shell
+    stuck = any(attempts >= 3 for _, attempts, _ in report.failures)
     follow = {
-        "complete": f"bowerbird upgrade finish {named}",
+        "complete": f"bowerbird upgrade run {named} --retry-failed, when what failed is repaired"
+        if stuck
+        else f"bowerbird upgrade finish {named}",
         "stop-rule": f"bowerbird upgrade rollback {named}, or resume",
     }.get(report.reason)
     if follow:

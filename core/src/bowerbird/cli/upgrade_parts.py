@@ -114,12 +114,22 @@ def terminated_like_ctrl_c() -> Iterator[None]:
 
 
 def encoder_of(ref: str, batch_size: int, device: str, space: Space | None = None) -> ItemEncoder:
+    from bowerbird.errors import DataError, InputError
     from bowerbird.upgrade import ItemEncoder
     from bowerbird.upgrade.vectors_encoder import is_vectors_ref, load_vectors_encoder
 
-    if is_vectors_ref(ref):
-        return load_vectors_encoder(ref, space=space, batch_size=batch_size)
-    return ItemEncoder(load(ref, device), space=space, batch_size=batch_size)
+    try:
+        if is_vectors_ref(ref):
+            return load_vectors_encoder(ref, space=space, batch_size=batch_size)
+        return ItemEncoder(load(ref, device), space=space, batch_size=batch_size)
+    except (DataError, InputError) as exc:
+        if space is None or ref != space.encoder:
+            raise
+        # Nobody typed this name just now: a path in it is that of the folder in which the upgrade was begun.
+        raise type(exc)(
+            f"{exc}. This is what the gallery calls the encoder of space {space.fingerprint[:12]}; where it is "
+            "elsewhere now, say so (--to ENCODER, or --old for the old one)"
+        ) from exc
 
 
 def latest_plan(gallery: Gallery) -> tuple[str, ...]:
@@ -127,6 +137,20 @@ def latest_plan(gallery: Gallery) -> tuple[str, ...]:
     from pathlib import Path
 
     return (str(gallery.path / "plan" / "latest.json"),) if isinstance(gallery.path, Path) else ()
+
+
+def refuse_out(path: str) -> None:
+    """That a plan can be saved there, which is better known before a sample is encoded than afterwards."""
+    import os
+    from pathlib import Path
+
+    from bowerbird.errors import InputError
+
+    file = Path(path)
+    if file.suffix.lower() not in (".json", ".html", ".svg"):
+        raise InputError(f"--out {path}: a plan is saved as .json, .html or .svg")
+    if not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
+        raise InputError(f"--out {path}: {file.parent} is no folder that can be written to")
 
 
 def saved_plan(path: str | None, new: Space) -> SavedPlan:
@@ -207,7 +231,10 @@ def what_to_ask(
 
     def ask() -> tuple[tuple[str, ...], dict[str, Any]]:
         snapshot = gallery.snapshot()
-        spaces, given = snapshot.stack, tables
+        # A lifted part is searched by queries of the encoder that it was lifted to, which may be in the stack itself.
+        compatible = {r.old for r in snapshot.relations if r.kind == "compatible" and r.new in snapshot.stack}
+        reached = {name for name in compatible if snapshot.spaces[name].lifted}
+        spaces, given = [name for name in snapshot.stack if name not in reached], tables
         if len(tables) == 1:
             spaces = spaces[-1:]  # of the newest space: enough where the strategy encodes a query once
         elif snapshot.upgrade is None:
@@ -289,10 +316,14 @@ def print_results(gallery: Gallery, queries: tuple[str, ...], found: Any, state:
         return
     under_way = f"{state.share:.1%} of the gallery is new, strategy {state.strategy}"
     click.echo(under_way if state.strategy else "no upgrade is under way")
+
+    def side(hit: dict[str, Any]) -> str:
+        return f"{hit['side']}  " if state.strategy else ""  # there are no two sides
+
     for result in results:
         click.echo(result["query"])
         for rank, hit in enumerate(result["results"], start=1):
-            click.echo(f"  {rank:>3}  {hit['distance']:.4f}  {hit['side']}  {hit['id']}{shown_times(hit)}")
+            click.echo(f"  {rank:>3}  {hit['distance']:.4f}  {side(hit)}{hit['id']}{shown_times(hit)}")
         if not result["results"]:
             click.echo("  nothing found")
 

@@ -503,8 +503,8 @@ class Store:
             if len(to_encode) and encode_old is None and not leave_pending:
                 raise UpgradeError(
                     f"{len(to_encode)} items were added or edited during the upgrade and have no vector of the old "
-                    "space. Give the old encoder (encode_old) to encode them, or leave_pending=True to keep them "
-                    "unsearchable until it is there."
+                    "space. Give the old encoder to encode them (encode_old, --old), or leave them unsearchable until "
+                    "it is there (leave_pending=True, --leave-pending)."
                 )
             if encode_old is not None:
                 old = snapshot.spaces[snapshot.upgrade.old]

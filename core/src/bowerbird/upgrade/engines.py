@@ -97,10 +97,11 @@ def run_workers(
         The sum, with each worker's share. ``reason`` is ``failed`` where workers failed and the upgrade is therefore
         not complete.
     """
+    watching = Watching(gallery, every=watch_every, max_nfr=max_nfr, share=0.0)  # refused before anything begins
     job = executor.prepare(begin)
     started = time.monotonic()
     last = status(gallery)
-    watching = Watching(gallery, every=watch_every, max_nfr=max_nfr, share=last.share)
+    watching.first, watching.next = last.share, last.share + (watching.every or 0)
     patient = Patience(str(gallery.path), job.store_patience)
     show = tolerant(progress)
     in_hand: dict[int, int] = {}

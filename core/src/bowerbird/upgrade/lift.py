@@ -106,9 +106,11 @@ def begin_lift(
     refuse_second_lift(gallery, target)
     lifted = lifted_space(transform, target)
     if transform.evidence.get("usable") is False and not accept_poor:
+        verdict = str(transform.evidence.get("verdict", "not usable"))
+        sentence = str(transform.evidence.get("sentence", "its evidence says so."))
+        said = sentence.removeprefix(f"{verdict.capitalize()}: ")  # the sentence begins with the verdict
         raise UpgradeError(
-            f"the transform {transform} is {transform.evidence.get('verdict', 'not usable')}: "
-            f"{transform.evidence.get('sentence', 'its evidence says so')} Fit another one, or accept it "
+            f"the transform {transform} is {verdict}: {said} Fit another one, or accept it "
             "(accept_poor=True, --accept-poor-transform)"
         )
     if pairs is None and isinstance(new, ItemEncoder):

@@ -148,7 +148,7 @@ class Watching:
     """Measures the watch set after each share ``every`` of the gallery, whoever moved it.
 
     Raises:
-        InputError: If ``every`` is no share.
+        InputError: If ``every`` or ``max_nfr`` is no share.
     """
 
     def __init__(self, gallery: Gallery, *, every: float | None, max_nfr: float | None, share: float) -> None:
@@ -156,6 +156,8 @@ class Watching:
             every = WATCH_EVERY  # a rule that is never looked at would stop nothing
         if every is not None and not 0 < every <= 1:
             raise InputError(f"watch_every is {every}; it is a share of the gallery, above 0 and at most 1")
+        if max_nfr is not None and not 0 <= max_nfr <= 1:
+            raise InputError(f"max_nfr is {max_nfr}; it is a share of the queries, 0 to 1")
         self.gallery, self.every, self.max_nfr = gallery, every, max_nfr
         self.first = share
         self.next = share + (every or 0)

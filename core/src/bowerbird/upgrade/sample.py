@@ -186,6 +186,8 @@ def take_sample(
         drawn = Draw(np.sort(chosen), none, nothing, none, nothing)
 
     wanted = np.concatenate([drawn.training, drawn.gallery])
+    if not len(wanted):
+        raise InputError(f"gallery {gallery.path} is empty: there is no item to encode for a sample")
     found = gallery.store.items(wanted)
     items = [found[num] for num in wanted.tolist()]
     clock = _Clock(len(items), progress)

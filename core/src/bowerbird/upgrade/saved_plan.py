@@ -63,6 +63,10 @@ def load_plan(path: str | Path) -> SavedPlan:
         decision, reason = verdict["decision"], verdict["reason"]
         old = saved["old"]["fingerprint"]
         new, order, seed = saved["new"]["fingerprint"], verdict.get("order") or saved["order"], int(saved["seed"])
+    except FileNotFoundError as exc:
+        raise DataError(
+            f"{path}: there is no such plan; `bowerbird upgrade plan GALLERY --to ENCODER` makes one"
+        ) from exc
     except OSError as exc:
         raise DataError(f"{path} cannot be read: {exc}") from exc
     except (ValueError, KeyError, TypeError) as exc:

@@ -136,7 +136,15 @@ def join(gallery: Gallery, encoder: ItemEncoder, *, upgrade: int | None = None, 
     another = state is not None and state.new != encoder.space.fingerprint
     if state is None or (another and begin_settings.get("on_top")):
         refuse_without_images(gallery, encoder)
-        return begin(gallery, encoder, **begin_settings)
+        try:
+            return begin(gallery, encoder, **begin_settings)
+        except UpgradeError:
+            state = gallery.store.upgrade_state()
+            if state is None or state.new != encoder.space.fingerprint:
+                raise
+        # The same command was started elsewhere at the same moment and was the first: this one is another worker of it,
+        # and what only the beginning can fix (queries, a map) is the first one's.
+        begin_settings = {k: v for k, v in begin_settings.items() if k not in ("watch_set", "transform", "centers")}
     _check_same_upgrade(gallery, state, encoder, begin_settings)
     check_canary(gallery, encoder)
     return state

@@ -151,7 +151,7 @@ def _by_gain(curve: ForecastCurve) -> float:
 
 
 def _first_sentence(text: str) -> str:
-    return re.split(r"(?<=[.!?;]) |; |, and ", text, maxsplit=1)[0].rstrip(".;")
+    return re.split(r"(?<=[.!?]) |, and ", text, maxsplit=1)[0].rstrip(".;")
 
 
 def _how(verdict: Recommendation) -> str:
@@ -178,11 +178,15 @@ def status_text(status: UpgradeStatus) -> RenderableType:
 
 
 def watch_table(entries: Sequence[WatchEntry | dict[str, Any]]) -> RenderableType:
-    table = Table()
+    rows = [entry if isinstance(entry, dict) else entry.to_dict() for entry in entries]
+    unlabelled = all(row["r1"] is None for row in rows)
+    caption = (
+        "queries without labels: every first result that changed counts as a negative flip" if unlabelled else None
+    )
+    table = Table(caption=caption, caption_justify="left")
     for column in ("moved", "mAP@100", "R@1", "negative flips", "positive flips", "churn@10", "d(old)", "d(new)", ""):
         table.add_column(column, justify="right")
-    for entry in entries:
-        row = entry if isinstance(entry, dict) else entry.to_dict()
+    for row in rows:
         table.add_row(
             f"{row['share']:.1%}",
             *("-" if row[key] is None else f"{row[key]:.4f}" for key in ("quality", "r1")),

@@ -29,7 +29,7 @@ from urllib.parse import parse_qs
 
 import numpy as np
 
-from bowerbird.errors import DataError, InputError, MissingExtraError, SpaceError, did_you_mean
+from bowerbird.errors import DataError, InputError, MissingExtraError, SpaceError
 from bowerbird.gallery.space import Space
 from bowerbird.retrieval.index import unit_rows
 
@@ -71,12 +71,21 @@ class VectorTable:
         for what, value in (("ids", self.ids), ("labels", self.labels)):
             if value is not None and len(value) != len(vectors):
                 raise DataError(f"{self.source}: {len(value)} {what} for {len(vectors)} vectors; they do not pair")
-        vectors = vectors.astype(np.float32)
+        with np.errstate(over="ignore"):
+            vectors = vectors.astype(np.float32)
+            lengths = np.sqrt(np.einsum("nd,nd->n", vectors, vectors))
         broken = np.flatnonzero(~np.isfinite(vectors).all(axis=1) | ~vectors.any(axis=1))
         if len(broken):
             names = ", ".join(repr(str(self.ids[row])) for row in broken[:5].tolist())
             raise DataError(
                 f"{self.source}: {len(broken)} vectors have NaN, infinity or length zero; the first: {names}"
+            )
+        beyond = np.flatnonzero(~np.isfinite(lengths) | (lengths == 0))
+        if len(beyond):
+            names = ", ".join(repr(str(self.ids[row])) for row in beyond[:5].tolist())
+            raise DataError(
+                f"{self.source}: {len(beyond)} vectors are too long or too short for single precision; divide each by "
+                f"its length. The first: {names}"
             )
         ids = [str(name) for name in self.ids]
         if len(set(ids)) < len(ids):
@@ -126,7 +135,7 @@ class VectorsEncoder:
         if missing:
             raise DataError(
                 f"{self.table.source} has no vector for {len(missing)} of {len(names)} items; the first: "
-                f"{', '.join(map(repr, missing[:5]))}.{did_you_mean(missing[0], list(self.table.rows)[:10_000])}"
+                f"{', '.join(map(repr, missing[:5]))}; it has ids such as {self.table.ids[0]!r}"
             )
         return self.table.vectors[[self.table.rows[name] for name in names]]
 
@@ -270,7 +279,10 @@ def _read_parquet(path: Path) -> VectorTable:
 
 
 def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines()
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as exc:
+        raise DataError(f"{path} is no text in UTF-8: byte {exc.object[exc.start]:#04x} at {exc.start}") from exc
 
 
 def _file_of(path: str | Path) -> Path:

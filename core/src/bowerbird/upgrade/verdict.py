@@ -106,7 +106,7 @@ def recommend(
     begins = f"new/new minus old/old is {gain}"
     if not safe:
         least = max(usable, key=lambda c: _over(c.dip), default=None)
-        why = "no strategy that is installed can serve this pair" if least is None else (
+        why = "none of the strategies that were asked for is possible for this pair" if least is None else (
             f"every strategy falls below the old level on the way, {_called(least)} least: {_unsafe(least)}"
         )  # fmt: skip
         reason = f"{begins}, but {why}. Encode everything, then switch."

@@ -328,8 +328,8 @@ class PostgresStore:
             if len(missing) and encode_old is None and not leave_pending:
                 raise UpgradeError(
                     f"{len(missing)} items were added or edited during the upgrade and have no vector of the old "
-                    "space. Give the old encoder (encode_old) to encode them, or leave_pending=True to keep them "
-                    "unsearchable until it is there."
+                    "space. Give the old encoder to encode them (encode_old, --old), or leave them unsearchable until "
+                    "it is there (leave_pending=True, --leave-pending)."
                 )
             if encode_old is not None:  # outside the transaction that ends the upgrade: encoding takes long
                 self._give_old_vectors(upgrade, missing, encode_old, batch_items)
