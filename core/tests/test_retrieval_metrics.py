@@ -774,6 +774,10 @@ def test_one_rank_or_several_may_be_asked_for():
         (lambda: R.cmc(np.eye(2), R.Relevance([[0], [1]])), "RankedList and a Relevance; got ndarray"),
         (lambda: R.self_test(R.Embeddings(np.eye(2), np.eye(2)), None), "RetrievalData"),
         (lambda: R.cross_test(R.Embeddings(np.eye(2), np.eye(2)), R.Relevance([[0]])), "pair"),
+        (
+            lambda: R.self_test(R.Embeddings(np.eye(2), np.eye(2)), R.Relevance([[0], [2]])),
+            "position 2 of a gallery of 2",
+        ),
         (lambda: R.Relevance.from_labels([0, 1], [0, 1], query_cams=[0], gallery_cams=[0, 0]), "cameras have shapes"),
         (lambda: R.Relevance.from_labels([0, 1], [0, 1], query_cams=[0, 1], gallery_cams=[0] * 3), "cameras have"),
         (lambda: R.flips([1, 0], [1, 0], query_ids_ref=[1, 2, 3], query_ids_new=[1, 2, 3]), "2 queries"),

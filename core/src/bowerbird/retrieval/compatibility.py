@@ -96,7 +96,7 @@ def measure(
     """``M(query_model, gallery_model)`` per query."""
     data = _data(data)
     scores = similarity(_embed(query_model, data).queries, _embed(gallery_model, data).gallery, distance)
-    return metric(RankedList.from_scores(scores, ids=data.gallery_ids), data.relevance)
+    return metric(_ranked(scores, data), data.relevance)
 
 
 def self_test(
@@ -293,7 +293,7 @@ def compatibility_report(
         if a not in vectors or np.shape(vectors[a].queries)[1:] != np.shape(vectors[b].gallery)[1:]:
             continue
         scores = similarity(vectors[a].queries, vectors[b].gallery, distance)
-        ranked = RankedList.from_scores(scores, ids=data.gallery_ids)
+        ranked = _ranked(scores, data)
         pair = f"{a}/{b}"
         aps[pair] = average_precision(ranked, data.relevance, kind, ap_k, tie=tie)
         correct[pair] = cmc(ranked, data.relevance, k, tie=tie)
@@ -399,6 +399,18 @@ def _data(data: RetrievalData | Relevance) -> RetrievalData:
     if not isinstance(data, RetrievalData):
         raise InputError(f"needs RetrievalData, or a Relevance where models are Embeddings; got {type(data).__name__}.")
     return data
+
+
+def _ranked(scores: NDArray[np.floating], data: RetrievalData) -> RankedList:
+    """The rankings of the whole gallery, in the ids that the relevance speaks of."""
+    if data.gallery_ids is None:
+        last = max((int(ids.max()) for ids in data.relevance.positives if len(ids)), default=PAD_ID)
+        if last >= scores.shape[1]:
+            raise InputError(
+                f"the relevance names position {last} of a gallery of {scores.shape[1]} items. It belongs to another "
+                "gallery; or it speaks of ids: give them as RetrievalData(relevance, gallery_ids=...)."
+            )
+    return RankedList.from_scores(scores, ids=data.gallery_ids)
 
 
 def _embed(model: Model, data: RetrievalData) -> Embeddings:
