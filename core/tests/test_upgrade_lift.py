@@ -217,14 +217,14 @@ def test_three_versions_with_lifted_and_backfilled_vectors_in_one_gallery(galler
     """v1 -> lifted to v2 -> v2 -> v3: four parts, one query of v3 reaches them all by registered relations."""
     third = upgrade_world.FakeEncoder("third", 20, 0.8)
     start(gallery, task_items=20)
-    run(gallery, lifter(gallery), stop_after=140)
-    run(gallery, by_item(new_encoder()), strategy="core:compatible", on_top=True, task_items=20, stop_after=100)
-    run(gallery, by_item(third), strategy="world:two-queries", on_top=True, task_items=20, stop_after=80)
+    run(gallery, lifter(gallery), stop_after=60)
+    run(gallery, by_item(new_encoder()), strategy="core:compatible", on_top=True, task_items=20, stop_after=40)
+    run(gallery, by_item(third), strategy="world:two-queries", on_top=True, task_items=20, stop_after=20)
     back, oldest = fitted(third, new_encoder()), fitted(new_encoder(), old_encoder())
     gallery.register_transform(back)
     gallery.register_transform(oldest)
     parts = gallery.snapshot().parts
-    assert [part.count for part in parts] == [0, 20, 100, 80] or all(part.count for part in parts[1:])
+    assert [part.count for part in parts] == [80, 60, 40, 20]
     given = third.vectors(range(10_000, 10_020))
     second = back(given)
     lifted = lifted_space(fitted(), NEW).fingerprint
