@@ -92,6 +92,12 @@ def maps():
         ("is not what made space", "upgrade plan g --to vectors:new.npy --old vectors:third.npy"),
         ("is not what made space", "upgrade run g --to vectors:new.npy --old vectors:third.npy"),
         ("have width 12; the space has width 8", "gallery add g --vectors late.npy"),
+        ("are not of space", "gallery add g --vectors third.npy --existing update"),
+        (
+            "is not compatible with the stored vectors",
+            "upgrade run g --to vectors:third.npy --strategy compatible --compatible",
+        ),
+        ("is no folder that can be written to", "upgrade plan g --to vectors:new.npy --out nowhere/plan.json"),
         ("have no images", "upgrade run g --to core:perceptron?image_size=8"),
         ("there is nothing to upgrade", "upgrade run g --to vectors:old.npy"),
         ("Did you mean", "upgrade run g --to vectors:new.npy --strategy adaptor"),

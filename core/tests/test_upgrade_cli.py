@@ -19,6 +19,7 @@ from bowerbird.registry import get_registry
 ENCODERS = {
     "fake:old": old_encoder,
     "fake:new": new_encoder,
+    "fake:trained": lambda: FakeEncoder("trained", 16, 0.8, flavour="old"),
     "fake:other": lambda: FakeEncoder("other", 24, 1.0),
     "fake:swapped": lambda: FakeEncoder("new", 24, 1.0, flavour="swapped"),
 }
@@ -151,7 +152,14 @@ def test_labelled_images_in_folders_are_queries(path, tmp_path):
 def test_compatible_needs_its_relation(path):
     refused = invoke("run", path, "--to", "fake:new", "--strategy", "compatible", code=2)
     assert "needs a relation" in refused.stderr
-    invoke("run", path, "--to", "fake:new", "--strategy", "compatible", "--compatible")
+    invoke("run", path, "--to", "fake:trained", "--strategy", "compatible", "--compatible")
+
+
+def test_an_encoder_that_is_not_compatible_is_not_declared_to_be(path):
+    refused = invoke("run", path, "--to", "fake:new", "--strategy", "compatible", "--compatible", code=2)
+    assert "is not compatible with the stored vectors" in refused.stderr and "mean cosine" in refused.stderr
+    assert "needs a relation" in invoke("run", path, "--to", "fake:new", "--strategy", "compatible", code=2).stderr
+    assert "no upgrade is under way" in invoke("status", path, code=2).stderr
 
 
 def test_failed_items_are_listed_and_accepted_only_explicitly(path):

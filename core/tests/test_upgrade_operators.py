@@ -94,6 +94,12 @@ def test_a_gain_to_stop_at_without_a_plan_says_how_to_make_one():
     assert "there is no such plan; `bowerbird upgrade plan" in said
 
 
+def test_a_lift_amid_an_upgrade_is_refused_before_a_map_is_fitted(monkeypatch):
+    monkeypatch.setattr("bowerbird.upgrade.fitting.fit_transform", lambda *_, **__: pytest.fail("it was fitted"))
+    bowerbird("upgrade", "run", "g", "--to", "vectors:new.npy", "--strategy", "two-queries", "--stop-at-share", 0.5)
+    assert "lift on top of it" in bowerbird("upgrade", "lift", "g", "--to", "vectors:twin.npy", code=2)
+
+
 def test_a_lift_of_an_empty_gallery_is_refused():
     bowerbird("gallery", "create", "empty", "--encoder", "vectors:old.npy")
     assert "is empty" in bowerbird("upgrade", "lift", "empty", "--to", "vectors:new.npy", code=2)

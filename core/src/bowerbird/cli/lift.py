@@ -78,6 +78,7 @@ def lift(gallery: str, transform_file: str | None, to: str | None, old_pairs: st
         WORKER_LOADER,
         begin_lift,
         lifter,
+        refuse_lift_amid,
         refuse_second_lift,
         refuse_without_images,
     )
@@ -93,6 +94,7 @@ def lift(gallery: str, transform_file: str | None, to: str | None, old_pairs: st
                 transform = VectorTransform.load(transform_file)
             else:
                 assert new is not None
+                refuse_lift_amid(opened, on_top)
                 refuse_without_images(opened, new)
                 refuse_second_lift(opened, new.space)  # before a sample is encoded
                 transform = fit_transform(opened, new, "lift", label_key=label_key, pairs=pair_count)

@@ -270,6 +270,7 @@ def run(gallery: str, to: str | None, old: str | None, on_top: bool, compatible:
     """
     from bowerbird.errors import InputError
     from bowerbird.upgrade import Upgrade
+    from bowerbird.upgrade.fitting import check_compatible
     from bowerbird.upgrade.run import Limits
     from bowerbird.upgrade.tables import show, watch_table
 
@@ -318,6 +319,7 @@ def run(gallery: str, to: str | None, old: str | None, on_top: bool, compatible:
             if queries is not None:
                 settings["queries"] = queries_of(queries, split)
             if compatible:
+                check_compatible(opened, new_encoder)
                 stored = opened.snapshot().write_space.fingerprint
                 opened.register_space(new_encoder.space)
                 opened.relate(new_encoder.space.fingerprint, stored, evidence={"declared": "upgrade run --compatible"})

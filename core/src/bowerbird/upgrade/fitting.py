@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bowerbird.errors import InputError, SpaceError, UpgradeError
-from bowerbird.gallery.transform import MIN_PAIRS, VectorTransform, check_direction
+from bowerbird.gallery.routing import match_width
+from bowerbird.gallery.transform import MIN_PAIRS, SURE, VectorTransform, check_direction
 from bowerbird.upgrade.sample import take_sample
 from bowerbird.upgrade.strategies import Strategy, load_strategy, transform_direction
 
@@ -127,6 +128,30 @@ def use_transform(
         check_direction(transform, pairs[1], pairs[0])
     gallery.register_space(new)
     gallery.register_transform(transform)
+
+
+def check_compatible(gallery: Gallery, encoder: ItemEncoder) -> None:
+    """Whether the new encoder's vectors are nearer to the stored ones of the same items than to those of others.
+
+    That is the least that compatible training gives. A relation that was declared by mistake would turn every search
+    into noise, and it stays when the upgrade is rolled back. Not checked where too few items can be encoded.
+
+    Raises:
+        SpaceError: If they are not; has the cosines.
+    """
+    pairs = encoded_pairs(gallery, encoder)
+    if pairs is None:
+        return
+    stored, new = np.asarray(pairs[0], np.float64), match_width(pairs[1], pairs[0].shape[1]).astype(np.float64)
+    fit = (new * stored).sum(axis=1)
+    strangers = (new * (stored.sum(axis=0) - stored)).sum(axis=1) / (len(stored) - 1)
+    gain = fit - strangers
+    if gain.mean() <= SURE * gain.std() / np.sqrt(len(gain)):
+        raise SpaceError(
+            f"{encoder.space} is not compatible with the stored vectors of {gallery.path}: mean cosine "
+            f"{fit.mean():.3f} with those of the same items, {strangers.mean():.3f} with those of others ({len(fit)} "
+            "items). Its queries would find noise; use a strategy that needs no trained encoder, for example rank-merge"
+        )
 
 
 def encoded_pairs(gallery: Gallery, encoder: ItemEncoder) -> tuple[Any, Any] | None:

@@ -53,6 +53,16 @@ def lifted_space(transform: VectorTransform, new: Space) -> Space:
     return Space(digest, LIFTED + new.encoder, new.dim)
 
 
+def refuse_lift_amid(gallery: Gallery, on_top: bool) -> None:
+    """``UpgradeError`` where an upgrade is under way on which the lift is not to be begun."""
+    snapshot = gallery.snapshot()
+    if snapshot.upgrade is not None and not on_top:
+        raise UpgradeError(
+            f"an upgrade of {gallery.path} to {snapshot.write_space} is {snapshot.upgrade.state}; finish it or roll it "
+            "back first, or lift on top of it (--on-top)"
+        )
+
+
 def begin_lift(
     gallery: Gallery,
     transform: VectorTransform,
@@ -84,12 +94,8 @@ def begin_lift(
         UpgradeError: If the transform is not usable by its own verdict, an upgrade is under way (without ``on_top``),
             or the strategy cannot serve this pair of spaces.
     """
+    refuse_lift_amid(gallery, on_top)
     snapshot = gallery.snapshot()
-    if snapshot.upgrade is not None and not on_top:
-        raise UpgradeError(
-            f"an upgrade of {gallery.path} to {snapshot.write_space} is {snapshot.upgrade.state}; finish it or roll it "
-            "back first, or lift on top of it (--on-top)"
-        )
     old = snapshot.write_space
     target = new.space if isinstance(new, ItemEncoder) else new or snapshot.spaces.get(transform.target)
     if target is None:
