@@ -89,6 +89,12 @@ def test_where_a_plan_cannot_be_saved_is_said_before_anything_is_encoded(out, mo
     assert f"--out {out}" in bowerbird("upgrade", "plan", "g", "--to", "vectors:new.npy", "--out", out, code=2)
 
 
+def test_a_picture_that_cannot_be_written_is_called_by_the_name_that_was_asked_for():
+    pytest.importorskip("matplotlib")
+    said = bowerbird("gallery", "matrix", "g", "--out", "nowhere/matrix.svg", code=2)
+    assert "nowhere/matrix.svg" in said and "/.matrix.svg" not in said
+
+
 def test_a_gain_to_stop_at_without_a_plan_says_how_to_make_one():
     said = bowerbird("upgrade", "run", "g", "--to", "vectors:new.npy", "--stop-at-gain", 0.9, code=2)
     assert "there is no such plan; `bowerbird upgrade plan" in said

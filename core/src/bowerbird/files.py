@@ -20,7 +20,11 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
     """Write ``content`` beside ``path``, flush it to the disk, then rename: readers see the old file or the new one."""
     path = Path(path)
     data = content.encode() if isinstance(content, str) else content
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        error.filename = str(path)  # nobody asked for the temporary file
+        raise
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
