@@ -72,6 +72,21 @@ def test_vectors_that_qdrant_has_lost_are_named(url: str) -> None:
             gallery.vectors_of(["id-004"])
 
 
+def test_what_a_transaction_left_that_died_with_its_server_is_in_nobodys_way(url: str) -> None:
+    """PostgreSQL gives the number of the space again, and Qdrant has a collection of it."""
+    with create_gallery(url, FIRST) as gallery:
+        fill(gallery)
+        collections = gallery.storage.db.vectors
+        with gallery.storage.db.reading() as db:
+            name = collections._name(db, 2)
+        left = qdrant.models.VectorParams(size=3, distance=qdrant.models.Distance.DOT)
+        collections.client.create_collection(name, vectors_config=left)
+        begin(gallery, SECOND)
+        work(gallery)
+        gallery.store.finish_upgrade(verified=True)
+        assert gallery.verify().ok
+
+
 def test_a_place_is_needed_and_a_key_is_never_shown(postgres_url: Callable[[], str]) -> None:
     with pytest.raises(InputError, match="does not say where Qdrant is"):
         create_gallery(f"qdrant+{postgres_url()}", FIRST)
