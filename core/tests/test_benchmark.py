@@ -159,7 +159,10 @@ def test_the_folder_holds_tables_a_page_and_the_numbers(finished: Any) -> None:
     assert json.loads((out / "results.json").read_text())["summary"] == result["summary"]
     table = (out / "results.md").read_text()
     assert "| test_benchmark:copy / core:compatible | 0." in table and "Quick run" in table
-    assert (out / "index.html").read_text().startswith("<!doctype html>")
+    page = (out / "index.html").read_text()
+    assert page.startswith("<!doctype html>")
+    assert "the upgrade begins (for rank merge that is" in page, "a paragraph is one, however it is wrapped"
+    assert "<code>" in page and "`" not in page.partition("<figure>")[0]
 
 
 def test_a_run_is_continued_and_only_what_is_missing_is_measured(finished: Any) -> None:

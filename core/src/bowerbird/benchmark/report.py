@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -239,6 +240,7 @@ def page(result: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
 
     body: list[str] = []
     table: list[str] = []
+    paragraph: list[str] = []
     for line in [*markdown(result).splitlines(), ""]:
         if line.startswith("|"):
             table.append(line)
@@ -246,17 +248,22 @@ def page(result: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
         if table:
             body.append(_html_table(table))
             table = []
+        if line and not line.startswith("#"):
+            paragraph.append(line)
+            continue
+        if paragraph:
+            text = escape(" ".join(paragraph)).replace("**", "")
+            body.append("<p>" + re.sub("`([^`]*)`", r"<code>\1</code>", text) + "</p>")
+            paragraph = []
         if line.startswith("#"):
             level = len(line) - len(line.lstrip("#"))
             body.append(f"<h{level}>{escape(line.lstrip('# '))}</h{level}>")
             if level == 2 and line[3:] in pictures:
                 body.append(f"<figure>{pictures[line[3:]]}</figure>")
-        elif line:
-            body.append(f"<p>{escape(line).replace('**', '')}</p>")
     style = (
         "body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}"
         "table{border-collapse:collapse;font-variant-numeric:tabular-nums}"
-        "td,th{padding:.2rem .6rem;border-bottom:1px solid #ddd;text-align:right}"
+        "td,th{padding:.2rem .6rem;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}"
         "td:first-child,th:first-child{text-align:left}"
     )
     head = f"<meta charset='utf-8'><title>Upgrades compared</title><style>{style}</style>"
