@@ -21,9 +21,15 @@ from torch import Tensor, nn
 
 from bowerbird_compat.bct import InfluenceLoss
 from bowerbird_compat.bict import ForwardCompatibleLoss
+from bowerbird_compat.bict_objective import BackwardContrast
 from bowerbird_compat.bt2 import BasisTransformHead, BT2Loss
-from bowerbird_compat.compatible_losses import CompatibleContrastiveLoss, CompatibleTripletLoss
-from bowerbird_compat.online_backfilling import MetricCompatibleLoss
+from bowerbird_compat.compatible_losses import (
+    ClassLevelCompatibleLoss,
+    CompatibleContrastiveLoss,
+    CompatibleTripletLoss,
+)
+from bowerbird_compat.distillation import DistillationLoss, FocalDistillationLoss
+from bowerbird_compat.online_backfilling import MetricCompatibleLoss, ReverseQueryTransform, TopK
 from bowerbird_compat.unibct import PrototypeLoss
 from common import write_result
 
@@ -64,6 +70,37 @@ def metric_compatible(r: Tensor, o: Tensor, n: Tensor, labels: Tensor, temperatu
     return (1 - (r * o).sum(1)).mean() + term.mean()
 
 
+def learnable(r: Tensor, o: Tensor, n: Tensor, labels: Tensor, temperature: float, topk: int | None) -> Tensor:
+    r, o, n = F.normalize(r), F.normalize(o), F.normalize(n)
+    same = labels[:, None] == labels
+    logits = [r @ o.T / temperature, n @ n.T / temperature]
+    negatives = [block.masked_fill(same, -torch.inf) for block in logits]
+    if topk is not None:
+        negatives = [block.topk(topk, dim=1).values for block in negatives]
+    partner = same & ~torch.eye(len(labels), dtype=torch.bool)
+    total = (1 - (r * o).sum(1)).mean()
+    for block, positive in zip(logits, (same, partner), strict=True):
+        rows = positive.any(1)
+        if rows.any():
+            first = block.masked_fill(~positive, -torch.inf)
+            term = torch.cat([first, *negatives], 1).logsumexp(1)[rows] - first[rows].logsumexp(1)
+            total = total + term.mean()
+    return total
+
+
+def class_level(e: Tensor, labels: Tensor, old_rows: Tensor, new_rows: Tensor) -> Tensor:
+    others = (e @ new_rows.T).scatter(1, labels[:, None], -torch.inf)
+    return F.cross_entropy(torch.cat([e @ old_rows.T, others], 1), labels)
+
+
+def distillation(e: Tensor, o: Tensor, rows: Tensor, temperature: float) -> Tensor:
+    return F.cross_entropy(e @ rows.T / temperature, (o @ rows.T / temperature).softmax(1))
+
+
+def focal(e: Tensor, o: Tensor, labels: Tensor, logits: Tensor) -> Tensor:
+    return ((1 + 5.0 * (logits.argmax(1) == labels)) * (e - o).square().mean(1)).mean()
+
+
 def bt2_plain(head: BasisTransformHead, rows: Tensor, teacher: Tensor) -> Loss:
     def loss(h: Tensor, o: Tensor, labels: Tensor) -> Tensor:
         u = F.normalize(h[:, :DIM])
@@ -85,6 +122,10 @@ def methods(batch: int) -> dict[str, tuple[Loss, Loss, nn.Module | None, int]]:
     ract, contra = CompatibleContrastiveLoss(0.05, 10), CompatibleContrastiveLoss(0.05, None, new_to_new=False)
     hinge, forward, mcl = CompatibleTripletLoss(0.8, 10), ForwardCompatibleLoss(), MetricCompatibleLoss()
     head = BasisTransformHead(2 * DIM, DIM, DIM, 32, num_classes=CLASSES)
+    classifier, psi = nn.Linear(DIM, CLASSES, bias=False), ReverseQueryTransform(DIM, DIM)
+    level, backward = ClassLevelCompatibleLoss(rows), BackwardContrast()
+    joint, mined = MetricCompatibleLoss(0.1, True, True), MetricCompatibleLoss(0.1, True, True, TopK(10))
+    lwf, focus, said = DistillationLoss(rows), FocalDistillationLoss(), torch.randn(batch, CLASSES)
     bt2, teacher, new = BT2Loss(unit_rows), F.normalize(torch.randn(batch, DIM)), torch.randn(batch, DIM)
     return {
         "bct": (lambda e, o, y: influence(e, y), lambda e, o, y: F.cross_entropy(e @ rows.T, y), None, DIM),
@@ -95,6 +136,15 @@ def methods(batch: int) -> dict[str, tuple[Loss, Loss, nn.Module | None, int]]:
         "ract": (ract, lambda e, o, y: contrastive(e, o, y, 0.05, 10, ract=True), None, DIM),
         "ract, baseline": (contra, lambda e, o, y: contrastive(e, o, y, 0.05, None, ract=False), None, DIM),
         "ract, triplet": (hinge, lambda e, o, y: triplet(e, o, y, 0.8, 10), None, DIM),
+        "ract, class level": (
+            lambda e, o, y: level(e, y, classifier.weight),
+            lambda e, o, y: class_level(e, y, rows, classifier.weight), classifier, DIM,
+        ),
+        "distillation": (lambda e, o, y: lwf(e, o), lambda e, o, y: distillation(e, o, rows, 0.01), None, DIM),
+        "focal distillation": (
+            lambda e, o, y: focus(e, o, y, said), lambda e, o, y: focal(e, o, y, said), None, DIM,
+        ),
+        "bict, backward": (backward, lambda e, o, y: contrastive(e, o, y, 0.01, None, ract=False), None, DIM),
         "bict, forward": (
             forward,
             lambda e, o, y: (1 - F.cosine_similarity(e, o)).mean() + contrastive(e, o, y, 0.1, None, ract=False),
@@ -103,6 +153,14 @@ def methods(batch: int) -> dict[str, tuple[Loss, Loss, nn.Module | None, int]]:
         "online backfilling": (
             lambda e, o, y: mcl(e, o, new, y)["total"],
             lambda e, o, y: metric_compatible(e, o, new, y, 0.1), None, DIM,
+        ),
+        "online backfilling, learnable": (
+            lambda e, o, y: joint(psi(F.normalize(e)), o, e, y)["total"],
+            lambda e, o, y: learnable(psi(F.normalize(e)), o, e, y, 0.1, None), psi, DIM,
+        ),
+        "online backfilling, learnable, hard negatives": (
+            lambda e, o, y: mined(psi(F.normalize(e)), o, e, y)["total"],
+            lambda e, o, y: learnable(psi(F.normalize(e)), o, e, y, 0.1, 10), psi, DIM,
         ),
         "bt2": (
             lambda e, o, y: bt2(head(e), y, o, teacher)["total"], bt2_plain(head, unit_rows, teacher), head, 2 * DIM,

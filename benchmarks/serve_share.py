@@ -27,6 +27,7 @@ from gallery_common import clustered, paired, parser, space
 
 LIMITS = {"exact": 1.15, "ivf": 1.25, "hnsw": 2.0}
 SETTINGS = {"exact": {}, "ivf": {}, "hnsw": {"m": 16, "ef_construction": 40}}
+SHARES = (0, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1)  # young parts have other ways to be searched
 SAMPLE = 500
 BLOCK = 50_000
 
@@ -36,7 +37,7 @@ def main() -> None:
     arguments.add_argument("--kind", choices=LIMITS, default="exact")
     arguments.add_argument("--items", type=int, default=1_000_000)
     arguments.add_argument("--whole", type=Path, help="keep the whole gallery here, and use it if it is there")
-    arguments.add_argument("--shares", type=float, nargs="+", default=[0, 0.05, 0.25, 0.5, 0.75, 1])
+    arguments.add_argument("--shares", type=float, nargs="+", default=SHARES)
     arguments.add_argument("--batches", type=int, nargs="+", default=[1, 64])
     arguments.add_argument("-k", type=int, default=10)
     arguments.add_argument("--repeats", type=int, default=15)
