@@ -104,19 +104,29 @@ def _curve(
     return np.array([np.mean(p["ap"]) for p in points]), [p["right"] for p in points]
 
 
+Parts = tuple[Array, Array, Array]  # unit vectors of the training items, the queries and the gallery
+
+
+def parts(encoder: nn.Module, world: World) -> Parts:
+    return unit(encoder, world.train), unit(encoder, world.queries), unit(encoder, world.gallery)
+
+
 def online_backfilling(plan: Mapping[str, Any], seed: int) -> Values:
     """``arm.start``, ``end``, ``area``, ``gain``, ``nfr`` for every arm; ``old.self`` and ``star.self``: mAP."""
     world = make_world(seed, **plan["data"])
     old, _ = _old(plan, world, seed)
     star = _new(plan, world, seed)
     compatible = _new(plan, world, seed, _prototypes(old, world, 10.0, 16.0))
+    return served(plan, world, seed, parts(old, world), parts(star, world), parts(compatible, world))
+
+
+def served(plan: Mapping[str, Any], world: World, seed: int, old: Parts, star: Parts, compatible: Parts) -> Values:
+    """Every way to serve the old model, the free new one (``star``) and a compatible one while the gallery changes."""
     step, fit = plan["backfill"]["batch_size"], dict(plan["transform"])
     temperature = fit.pop("temperature")
     order = np.random.default_rng(seed).permutation(len(world.gallery))
 
-    g_old, q_old = unit(old, world.gallery), unit(old, world.queries)
-    g_new, q_new = unit(star, world.gallery), unit(star, world.queries)
-    new_train, old_train = unit(star, world.train), unit(old, world.train)
+    (old_train, q_old, g_old), (new_train, q_new, g_new) = old, star
     labels = world.train_labels.numpy()
     reverse = {
         "rqt": fit_reverse_transform(new_train, old_train, seed=seed, **fit),
@@ -139,7 +149,7 @@ def online_backfilling(plan: Mapping[str, Any], seed: int) -> Values:
     rho = joint["joint-mcl"][0]
     served = {  # arm -> new gallery, queries for the old part, queries for the new part
         "naive": (g_new, q_new, q_new),
-        "bct": (unit(compatible, world.gallery), *2 * (unit(compatible, world.queries),)),
+        "bct": (compatible[2], compatible[1], compatible[1]),
         "drm": (g_new, q_old, q_new),
         **{name: (g_new, _mapped(psi, q_new), q_new) for name, psi in reverse.items()},
         **{

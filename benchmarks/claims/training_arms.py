@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from arms import Extra, Values, _mapped, _new, _old, _prototypes
+from arms import Extra, Parts, Values, _mapped, _new, _old, _one_index, _prototypes, parts
 from digits import World, make_world, mean_ap, minimise, mlp, settings, train, unit
 from torch import Tensor, nn
 
-from bowerbird.retrieval.curves import BackfillState, Curve, backfill_curve
+from bowerbird.retrieval.curves import BackfillState, backfill_curve
 from bowerbird.retrieval.flips import flips
 from bowerbird.retrieval.metrics import PerQuery, RankedList, Relevance, average_precision, cmc
 from bowerbird.upgrade.orders import class_means
@@ -25,10 +25,11 @@ from bowerbird_compat.unibct import PrototypeLoss, PrototypeRefresh, refine_prot
 Array = np.ndarray
 
 
-def flip_curve(
-    relevance: Relevance, q_old: Array, q_new: Array, g_old: Array, g_new: Array, order: Array, steps: int
-) -> tuple[Curve, list[PerQuery]]:
-    """mAP at every fraction of the backfill, and per query whether the first hit is right."""
+def hot_refresh(
+    world: World, q_old: Array, q_new: Array, g_old: Array, g_new: Array, order: Array, steps: int
+) -> Values:
+    """New queries from the start on: mAP over the backfill, and flips against its start and against the old system."""
+    relevance = Relevance.from_labels(world.query_labels.numpy(), world.gallery_labels.numpy())
     right: list[PerQuery] = []
 
     def metric(ranked: RankedList) -> PerQuery:
@@ -36,8 +37,19 @@ def flip_curve(
         right.append(cmc(RankedList(ranked.ids[:, :2], ranked.scores[:, :2]), relevance, 1))
         return average_precision(ranked, relevance)
 
-    state = BackfillState.from_vectors(q_new, g_old, g_new, query_old=q_old)
-    return backfill_curve(state, order, [i / steps for i in range(steps + 1)], metric), right
+    state = BackfillState.from_vectors(q_new, g_old, g_new, query_old=q_new)
+    curve = backfill_curve(state, order, [i / steps for i in range(steps + 1)], metric)
+    rates = [flips(right[0], now).nfr for now in right]
+    before = _one_index(g_old, q_old, world)[1]
+    return {
+        "area": curve.area(),
+        "nfr": float(np.mean(rates)),
+        "nfr_max": max(rates),
+        "nfr_old": float(np.mean([flips(before, now).nfr for now in right])),
+        "falls": curve.negative_steps() / steps,
+        "cross": float(curve.values[0]),
+        "self": float(curve.values[-1]),
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------- ract
@@ -47,9 +59,9 @@ def ract(plan: Mapping[str, Any], seed: int) -> Values:
     world = make_world(seed, **plan["data"])
     old, _ = _old(plan, world, seed)
     star = _new(plan, world, seed)
-    g_old, steps = unit(old, world.gallery), plan["backfill"]["steps"]
+    q_old, g_old, steps = unit(old, world.queries), unit(old, world.gallery), plan["backfill"]["steps"]
     values = {
-        "old.self": mean_ap(unit(old, world.queries), g_old, world),
+        "old.self": mean_ap(q_old, g_old, world),
         "star.self": mean_ap(unit(star, world.queries), unit(star, world.gallery), world),
         "star.cross": mean_ap(unit(star, world.queries), g_old, world),
     }
@@ -59,7 +71,6 @@ def ract(plan: Mapping[str, Any], seed: int) -> Values:
     centers = torch.tensor(class_means(old_train[world.old].numpy(), known.tolist()))
     random = np.random.default_rng(seed).permutation(len(g_old))
     vectors: dict[str, tuple[Array, Array]] = {}
-    relevance = Relevance.from_labels(world.query_labels.numpy(), world.gallery_labels.numpy())
     for arm in plan["arms"][2:]:
         name, order = arm["name"].partition("/")[0], random
         if "weight" in arm:
@@ -72,12 +83,9 @@ def ract(plan: Mapping[str, Any], seed: int) -> Values:
         else:
             order = backfill_order(torch.tensor(g_old), centers, arm["order"]).numpy()
         queries, gallery = vectors[name]
-        curve, right = flip_curve(relevance, queries, queries, g_old, gallery, order, steps)
-        rates = [flips(right[0], now).nfr for now in right]
-        falls = curve.negative_steps() / steps
-        measured = {"area": curve.area(), "nfr": float(np.mean(rates)), "nfr_max": max(rates), "falls": falls}
-        if "weight" in arm:
-            measured |= {"cross": float(curve.values[0]), "self": float(curve.values[-1])}
+        measured = hot_refresh(world, q_old, queries, g_old, gallery, order, steps)
+        if "weight" not in arm:  # another order has the ends of the random one
+            measured = {key: value for key, value in measured.items() if key not in ("cross", "self")}
         values |= {f"{arm['name']}.{key}": value for key, value in measured.items()}
     return values
 
@@ -115,14 +123,21 @@ def unibct(plan: Mapping[str, Any], seed: int) -> Values:
         if "lam" in arm:
             refined = {key: arm[key] for key in ("lam", "temperature", "edges") if key in arm}
             made = refine_prototypes(old_train, new_train, labels, **refined)
-            cosines = F.cosine_similarity(made.weight.double(), truth.double())
-            values[f"{arm['name']}.cos"] = float(cosines.mean())
+            values |= {f"{arm['name']}.{key}": value for key, value in prototype_values(made.weight, truth).items()}
             loss = PrototypeLoss(made, plan["influence"]["scale"])
             refresh = PrototypeRefresh(
                 loss, new, lambda: [(images, labels)], old_train, (warm_up, 2 * warm_up), **refined
             )
         values |= _towards(new, loss, refresh, warm_up, images, labels, world, g_old, arm["name"], seed, options)
     return values
+
+
+def prototype_values(prototypes: Tensor, truth: Tensor) -> Values:
+    """Means of the cosines of each class with its true mean (``cos``), and of all pairs of classes (``pairwise``)."""
+    unit_rows = F.normalize(prototypes.double())
+    between = (unit_rows @ unit_rows.T)[~torch.eye(len(prototypes), dtype=torch.bool)]
+    cosines = F.cosine_similarity(prototypes.double(), truth.double())
+    return {"cos": float(cosines.mean()), "pairwise": float(between.mean())}
 
 
 def _towards(
@@ -166,13 +181,11 @@ def bict(plan: Mapping[str, Any], seed: int) -> Values:
     shares = data.pop("shares")
     world = make_world(seed, **data)
     widths, embed = plan["train"]["widths"], plan["train"]["embed_dim"]
-    fit = dict(plan["transform"])
-    temperature = fit.pop("temperature")
+    sizes = [round(share * len(world.train)) for share in shares]
 
     def model(step: int, before: nn.Module | None, weight: float) -> nn.Module:
         """Model ``step`` (0, 1, 2) with the first part of the images, compatible with the one before it."""
-        size = round(shares[step] * len(world.train))
-        images, labels = world.train[:size], world.train_labels[:size]
+        images, labels = world.train[: sizes[step]], world.train_labels[: sizes[step]]
         extra: Extra | None = None
         if before is not None and weight:
             made = build_prototypes(before, [(images, labels)], 10, on_missing="skip")
@@ -183,37 +196,49 @@ def bict(plan: Mapping[str, Any], seed: int) -> Values:
         encoder = mlp(widths[step], embed, seed + 10_000 * step)
         return train(encoder, images, labels, seed=seed + 10_000 * step, extra=extra, **settings(plan))[0]
 
-    def lift(source: Array, target: Array, step: int) -> nn.Module:
-        size = round(shares[step] * len(world.train))
-        labels = world.train_labels[:size].numpy()
-        loss = ForwardCompatibleLoss(temperature=temperature)
-        return fit_forward_transform(source[:size], target[:size], labels, loss=loss, seed=seed, **fit)
-
     first = model(0, None, 0.0)
-    g1, t1 = unit(first, world.gallery), unit(first, world.train)
-    values: Values = {"first.q1/g1": mean_ap(unit(first, world.queries), g1, world)}
+    values: Values = {"first.q1/g1": mean_ap(unit(first, world.queries), unit(first, world.gallery), world)}
+    rows = [np.arange(size) for size in sizes]
     for arm in plan["arms"][1:]:
-        name, weight = arm["name"], arm["weight"]
-        second = model(1, first, weight)
-        third = model(2, second, weight)
-        (t2, q2), (t3, q3) = ((unit(m, world.train), unit(m, world.queries)) for m in (second, third))
-        psi12 = lift(t1, t2, 1)
-        lifted = _mapped(psi12, g1)
-        # The third model meets a gallery that was lifted once: its transform learns on vectors that were lifted, too.
-        twice = _mapped(lift(_mapped(psi12, t1), t3, 2), lifted)
-        direct = _mapped(lift(t1, t3, 2), g1)
-        measured = {
-            "q2/g1": mean_ap(q2, g1, world),
-            "q2/psi(g1)": mean_ap(q2, lifted, world),
-            "q3/g1": mean_ap(q3, g1, world),
-            "q3/psi(psi(g1))": mean_ap(q3, twice, world),
-            "q3/psi13(g1)": mean_ap(q3, direct, world),
-            "q3/g3": mean_ap(q3, unit(third, world.gallery), world),
-        }
-        measured["gain2"] = measured["q2/psi(g1)"] - measured["q2/g1"]
-        measured["gain3"] = measured["q3/psi(psi(g1))"] - measured["q3/g1"]
-        values |= {f"{name}.{key}": value for key, value in measured.items()}
+        second = model(1, first, arm["weight"])
+        third = model(2, second, arm["weight"])
+        measured = lifted(plan["transform"], world, seed, [parts(m, world) for m in (first, second, third)], rows)
+        values |= {f"{arm['name']}.{key}": value for key, value in measured.items()}
     return values
+
+
+def lifted(
+    transform: Mapping[str, Any], world: World, seed: int, models: Sequence[Parts], rows: Sequence[Array]
+) -> Values:
+    """The gallery of the first of three models, searched by the second and third as it is, and lifted to them.
+
+    ``rows``: the training items of each model.
+    """
+    fit = dict(transform)
+    loss = ForwardCompatibleLoss(temperature=fit.pop("temperature"))
+
+    def lift(source: Array, target: Array, step: int) -> nn.Module:
+        chosen = rows[step]
+        labels = world.train_labels.numpy()[chosen]
+        return fit_forward_transform(source[chosen], target[chosen], labels, loss=loss, seed=seed, **fit)
+
+    (t1, _, g1), (t2, q2, _), (t3, q3, g3) = models
+    psi12 = lift(t1, t2, 1)
+    once = _mapped(psi12, g1)
+    # The third model meets a gallery that was lifted once: its transform learns on vectors that were lifted, too.
+    twice = _mapped(lift(_mapped(psi12, t1), t3, 2), once)
+    direct = _mapped(lift(t1, t3, 2), g1)
+    measured = {
+        "q2/g1": mean_ap(q2, g1, world),
+        "q2/psi(g1)": mean_ap(q2, once, world),
+        "q3/g1": mean_ap(q3, g1, world),
+        "q3/psi(psi(g1))": mean_ap(q3, twice, world),
+        "q3/psi13(g1)": mean_ap(q3, direct, world),
+        "q3/g3": mean_ap(q3, g3, world),
+    }
+    measured["gain2"] = measured["q2/psi(g1)"] - measured["q2/g1"]
+    measured["gain3"] = measured["q3/psi(psi(g1))"] - measured["q3/g1"]
+    return measured
 
 
 # ------------------------------------------------------------------------------------------------------------ bt2
