@@ -6,6 +6,7 @@ Every message stands in the table "What is refused" of docs/upgrade.md.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from black_box_world import bowerbird, bowerbird_json, npy
 
 from bowerbird.errors import BowerbirdError
 from bowerbird.gallery import Gallery
+from bowerbird.gallery.transform import VectorTransform
 from bowerbird.upgrade import Upgrade
 from bowerbird.upgrade.strategies import TrainingPairs, load_strategy
 from bowerbird.upgrade.vectors_encoder import load_vectors_encoder
@@ -114,6 +116,9 @@ def test_maps_that_go_the_other_way(world):
     maps()
     world("goes the other way", "upgrade run g --to vectors:new.npy --strategy adapter --transform forward.safetensors")
     world("goes the other way", "upgrade lift g --transform query.safetensors")
+    forward = VectorTransform.load("forward.safetensors")
+    replace(forward, evidence={}).save("unmeasured.safetensors")
+    world("nothing shows that the transform ...", "upgrade lift g --transform unmeasured.safetensors")
     world("uses no transform", "upgrade run g --to vectors:new.npy --strategy rank-merge --transform query.safetensors")
 
 

@@ -29,7 +29,8 @@ def source(tmp_path: Path):
         gallery.delete(["item-7"])
         gallery.add(["item-3"], vectors(["other"], OLD), content_hashes=["edited"], replace=True)
         gallery.register_space(NEW)
-        gallery.register_transform(VectorTransform.linear(NEW.fingerprint, OLD.fingerprint, np.eye(12, 20)))
+        made = VectorTransform.linear(NEW.fingerprint, OLD.fingerprint, np.eye(12, 20))
+        gallery.register_transform(made, accept_unmeasured=True)
         yield gallery
 
 

@@ -572,7 +572,7 @@ def test_a_lifted_gallery_takes_pictures_by_the_encoder_that_its_vectors_came_fr
     data = [picture_bytes(OTHER), picture_bytes(OTHER + 1)]
     with served(gallery_path) as client:
         with Gallery.open(gallery_path) as other:
-            begin_lift(other, transform, target, strategy="world:two-queries")
+            begin_lift(other, transform, target, strategy="world:two-queries", accept_poor=True)
             ok(add(client, [{"id": "during"}], data[:1]))
             run(other, lifter(other))
             finish(other, encoder=lifter(other))

@@ -362,7 +362,7 @@ def test_a_lifted_gallery_is_searched_by_the_new_encoders_pictures_and_by_its_ow
             assert len(ids(by_item(client, number, k=PHOTOS))) == PHOTOS - 1
 
     with served(gallery_path) as client, Gallery.open(gallery_path) as gallery:
-        begin_lift(gallery, forward, new.space(), strategy="world:two-queries", task_items=10)
+        begin_lift(gallery, forward, new.space(), strategy="world:two-queries", task_items=10, pairs=(x, y))
         lifted = gallery.snapshot().write_space.fingerprint
         check(client, {old.fingerprint})
         run(gallery, lifter(gallery), stop_at_share=0.5)

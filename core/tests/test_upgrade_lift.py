@@ -58,8 +58,14 @@ def nearest(vectors, queries, k):
     return np.argsort(distance, axis=1, kind="stable")[:, :k]
 
 
+def pairs_of(source=None, target=None):
+    """Vectors of both spaces of items that are in no gallery."""
+    numbers = range(70_000, 70_100)
+    return (source or old_encoder()).vectors(numbers), (target or new_encoder()).vectors(numbers)
+
+
 def start(gallery, **more):
-    return begin_lift(gallery, fitted(), NEW, strategy="world:two-queries", **more)
+    return begin_lift(gallery, fitted(), NEW, strategy="world:two-queries", pairs=pairs_of(), **more)
 
 
 def test_a_lift_starts_at_the_old_system_and_ends_at_the_lifted_one_without_an_image(gallery):
@@ -221,8 +227,8 @@ def test_three_versions_with_lifted_and_backfilled_vectors_in_one_gallery(galler
     run(gallery, by_item(new_encoder()), strategy="core:compatible", on_top=True, task_items=20, stop_after=40)
     run(gallery, by_item(third), strategy="world:two-queries", on_top=True, task_items=20, stop_after=20)
     back, oldest = fitted(third, new_encoder()), fitted(new_encoder(), old_encoder())
-    gallery.register_transform(back)
-    gallery.register_transform(oldest)
+    gallery.register_transform(back, pairs=pairs_of(third, new_encoder()))
+    gallery.register_transform(oldest, pairs=pairs_of(new_encoder(), old_encoder()))
     parts = gallery.snapshot().parts
     assert [part.count for part in parts] == [80, 60, 40, 20]
     given = third.vectors(range(10_000, 10_020))
@@ -274,10 +280,11 @@ def test_a_killed_lift_goes_on_where_it_was(gallery, tmp_path):
 def test_a_lift_on_top_needs_a_way_for_every_part(gallery):
     third = upgrade_world.FakeEncoder("third", 20, 0.8)
     run(gallery, by_item(new_encoder()), strategy="world:two-queries", task_items=20, stop_after=60)
+    settings = {"strategy": "world:two-queries", "on_top": True, "pairs": pairs_of(new_encoder(), third)}
     with pytest.raises(UpgradeError, match="no registered transform leads"):
-        begin_lift(gallery, fitted(new_encoder(), third), third.space(), strategy="world:two-queries", on_top=True)
-    gallery.register_transform(fitted())
-    begin_lift(gallery, fitted(new_encoder(), third), third.space(), strategy="world:two-queries", on_top=True)
+        begin_lift(gallery, fitted(new_encoder(), third), third.space(), **settings)
+    gallery.register_transform(fitted(), pairs=pairs_of())
+    begin_lift(gallery, fitted(new_encoder(), third), third.space(), **settings)
     run(gallery, lifter(gallery))
     numbers = np.arange(COUNT)
     with pytest.raises(InputError):
@@ -302,6 +309,9 @@ def test_several_processes_share_a_lift(gallery, tmp_path):
     map_file = tmp_path / "forward.safetensors"
     fitted().save(map_file)
     command = ["upgrade", "lift", str(gallery.path), "--transform", str(map_file), "--strategy", "world:two-queries"]
+    for side, rows in zip(("old", "new"), pairs_of(), strict=True):
+        np.save(tmp_path / f"{side}.npy", rows)
+        command += [f"--{side}-pairs", str(tmp_path / f"{side}.npy")]
     done = CliRunner().invoke(main, [*command, "--workers", "2", "--task-items", "20", "--json"])
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)

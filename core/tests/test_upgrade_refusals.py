@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from types import ModuleType
 
 import numpy as np
@@ -146,7 +147,7 @@ class TestMapsThatGoAnotherWay:
             settings["transform"] = turned
         else:
             gallery.register_space(TWIN.space())
-            gallery.register_transform(turned)
+            gallery.register_transform(turned, accept_unmeasured=True)
         for attempt in (Upgrade(gallery, by_item(TWIN)).begin, Upgrade(gallery, by_item(TWIN)).run):
             with pytest.raises(SpaceError, match="fits the reverse direction"):
                 attempt(**settings)
@@ -159,6 +160,40 @@ class TestMapsThatGoAnotherWay:
         foreign = ridge(strange, old_encoder(), named=(TWIN.fingerprint, old_encoder().fingerprint))
         with pytest.raises(SpaceError, match=r"does not fit|reverse direction"):
             Upgrade(gallery, by_item(TWIN)).begin(strategy="refusals:mapped", transform=foreign)
+
+    def test_a_map_that_nothing_shows_to_go_the_right_way_is_taken_only_where_that_is_said(self, gallery):
+        """The files were mixed up when it was fitted: same widths, same names, the other direction, and no pictures."""
+        old = old_encoder()
+        renamed = ridge(TWIN, old, named=(old.fingerprint, TWIN.fingerprint))
+        turned = ridge(old, TWIN, named=(TWIN.fingerprint, old.fingerprint))
+        before = stored(gallery)
+        with pytest.raises(SpaceError, match=r"nothing shows .*--accept-poor-transform, accept_poor=True"):
+            begin_lift(gallery, renamed, TWIN.space(), strategy=STRATEGY)
+        with pytest.raises(SpaceError, match=r"nothing shows .*--accept-poor-transform, accept_poor_transform=True"):
+            begin(gallery, TWIN.space(), strategy="refusals:mapped", transform=turned)
+        assert untouched(gallery, before) and gallery.spaces() == [old.space()]
+        gallery.register_space(TWIN.space())
+        with pytest.raises(SpaceError, match=r"nothing shows .*accept_unmeasured=True"):
+            gallery.register_transform(turned)
+        numbers = range(60_000, 60_100)
+        pairs = TWIN.vectors(numbers), old.vectors(numbers)
+        with pytest.raises(SpaceError, match="fits the reverse direction"):
+            gallery.register_transform(turned, pairs=pairs, accept_unmeasured=True)
+        assert gallery.relations() == []
+        gallery.register_transform(ridge(TWIN, old), pairs=pairs)
+        checked = gallery.relations()[0].evidence["checked"]
+        assert checked["pairs"] == 100 and checked["forward"] > checked["reverse"]
+        begin(gallery, TWIN.space(), strategy="refusals:mapped")  # it was measured when it was registered
+        rollback(gallery)
+        begin_lift(gallery, renamed, TWIN.space(), strategy=STRATEGY, accept_poor=True)
+        accepted = [r.evidence.get("accepted") for r in gallery.relations() if r.old != old.fingerprint]
+        assert accepted == ["without a measurement"] * 2
+        rollback(gallery)
+
+    def test_a_verdict_on_held_out_pairs_is_evidence_enough(self, gallery):
+        judged = replace(ridge(old_encoder(), TWIN), evidence={"usable": True, "verdict": "good"})
+        begin_lift(gallery, judged, TWIN.space(), strategy=STRATEGY)
+        assert "accepted" not in gallery.transforms()[0].evidence
 
     def test_a_lift_by_a_map_of_the_other_direction_is_refused_under_either_name(self, gallery):
         before = stored(gallery)

@@ -88,8 +88,9 @@ def test_a_gallery_without_images_is_lifted_and_refuses_what_needs_them(tmp_path
     fitted().save(file)
     assert "upgrade lift" in invoke("run", path, "--to", "fake:new", "--strategy", "two-queries", code=2).stderr
     assert "--transform FILE" in invoke("lift", path, code=2).stderr
-    report = as_json("lift", path, "--transform", file, "--strategy", "two-queries", "--task-items", 30,
-                     "--stop-after", 60)  # fmt: skip
+    command = ("lift", path, "--transform", file, "--strategy", "two-queries", "--task-items", 30, "--stop-after", 60)
+    assert "nothing shows" in invoke(*command, code=2).stderr
+    report = as_json(*command, "--accept-poor-transform")
     assert (report["reason"], report["encoded"]) == ("stop-after", 60)
     assert "upgrade lift" in invoke("run", path, code=2).stderr
     assert "upgrade finish" in invoke("lift", path).stdout
@@ -144,7 +145,10 @@ def test_the_matrix_says_how_each_pair_is_compared_and_what_was_measured(path, t
     pytest.importorskip("matplotlib")
     invoke("run", path, "--to", "fake:new", "--strategy", "two-queries", "--stop-at-share", 0.5)
     with Gallery.open(path) as gallery:
-        gallery.register_transform(fitted(new_encoder(), old_encoder()))
+        numbers = range(70_000, 70_050)
+        gallery.register_transform(
+            fitted(new_encoder(), old_encoder()), pairs=(new_encoder().vectors(numbers), old_encoder().vectors(numbers))
+        )
         made = matrix(gallery, label_key="label")
         assert [space["items"] for space in made.spaces] == [60, 60]
         kinds = {(s, t): made.cell(s, t).kind for s in (V1, V2) for t in (V1, V2)}

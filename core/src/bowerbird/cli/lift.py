@@ -41,9 +41,8 @@ if TYPE_CHECKING:
 @click.option("--label-key", metavar="KEY", help="Metadata key with the label of an item, for the fit.")
 @click.option("--pairs", "pair_count", type=click.IntRange(min=32), default=2000, show_default=True,
               help="Items that are encoded for the fit.")  # fmt: skip
-@click.option(
-    "--accept-poor-transform", is_flag=True, help="Also a map whose held-out pairs say that it is not usable."
-)
+@click.option("--accept-poor-transform", is_flag=True,
+              help="Also a map that held-out pairs say is of no use, or that nothing shows to be of any.")  # fmt: skip
 @click.option("--old-pairs", type=click.Path(exists=True, dir_okay=False), metavar="FILE",
               help="Check the direction on these: .npy (N, D) of the old space.")  # fmt: skip
 @click.option("--new-pairs", type=click.Path(exists=True, dir_okay=False), metavar="FILE",

@@ -228,8 +228,10 @@ def serve(gallery: str, images: tuple[str, ...], texts: tuple[str, ...], videos:
 @click.option("--merger", help="What joins the hits of old and new vectors. "
               "[default: that of the last plan for these encoders and this strategy, else the strategy's]")  # fmt: skip
 @click.option("--transform", type=click.Path(exists=True, dir_okay=False), metavar="FILE",
-              help="The map of adapter or reverse-transform. [default: fitted on a sample]")  # fmt: skip
-@click.option("--accept-poor-transform", is_flag=True, help="Also a map that held-out pairs say is of no use.")
+              help="The map of adapter or reverse-transform. [default: fitted on a sample; for reverse-transform the "
+              "one that was trained together with the new encoder, if there is one]")  # fmt: skip
+@click.option("--accept-poor-transform", is_flag=True,
+              help="Also a map that held-out pairs say is of no use, or that nothing shows to be of any.")  # fmt: skip
 @click.option("--plan", "plan_file", type=click.Path(exists=True, dir_okay=False), metavar="FILE",
               help="Take strategy, merger, order and map from a saved plan.")  # fmt: skip
 @click.option("--seed", type=int, help="Of the order. [default: 0]")

@@ -134,7 +134,7 @@ def _copy_spaces(source: Gallery, target: Gallery) -> None:
         if relation.kind == "compatible":
             target.relate(relation.new, relation.old, evidence=relation.evidence)
     for transform in source.transforms():
-        target.register_transform(transform)
+        target.register_transform(transform, accept_unmeasured=True)  # as it is used where it comes from
 
 
 def _copy_items(

@@ -24,7 +24,7 @@ from bowerbird.gallery.routing import Route, find_route, what_is_missing
 from bowerbird.gallery.space import Item, Relation, Space
 from bowerbird.gallery.storage import Storage
 from bowerbird.gallery.store import Store
-from bowerbird.gallery.transform import VectorTransform, check_direction
+from bowerbird.gallery.transform import VectorTransform, with_evidence
 from bowerbird.gallery.vectors import checked_ids, is_utf8, unit_vectors
 from bowerbird.retrieval.index import Hits
 
@@ -220,16 +220,21 @@ class Gallery:
         """Remember a space that relations or upgrades will name. Idempotent."""
         self.storage.register_space(space)
 
-    def register_transform(self, transform: VectorTransform, *, pairs: tuple[Any, Any] | None = None) -> None:
+    def register_transform(
+        self, transform: VectorTransform, *, pairs: tuple[Any, Any] | None = None, accept_unmeasured: bool = False
+    ) -> None:
         """Keep a map between two spaces of this gallery: searches use it from now on. Replaces an earlier one.
 
         Args:
             pairs: ``(source vectors (N, Di), target vectors (N, Do))`` of the same items; where given, the direction is
                 checked on them first (``bowerbird.gallery.transform.check_direction``).
+            accept_unmeasured: Also a map that has no verdict on held-out pairs in its evidence, without ``pairs``. The
+                evidence of the relation then says so.
 
         Raises:
             SpaceError: If the gallery does not know one of the two spaces (``register_space`` first), a width differs,
-                or the pairs show that the map goes in the other direction or does not fit at all.
+                nothing shows the map's direction, or the pairs show that it goes in the other direction or does not fit
+                at all.
         """
         spaces = self.snapshot().spaces
         for name, width in ((transform.source, transform.dim_in), (transform.target, transform.dim_out)):
@@ -243,12 +248,17 @@ class Gallery:
                     f"the transform {transform} has width {width} where space {spaces[name]} has {spaces[name].dim}; "
                     "is it meant for the other direction?"
                 )
-        if pairs is not None:
-            check_direction(transform, *pairs)
+        transform = with_evidence(
+            transform,
+            pairs,
+            accept=accept_unmeasured,
+            ask="Give pairs=(source vectors, target vectors) of the same items, or accept_unmeasured=True",
+        )
         # The file is there before a relation names it. One that is replaced stays for a while: it may be in use.
         self.storage.write_file(_transform_file(transform.fingerprint), transform.to_bytes())
         evidence = {**transform.evidence, "transform": transform.fingerprint, "method": transform.method}
         self.storage.relate(Relation("transform", transform.source, transform.target, evidence))
+        self._transforms[transform.fingerprint] = transform
 
     def transform(self, source: str, target: str) -> VectorTransform | None:
         """The registered map from one space to another (fingerprints), in this direction; ``None`` without one.

@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -286,6 +286,37 @@ def check_direction(transform: VectorTransform, source_vectors: Any, target_vect
             "others than it says, or it was fitted on other data"
         )
     return found
+
+
+def with_evidence(
+    transform: VectorTransform, pairs: tuple[Any, Any] | None = None, *, accept: bool = False, ask: str
+) -> VectorTransform:
+    """``transform`` with what shows that it goes from its source to its target in its evidence.
+
+    That is its own verdict on held-out pairs (``usable``), or what is measured on ``pairs`` (``checked``). The names of
+    its spaces are no evidence: two files that were mixed up when it was fitted give a map of the same shape and names.
+
+    Args:
+        pairs: ``(source vectors, target vectors)`` of the same items; see ``check_direction``.
+        accept: Take it without either; the evidence says so from then on (``accepted``).
+        ask: How to accept it, for the message.
+
+    Raises:
+        SpaceError: If nothing shows its direction, or the pairs show another one.
+    """
+    evidence = dict(transform.evidence)
+    if pairs is not None:
+        evidence["checked"] = asdict(check_direction(transform, *pairs))
+        evidence.pop("accepted", None)
+    elif evidence.get("usable") is None and not {"checked", "accepted"} & evidence.keys():
+        if not accept:
+            raise SpaceError(
+                f"nothing shows that the transform {transform} goes from the first of these spaces to the second: it "
+                "has no verdict on held-out pairs, and there are no pairs to measure it on. A map of the wrong "
+                f"direction makes every search noise. {ask}"
+            )
+        evidence["accepted"] = "without a measurement"
+    return replace(transform, evidence=evidence)
 
 
 def _shape(value: NDArray[np.float32] | None) -> tuple[int, ...]:

@@ -201,7 +201,8 @@ class StoreContract(Contract):
         gallery.register_space(SECOND)
         weight = np.random.default_rng(1).standard_normal((FIRST.dim, SECOND.dim)).astype(np.float32)
         gallery.relate(SECOND.fingerprint, FIRST.fingerprint, evidence={"map": 0.5})
-        gallery.register_transform(VectorTransform.linear(SECOND.fingerprint, FIRST.fingerprint, weight))
+        made = VectorTransform.linear(SECOND.fingerprint, FIRST.fingerprint, weight)
+        gallery.register_transform(made, accept_unmeasured=True)
         with self.target.open(url) as again:
             assert {r.kind for r in again.relations()} == {"compatible", "transform"}
             found = again.search({SECOND.fingerprint: QUERIES[SECOND.fingerprint]}, 5)
@@ -447,7 +448,7 @@ class StoreContract(Contract):
 
         weight = np.random.default_rng(3).standard_normal((SECOND.dim, FIRST.dim))
         transform = VectorTransform.linear(FIRST.fingerprint, SECOND.fingerprint, weight)
-        begin_lift(gallery, transform, SECOND, strategy="core:full", task_items=16)
+        begin_lift(gallery, transform, SECOND, strategy="core:full", task_items=16, accept_poor=True)
         gallery.add(["late"], vectors(["late"], FIRST), space=FIRST.fingerprint)
         assert run(gallery, lifter(gallery)).reason == "complete"
         finish(gallery, encoder=lifter(gallery))

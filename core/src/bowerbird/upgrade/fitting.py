@@ -1,8 +1,8 @@
 """The transform of a strategy that needs one: fitted on a paired sample, or given, and checked before it serves.
 
 A map in the wrong direction has the right shape wherever two encoders have one width, and destroys the search. So its
-direction is checked by name and, where pairs are at hand, by measurement, and a map whose own verdict on held-out pairs
-is that it is not usable is refused unless that is asked for.
+direction is checked by name and, where pairs are at hand, by measurement. A map whose own verdict on held-out pairs is
+that it is not usable, and one without verdict that cannot be measured either, are refused unless they are asked for.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from bowerbird.errors import InputError, SpaceError, UpgradeError
 from bowerbird.gallery.routing import match_width
-from bowerbird.gallery.transform import MIN_PAIRS, SURE, VectorTransform, check_direction
+from bowerbird.gallery.transform import MIN_PAIRS, SURE, VectorTransform, with_evidence
 from bowerbird.upgrade.sample import take_sample
 from bowerbird.upgrade.strategies import Strategy, load_strategy, transform_direction
 
@@ -88,7 +88,7 @@ def use_transform(
     Raises:
         UpgradeError: If it needs one and there is none, it is not usable by its own verdict, the strategy takes none,
             or it is a lift, which has a verb of its own.
-        SpaceError: If the transform goes another way, by name or by measurement.
+        SpaceError: If the transform goes another way, by name or by measurement, or nothing shows which way it goes.
     """
     direction = transform_direction(strategy)
     if direction == "gallery":
@@ -124,8 +124,13 @@ def use_transform(
             "it (--accept-poor-transform)"
         )
     pairs = None if encoder is None else encoded_pairs(gallery, encoder)
-    if pairs is not None:
-        check_direction(transform, pairs[1], pairs[0])
+    transform = with_evidence(
+        transform,
+        None if pairs is None else (pairs[1], pairs[0]),
+        accept=accept_poor,
+        ask="Give an encoder that can encode stored items, so that it is measured, or accept it "
+        "(--accept-poor-transform, accept_poor_transform=True)",
+    )
     gallery.register_space(new)
     gallery.register_transform(transform)
 

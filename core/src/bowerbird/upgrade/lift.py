@@ -23,7 +23,7 @@ import numpy as np
 from bowerbird.errors import SpaceError, UpgradeError
 from bowerbird.gallery.routing import Route, find_route
 from bowerbird.gallery.space import LIFTED, Space
-from bowerbird.gallery.transform import VectorTransform, check_direction
+from bowerbird.gallery.transform import VectorTransform, with_evidence
 from bowerbird.upgrade.encoding import ItemEncoder
 from bowerbird.upgrade.fitting import encoded_pairs
 from bowerbird.upgrade.strategies import load_strategy
@@ -87,10 +87,12 @@ def begin_lift(
         pairs: ``(old vectors (N, Do), new vectors (N, Dn))`` of the same items, on which the direction is checked.
         on_top: Begin on top of an upgrade that is under way. Every part with items must be led to the transform's
             source by registered transforms.
-        accept_poor: Also a transform that is not usable by its own verdict on held-out pairs.
+        accept_poor: Also a transform that is not usable by its own verdict on held-out pairs, or that has none and is
+            not measured here either; the evidence of its relation then says so.
 
     Raises:
-        SpaceError: If the transform has the other direction, comes from another space, or does not fit the pairs.
+        SpaceError: If the transform has the other direction, comes from another space, does not fit the pairs, or
+            nothing shows its direction: no verdict in its evidence, no pairs, no items that the new encoder encodes.
         UpgradeError: If the transform is not usable by its own verdict, an upgrade is under way (without ``on_top``),
             or the strategy cannot serve this pair of spaces.
     """
@@ -121,8 +123,13 @@ def begin_lift(
         )
     if pairs is None and isinstance(new, ItemEncoder):
         pairs = encoded_pairs(gallery, new)
-    if pairs is not None:
-        check_direction(transform, *pairs)
+    transform = with_evidence(
+        transform,
+        pairs,
+        accept=accept_poor,
+        ask="Give pairs of vectors of the same items (--old-pairs and --new-pairs, pairs=(old, new)) or an encoder "
+        "that can encode stored items (--to), or accept it (--accept-poor-transform, accept_poor=True)",
+    )
     name, chosen = load_strategy(strategy)
     gallery.register_space(target)
     gallery.register_space(lifted)

@@ -51,8 +51,10 @@ def begin(
         strategy: Name of an ``upgrade`` record.
         merger: Name of a ``merger`` record that joins the hits of the parts. Default: the strategy's.
         transform: For a strategy that maps queries (adapter, reverse-transform): its map, or the file of one. It is
-            registered with the gallery. Default: the one that is registered.
-        accept_poor_transform: Also one that is not usable by its own verdict on held-out pairs.
+            registered with the gallery. Default: for reverse-transform the one that was trained together with the
+            encoder, or else the one that is registered.
+        accept_poor_transform: Also one that is not usable by its own verdict on held-out pairs, or that has none and
+            cannot be measured here; the evidence of its relation then says so.
         order: Name of an ``order`` record.
         order_settings: Its settings, checked against its config model.
         seed: Of the order.
