@@ -167,13 +167,15 @@ class Detector(Encoder):
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A finished run, loaded: frozen encoder in eval mode, the state of its objective, and the names of its classes."""
+    """A finished run, loaded: frozen encoder in eval mode, the state of its objective, the names of its classes, and
+    the fingerprint of its space."""
 
     path: Path
     encoder: Encoder
     objective_state: Mapping[str, Tensor]
     classes: Sequence[str]
     recipe: Mapping[str, Any]
+    fingerprint: str = ""
 
 
 class BuildContext(ABC):
@@ -245,8 +247,10 @@ class Objective(nn.Module):
     def relations(self) -> list[dict[str, Any]]:
         """Relations of the exported encoder's space that training made, stored beside the encoder.
 
-        Each is plain data: ``kind`` (``compatible``: its queries may search the space ``to``), ``to`` (a fingerprint)
-        and ``evidence`` (what was measured). Asked once, after training.
+        Each has ``kind``, ``to`` (a fingerprint) and ``evidence`` (what was measured, plain data). ``compatible``: its
+        queries may search the space ``to`` as they are. ``transform``: they reach it through a map that was trained
+        together with the encoder, whose ``steps`` (of ``bowerbird.gallery.transform``) come with it. Asked after
+        training.
         """
         return []
 

@@ -25,6 +25,7 @@ from bowerbird.benchmark.worlds import World
 from bowerbird.errors import BowerbirdError
 from bowerbird.gallery.routing import match_width
 from bowerbird.gallery.space import Space
+from bowerbird.gallery.transform import Step, VectorTransform
 from bowerbird.recipe import TrainSettings
 from bowerbird.registry import get_registry
 from bowerbird.retrieval.compatibility import (
@@ -40,6 +41,7 @@ from bowerbird.upgrade.strategies import (
     load_strategy,
     switches_at_end,
     transform_direction,
+    uses_trained_transform,
 )
 
 Vectors = NDArray[np.float32]
@@ -143,7 +145,7 @@ class Cell:
         """One row: quality at the start, at the end and over the backfill, flips; for three models their matrix."""
         old, new = models[0], models[-1]
         forecast = self.forecaster(old, new)
-        curve, about = self._curve(forecast, old, new, strategy)
+        curve, about = self._curve(forecast, models, strategy)
         row = {
             "start": _interval(curve.start_interval), "end": _interval(curve.end_interval),
             "area": _interval(curve.area_interval), "max_nfr": curve.max_nfr,
@@ -172,7 +174,8 @@ class Cell:
         labels = self.world.gallery_labels.tolist(), self.world.query_labels.tolist()
         return Forecaster(PairedVectors(gallery_old, gallery_new, query_old, query_new, *labels), seed=self.seed)
 
-    def _curve(self, forecast: Forecaster, old: Model, new: Model, name: str) -> tuple[ForecastCurve, dict[str, Any]]:
+    def _curve(self, forecast: Forecaster, models: Sequence[Model], name: str) -> tuple[ForecastCurve, dict[str, Any]]:
+        old, new = models[0], models[-1]
         (query_old, gallery_old), (query_new, _) = self.vectors(old), self.vectors(new)
         if name == NAIVE:
             return forecast.switch_now(self.order), {}
@@ -189,7 +192,9 @@ class Cell:
         direction = transform_direction(strategy)
         if direction is not None:
             fitter: Any = strategy
-            transform = fitter.fit(self.pairs(old, new, old_space, new_space), seed=self.seed)
+            transform = _trained(models, old_space, new_space) if uses_trained_transform(strategy) else None
+            if transform is None:
+                transform = fitter.fit(self.pairs(old, new, old_space, new_space), seed=self.seed)
             about = {"transform": str(transform.evidence.get("kind", transform.method))}
         if direction == "gallery":
             assert transform is not None
@@ -211,6 +216,18 @@ class Cell:
         views = {trunk: parts[0][rows] for trunk, parts in self.views.items()}
         labels = self.world.train_labels[rows].tolist()
         return TrainingPairs(old.embed(views), new.embed(views), labels, old_space, new_space)
+
+
+def _trained(models: Sequence[Model], old: Space, new: Space) -> VectorTransform | None:
+    """From the newest space to the oldest, through the maps that the models between them were trained with: the way on
+    which a gallery routes queries. ``None`` where a model has no such map."""
+    steps: list[Step] = []
+    for model in reversed(models[1:]):
+        own = model.transform_steps()
+        if not own:
+            return None
+        steps += [*own, Step("normalize")]
+    return VectorTransform(new.fingerprint, old.fingerprint, new.dim, old.dim, tuple(steps), method="trained")
 
 
 def run_cell(

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from bowerbird.batch import Batch
 from bowerbird.errors import RecipeError
+from bowerbird.gallery.transform import Step
 from bowerbird.protocols import BuildContext, Encoder, Objective, TrainedRun, freeze
 from bowerbird.recipe import TrainSettings, build_config
 from bowerbird.registry import get_registry
@@ -40,18 +41,25 @@ class Model:
         trunk: Whose features it reads.
         classifier: ``(C, D)`` of its training, or ``None``.
         classes: Their names.
+        objective: That it was trained with.
     """
 
     encoder: Encoder
     trunk: str
     classifier: Tensor | None
     classes: tuple[str, ...]
+    objective: Objective
 
     def embed(self, views: Views) -> NDArray[np.float32]:
         """``(n, D)`` unit rows."""
         with torch.no_grad():
             pooled = self.encoder({"frozen_features": torch.from_numpy(views[self.trunk])}).pooled
         return F.normalize(pooled.float()).numpy()
+
+    def transform_steps(self) -> tuple[Step, ...]:
+        """Of the map into the space of the model that it was trained for; none where its training made none."""
+        found = (relation["steps"] for relation in self.objective.relations() if relation["kind"] == "transform")
+        return next(found, ())
 
 
 class Context(BuildContext):
@@ -70,7 +78,7 @@ class Context(BuildContext):
             raise RecipeError(f"the benchmark has no model {name!r}; it has {', '.join(self.models) or 'none'}")
         model = self.models[name]
         state = {} if model.classifier is None else {"classifier.weight": model.classifier}
-        return TrainedRun(Path(name), model.encoder, state, model.classes, {})
+        return TrainedRun(Path(name), model.encoder, state, model.classes, {}, fingerprint=name)
 
     def eval_batches(self, encoder: Encoder, keys: Sequence[str] = ("image", "label")) -> Iterator[Batch]:
         trunk = next((m.trunk for m in self.models.values() if m.encoder is encoder), self.trunk)
@@ -146,9 +154,8 @@ def train_model(
     fits = classifier is not None and classifier.ndim == 2 and len(classifier) == len(classes)
     exported = made.exported_encoder()
     freeze(exported)
-    return Model(
-        exported, trunk, classifier.detach().clone() if fits and classifier is not None else None, tuple(classes)
-    )
+    weight = classifier.detach().clone() if fits and classifier is not None else None
+    return Model(exported, trunk, weight, tuple(classes), made)
 
 
 def _batches(train: TrainSettings, labels: NDArray[np.int64], epoch: int) -> list[NDArray[np.int64]]:

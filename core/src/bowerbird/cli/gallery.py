@@ -507,7 +507,9 @@ def relate(path: str, new: str, evidence: str | None, device: str) -> None:
     space, relations = _described(new, device)
     with open_gallery(path) as gallery:
         serving = gallery.snapshot().serving
-        recorded: dict[str, Any] = next((r["evidence"] for r in relations if r["to"] == serving), {})
+        recorded: dict[str, Any] = next(
+            (r["evidence"] for r in relations if (r["kind"], r["to"]) == ("compatible", serving)), {}
+        )
         gallery.register_space(space)
         gallery.relate(space.fingerprint, serving, evidence=_json_object(evidence) if evidence else recorded)
     click.echo(f"registered: {space} is compatible with {serving[:12]}")

@@ -272,8 +272,9 @@ def run(gallery: str, to: str | None, old: str | None, on_top: bool, compatible:
     """
     from bowerbird.errors import InputError
     from bowerbird.upgrade import Upgrade
-    from bowerbird.upgrade.fitting import check_compatible
+    from bowerbird.upgrade.fitting import check_compatible, trained_transform
     from bowerbird.upgrade.run import Limits
+    from bowerbird.upgrade.strategies import load_strategy
     from bowerbird.upgrade.tables import show, watch_table
 
     Limits(stop_after, None, stop_at_share, rate)  # refused here, before an encoder is loaded or a map fitted
@@ -311,6 +312,10 @@ def run(gallery: str, to: str | None, old: str | None, on_top: bool, compatible:
             if planned is not None:
                 begin_settings["merger"] = planned
                 click.echo(f"merger {planned}, as the last plan for these encoders says", err=True)
+        if begins and "transform" not in begin_settings:
+            chosen = load_strategy(begin_settings.get("strategy", "rank-merge"))[1]
+            if trained_transform(chosen, new_encoder, opened.snapshot().write_space) is not None:
+                click.echo("the map was trained together with the new encoder: none is fitted", err=True)
         settings: dict[str, Any] = dict(begin_settings)
         if overrides:
             settings["order_settings"] = settings_of(overrides)

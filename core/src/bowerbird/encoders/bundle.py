@@ -1,7 +1,8 @@
 """Trained encoders as folders, and what loads them.
 
 A folder holds ``encoder.json`` (how to build it, its preprocessing, classes and fingerprint), ``weights.safetensors``,
-``README.md`` (a model card) and, where the run had one, ``classifier.safetensors``. Loading executes no code from it.
+``README.md`` (a model card) and, where the run had them, ``classifier.safetensors`` and maps into older spaces,
+``transform-*.safetensors``. Loading executes no code from it.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from bowerbird.registry import get_registry
 
 if TYPE_CHECKING:
     from bowerbird.gallery.space import Space
+    from bowerbird.gallery.transform import VectorTransform
 
 FORMAT = 1
 MANIFEST = "encoder.json"
@@ -55,7 +57,8 @@ class EncoderSpec:
         config: Settings that rebuild its modules.
         classes: Names of the classes that it was trained on, if any.
         path: Its folder; ``None`` where it was built from a record and settings.
-        relations: To other spaces, made by its training: ``{"kind": "compatible", "to": ..., "evidence": ...}``.
+        relations: To other spaces, made by its training: ``{"kind": "compatible", "to": ..., "evidence": ...}``; of
+            kind ``transform`` where queries need a map, see ``LoadedEncoder.transform_to``.
     """
 
     use: str
@@ -179,6 +182,24 @@ class LoadedEncoder:
         encoder = self.name if self.spec.path is None else str(self.spec.path.resolve())
         return Space(fingerprint=self.fingerprint, encoder=encoder, dim=self.dim)
 
+    def transform_to(self, space: str) -> VectorTransform | None:
+        """The map from its space to the older one with the fingerprint ``space`` that was trained together with it.
+
+        ``None`` where there is none for exactly this pair. Raises ``DataError`` where its file is missing or damaged,
+        or is the map of another pair.
+        """
+        from bowerbird.gallery.transform import VectorTransform
+
+        if self.spec.path is None or not any((r["kind"], r["to"]) == ("transform", space) for r in self.spec.relations):
+            return None
+        file = self.spec.path / transform_file(space)
+        made = VectorTransform.load(file)
+        if (made.source, made.target) != (self.fingerprint, space):
+            raise DataError(
+                f"{file} is no map from this encoder to {space[:12]}, which {MANIFEST} promises: it is {made}"
+            )
+        return made
+
     def _batches(
         self, items: Sequence[Any], batch_size: int, on_error: OnError
     ) -> Iterator[tuple[NDArray[np.int64], dict[str, Any]]]:
@@ -252,7 +273,7 @@ def save_encoder(
         config: The settings that it was built with.
         classes: Names of the classes that it was trained on.
         classifier: ``(C, D)`` weight of the classifier that it was trained with, one row per class.
-        relations: See ``EncoderSpec``.
+        relations: See ``EncoderSpec``. Of a ``transform`` also ``steps``, which get a file of their own.
         card: Text for the model card.
 
     Raises:
@@ -275,19 +296,38 @@ def save_encoder(
         "dim": encoder.embed_dim,
         "classes": list(classes),
         "fingerprint": fingerprint,
-        "relations": [dict(relation) for relation in relations],
+        "relations": [{k: v for k, v in relation.items() if k != "steps"} for relation in relations],
         "versions": {"bowerbird-core": __version__, "torch": str(torch.__version__)},
     }
     with atomic_folder(path) as folder:
         save_file(state, folder / WEIGHTS)
         if classifier is not None:
             save_file({"classifier.weight": classifier.detach().cpu().clone().contiguous()}, folder / CLASSIFIER)
+        for relation in relations:
+            if relation["kind"] == "transform":
+                _save_transform(folder, relation, fingerprint, encoder.embed_dim)
         tokenizer = getattr(encoder, "tokenizer", None)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder / TOKENIZER)
         (folder / "README.md").write_text(model_card(path.name, manifest, card, state))
         write_json(folder / MANIFEST, manifest)
     return fingerprint
+
+
+def transform_file(space: str) -> str:
+    """Name of the file with the map into the space with this fingerprint."""
+    return f"transform-{space[:12]}.safetensors"
+
+
+def _save_transform(folder: Path, relation: Mapping[str, Any], source: str, dim: int) -> None:
+    from bowerbird.gallery.transform import VectorTransform
+
+    steps, evidence, target = tuple(relation["steps"]), dict(relation["evidence"]), str(relation["to"])
+    width = dim
+    for step in steps:
+        width = step.width(width)
+    made = VectorTransform(source, target, dim, width, steps, str(evidence.get("method", "")), evidence)
+    made.save(folder / transform_file(target))
 
 
 def check_place(path: Path) -> None:

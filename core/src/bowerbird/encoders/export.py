@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ def export_encoder(ref: str | Path, folder: str | Path, *, kind: str = "bowerbir
             config=loaded.spec.config,
             classes=loaded.spec.classes,
             classifier=read_classifier(source) if source is not None else None,
+            relations=[_with_steps(loaded, relation) for relation in loaded.spec.relations],
             card=_card_text(source),
         )
         return loaded
@@ -52,6 +54,12 @@ def export_encoder(ref: str | Path, folder: str | Path, *, kind: str = "bowerbir
     else:
         raise InputError(f"export format {kind!r} is unknown; accepted: bowerbird, timm, transformers")
     return loaded
+
+
+def _with_steps(loaded: LoadedEncoder, relation: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A relation as ``save_encoder`` takes it: one that has a map brings it."""
+    made = loaded.transform_to(relation["to"]) if relation["kind"] == "transform" else None
+    return relation if made is None else {**relation, "steps": made.steps}
 
 
 def _export_timm(loaded: LoadedEncoder, folder: Path) -> None:

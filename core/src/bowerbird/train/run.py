@@ -100,7 +100,7 @@ def load_run(path: str | Path) -> TrainedRun:
         classifier: Tensor | None = read_classifier(folder) if folder is not None else None
         own = {} if classifier is None else {"classifier.weight": classifier}
         recipe = {"encoder": {"use": loaded.spec.use, **loaded.spec.config}}
-    return TrainedRun(path=path, encoder=loaded.module, objective_state=own, classes=loaded.spec.classes, recipe=recipe)
+    return TrainedRun(path, loaded.module, own, loaded.spec.classes, recipe, loaded.fingerprint)
 
 
 def start_folder(run_dir: Path, recipe: Recipe, *, resume: bool) -> bool:

@@ -16,6 +16,7 @@ from bowerbird.retrieval.index import unit_rows
 
 if TYPE_CHECKING:
     from bowerbird.gallery.space import Item, Space
+    from bowerbird.gallery.transform import VectorTransform
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,11 @@ class ItemEncoder:
             raise InputError(f"the encoder of space {self.space} takes no texts; search with images, or with vectors")
         vectors = self.encoder.encode_texts(texts, batch_size=self.batch_size)
         return unit_rows(self._checked(vectors, len(texts)))
+
+    def transform_to(self, space: Space) -> VectorTransform | None:
+        """The map into an older space that was trained together with the encoder; ``None`` where there is none."""
+        find = getattr(self.encoder, "transform_to", None)
+        return None if find is None else find(space.fingerprint)
 
     def _encode(self, items: Sequence[Item], progress: Callable[[int], None] | None) -> np.ndarray:
         if not items:

@@ -1,4 +1,5 @@
-"""The transform of a strategy that needs one: fitted on a paired sample, or given, and checked before it serves.
+"""The transform of a strategy that needs one: given, trained together with the new encoder, or fitted on a paired
+sample; checked before it serves.
 
 A map in the wrong direction has the right shape wherever two encoders have one width, and destroys the search. So its
 direction is checked by name and, where pairs are at hand, by measurement. A map whose own verdict on held-out pairs is
@@ -16,7 +17,7 @@ from bowerbird.errors import InputError, SpaceError, UpgradeError
 from bowerbird.gallery.routing import match_width
 from bowerbird.gallery.transform import MIN_PAIRS, SURE, VectorTransform, with_evidence
 from bowerbird.upgrade.sample import take_sample
-from bowerbird.upgrade.strategies import Strategy, load_strategy, transform_direction
+from bowerbird.upgrade.strategies import Strategy, load_strategy, transform_direction, uses_trained_transform
 
 if TYPE_CHECKING:
     from bowerbird.gallery.gallery import Gallery
@@ -27,12 +28,18 @@ PAIRS = 2000  # items that are encoded to fit a map
 CHECK_PAIRS = 256  # items that are encoded by the new encoder to check a direction, where it is at hand
 
 
-def needs_transform(gallery: Gallery, strategy: str, new: Space) -> bool:
-    """Whether an upgrade to ``new`` by this strategy needs a transform that the gallery does not have yet."""
-    old = gallery.snapshot().write_space
+def trained_transform(strategy: Strategy, encoder: ItemEncoder | None, old: Space) -> VectorTransform | None:
+    """The map to ``old`` that was trained together with the new encoder, if there is one and the strategy uses it."""
+    return encoder.transform_to(old) if encoder is not None and uses_trained_transform(strategy) else None
+
+
+def needs_transform(gallery: Gallery, strategy: str, encoder: ItemEncoder) -> bool:
+    """Whether an upgrade by this strategy needs a transform that neither the encoder brings nor the gallery has."""
+    chosen, old = load_strategy(strategy)[1], gallery.snapshot().write_space
     return (
-        transform_direction(load_strategy(strategy)[1]) == "query"
-        and gallery.transform(new.fingerprint, old.fingerprint) is None
+        transform_direction(chosen) == "query"
+        and trained_transform(chosen, encoder, old) is None
+        and gallery.transform(encoder.space.fingerprint, old.fingerprint) is None
     )
 
 
@@ -83,6 +90,8 @@ def use_transform(
     """Register the transform with which ``strategy`` will serve an upgrade from ``old`` to ``new``, if it needs one.
 
     Args:
+        transform: The map, or its file. Default: the one that was trained together with the encoder, or else the one
+            that is registered.
         encoder: The new encoder; where given, the direction is also measured, on items that it encodes.
 
     Raises:
@@ -101,7 +110,7 @@ def use_transform(
             raise UpgradeError(f"strategy {name!r} uses no transform; leave it out")
         return
     if transform is None:
-        transform = gallery.transform(new.fingerprint, old.fingerprint)
+        transform = trained_transform(strategy, encoder, old) or gallery.transform(new.fingerprint, old.fingerprint)
         if transform is None:
             raise UpgradeError(
                 f"strategy {name!r} needs a transform from {new} to {old}: give one (--transform FILE), or let "

@@ -3,7 +3,8 @@
 A sample of the gallery is encoded by the new encoder; its old vectors are the stored ones. Labelled queries then
 measure the old and the new system on the sample, and each strategy's curve is computed as serving would do it
 (``forecast``), with each merger. Strategies that fit a map are fitted on one half of the sample and forecast on the
-other, those that fit nothing on all of it; each is compared with the old level on its own items.
+other, those that fit nothing (their map was trained together with the new encoder, or they need none) on all of it;
+each is compared with the old level on its own items.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from bowerbird.registry import get_registry
 from bowerbird.retrieval.intervals import Interval, bootstrap_interval, paired_difference
 from bowerbird.upgrade.backfill import backfill_plan, order_positions
 from bowerbird.upgrade.canary import check_canary
+from bowerbird.upgrade.fitting import trained_transform
 from bowerbird.upgrade.forecast import ForecastCurve, Forecaster, PairedVectors
 from bowerbird.upgrade.plan_record import Costs, OrderForecast, Plan
 from bowerbird.upgrade.queries import QuerySet, no_label
@@ -132,7 +134,8 @@ def plan(
             moves[name] = shares
     canary = check_canary(gallery, old_encoder) if old_encoder is not None else None
 
-    fit = any(transform_direction(strategy) is not None for strategy in chosen.values())
+    trained = {name: trained_transform(strategy, new, old) for name, strategy in chosen.items()}
+    fit = any(transform_direction(strategy) is not None and trained[name] is None for name, strategy in chosen.items())
     if paired is None:
         assert new is not None
         taken = take_sample(
@@ -178,10 +181,10 @@ def plan(
         for number, (name, strategy) in enumerate(asked.items()):
             if progress is not None:
                 progress(f"forecasting {short_name(name)}", number, len(asked))
-            fits = transform_direction(strategy) is not None
+            fits = transform_direction(strategy) is not None and trained[name] is None
             way = _Way(
                 gallery, name, strategy, held if fits else forecaster, taken.held_rows if fits else None, old,
-                new_space, taken.training, seed, nothing_to_encode,
+                new_space, taken.training, trained[name], seed, nothing_to_encode,
             )  # fmt: skip
             ways[name] = way
             made = [way.curve(first, merger) for merger in _own_first(way.strategy, joined)]
@@ -243,9 +246,9 @@ class _Way:
     """One strategy on one sample: fitted once, forecast with any order and merger."""
 
     def __init__(self, gallery: Gallery, name: str, strategy: Strategy, forecaster: Forecaster,
-                 rows: np.ndarray | None, old: Space, new: Space, training: TrainingPairs | None, seed: int,
-                 no_images: bool) -> None:  # fmt: skip
-        self.name, self.strategy, self.transform, self._rows = name, strategy, None, rows
+                 rows: np.ndarray | None, old: Space, new: Space, training: TrainingPairs | None,
+                 trained: VectorTransform | None, seed: int, no_images: bool) -> None:  # fmt: skip
+        self.name, self.strategy, self.transform, self._rows = name, strategy, trained, rows
         self._forecaster, self._reason = forecaster, ""
         self._queries: Any = None
         self._held: Any = None
@@ -260,9 +263,11 @@ class _Way:
             if direction is None:
                 self._queries = strategy.old_part_queries(queries, old, new)
                 return
-            if training is None:
-                raise InputError("it is fitted on items that both encoders have encoded; there are none to spare")
-            self.transform = strategy.fit(training, seed=seed)  # type: ignore[attr-defined]
+            if self.transform is None:
+                if training is None:
+                    raise InputError("it is fitted on items that both encoders have encoded; there are none to spare")
+                self.transform = strategy.fit(training, seed=seed)  # type: ignore[attr-defined]
+                self._trained_on = len(training)
             if self.transform.evidence.get("usable") is False:
                 raise UpgradeError(
                     str(self.transform.evidence.get("sentence") or "its map is of no use on held-out pairs")
@@ -271,7 +276,6 @@ class _Way:
                 self._queries = strategy.old_part_queries(queries, old, new, self.transform)
             else:
                 self._queries, self._held = forecaster.paired.query_new, self.transform(forecaster.paired.gallery_old)
-            self._trained_on = len(training)
         except BowerbirdError as exc:
             self._reason = str(exc)
 

@@ -76,7 +76,8 @@ class Plan:
         price: ``hours`` times the price per hour.
         recommendation: One, with its reason.
         trained_on: Pairs on which transforms were fitted.
-        transforms: Strategy -> its transform, fitted on the training half; saved beside the plan.
+        transforms: Strategy -> its transform, fitted on the training half or trained together with the new encoder;
+            saved beside the plan.
     """
 
     gallery: str

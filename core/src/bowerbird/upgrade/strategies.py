@@ -15,6 +15,9 @@ A strategy that fits a map between the two spaces has more:
     fit(pairs, *, seed=0, **settings) -> VectorTransform        on a paired sample; needs both encoders' vectors only
     old_part_queries(queries, old, new, transform)      a fourth argument, where the direction is "query"
 
+    uses_trained_transform: bool                optional: where the new encoder was trained together with a map into the
+                                old space, that one serves and nothing is fitted
+
 and one that shows no new vector before every item has one says ``switches_at_end = True``.
 
 The new part is always searched with new-space queries, so every strategy ends exactly at the new system.
@@ -176,6 +179,11 @@ def load_strategy(name: str) -> tuple[str, Strategy]:
 def transform_direction(strategy: Strategy) -> str | None:
     """``query``, ``gallery``, or ``None`` for a strategy that fits nothing."""
     return getattr(strategy, "transform_direction", None)
+
+
+def uses_trained_transform(strategy: Strategy) -> bool:
+    """Whether a map that was trained together with the new encoder takes the place of one that is fitted."""
+    return bool(getattr(strategy, "uses_trained_transform", False))
 
 
 def switches_at_end(strategy: Strategy) -> bool:

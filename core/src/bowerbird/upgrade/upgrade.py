@@ -160,7 +160,7 @@ class Upgrade:
         out = {"old_encoder": self.old, **settings}
         strategy = out.get("strategy", "rank-merge")
         new = self._needs_new("begin")
-        if out.get("transform") is None and needs_transform(self.gallery, strategy, new.space):
+        if out.get("transform") is None and needs_transform(self.gallery, strategy, new):
             out["transform"] = fit_transform(
                 self.gallery, new, strategy, label_key=out.get("label_key"), seed=out.get("seed") or 0
             )

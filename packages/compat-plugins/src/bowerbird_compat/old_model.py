@@ -27,12 +27,14 @@ class OldModel:
         encoder: Frozen, in eval mode.
         classes: Names of the classes it was trained with; may be empty.
         classifier: ``(C_old, d_old)`` weight it was trained with, or ``None``. A bias is left out, as in openBCT.
+        space: Fingerprint of its space, where what loaded it said so.
     """
 
     path: str
     encoder: Encoder
     classes: Sequence[str]
     classifier: Tensor | None
+    space: str = ""
 
     @classmethod
     def load(cls, run: str | None, reference: str | None, context: BuildContext) -> Self:
@@ -40,15 +42,17 @@ class OldModel:
         if run is not None:
             trained = context.load_run(run)
             weight = trained.objective_state.get("classifier.weight")
-            return cls(run, _frozen(trained.encoder), trained.classes, weight)
+            return cls(run, _frozen(trained.encoder), trained.classes, weight, trained.fingerprint)
         from bowerbird.encoders import load_encoder  # image libraries: the losses alone do without
 
         assert reference is not None
         loaded = load_encoder(reference, device="cpu")
-        return cls(reference, _frozen(loaded.module), loaded.spec.classes, None)
+        return cls(reference, _frozen(loaded.module), loaded.spec.classes, None, loaded.fingerprint)
 
     def fingerprint(self) -> str:
         """Of the old space."""
+        if self.space:
+            return self.space
         from bowerbird.encoders import load_encoder
 
         return load_encoder(self.path, device="cpu").fingerprint

@@ -11,7 +11,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field
 
@@ -22,7 +21,7 @@ from bowerbird.protocols import BuildContext, Encoder, LossOutput
 from bowerbird_compat.compatible_objective import CompatibleConfig, CompatibleObjective
 from bowerbird_compat.feature_cache import FeatureCache
 from bowerbird_compat.online_backfilling import MetricCompatibleLoss, ReverseQueryTransform, TopK
-from bowerbird_compat.vector_transforms import to_vector_transform
+from bowerbird_compat.vector_transforms import transform_steps
 
 
 class MetricCompatibleConfig(CompatibleConfig):
@@ -47,8 +46,8 @@ class MetricCompatibleConfig(CompatibleConfig):
 class MetricCompatibleObjective(CompatibleObjective):
     """``classification + regression + old term + new term``; ``reverse`` is the reverse query transform.
 
-    The exported encoder is the new one; it is *not* compatible with the old space by itself, so no relation is
-    recorded: its queries reach old vectors through ``reverse_transform_of`` the run.
+    The exported encoder is the new one; it is *not* compatible with the old space by itself: its queries reach old
+    vectors through ``reverse``, which the export carries and the strategy ``compat:reverse-transform`` serves.
 
     Needs ``image`` (or ``frozen_features``), ``label`` and ``index``. The old encoder runs once, while this is built.
     """
@@ -73,6 +72,7 @@ class MetricCompatibleObjective(CompatibleObjective):
         old = cls.old_model(config, encoder, context)
         batches = context.eval_batches(old.encoder, keys=("image", "label", "index"))
         self = cls(encoder, len(context.classes), FeatureCache.build(old.encoder, batches, key="index"), config)
+        self.old = old
         if not config.classification_weight:
             self.classifier.requires_grad_(False)  # nothing trains it
         return self
@@ -91,31 +91,33 @@ class MetricCompatibleObjective(CompatibleObjective):
         return LossOutput(total + loss, parts, {"accuracy": accuracy})
 
     def relations(self) -> list[dict[str, Any]]:
-        return []
+        """The relation that the export records: queries reach the old space through the reverse transform."""
+        if self.old is None:
+            return []
+        steps, evidence = transform_steps(self.reverse), {"method": self.method}
+        return [{"kind": "transform", "to": self.old.fingerprint(), "steps": steps, "evidence": evidence}]
 
 
 def reverse_transform_of(run: str | Path, old: str | Path | None = None) -> VectorTransform:
-    """The reverse query transform that a run of ``compat:metric-compatible`` has trained, ready to be served.
+    """The reverse query transform that a run of ``compat:metric-compatible`` has trained, as its export carries it.
 
     Args:
-        run: Folder of the finished run.
-        old: The old encoder; default: the ``old_run`` or ``old_encoder`` of the run's recipe.
+        run: Folder of the finished run, or of an export of it.
+        old: The old encoder; default: the one that the run was trained for.
 
-    Raises ``DataError`` where the run has trained none.
+    Raises ``DataError`` where the run has trained none, or none for ``old``.
     """
     from bowerbird.encoders import load_encoder
-    from bowerbird.train.run import load_run
 
-    trained = load_run(run)
-    state = {n.removeprefix("reverse."): v for n, v in trained.objective_state.items() if n.startswith("reverse.")}
-    if "linear.weight" not in state:
-        raise DataError(f"the run {str(run)!r} has no reverse transform; was it trained with compat:metric-compatible?")
-    out_dim, in_dim = state["linear.weight"].shape
-    hidden = len(state["branch.0.weight"]) if "branch.0.weight" in state else None
-    psi = ReverseQueryTransform(in_dim, out_dim, hidden)
-    with torch.no_grad():
-        psi.load_state_dict(dict(state))
-    settings = trained.recipe["objective"]
-    reference = old or settings.get("old_run") or settings["old_encoder"]
-    source, target = (load_encoder(ref, device="cpu").fingerprint for ref in (run, reference))
-    return to_vector_transform(psi, source=source, target=target, method="compat:metric-compatible")
+    new = load_encoder(run, device="cpu")
+    targets = [relation["to"] for relation in new.spec.relations if relation["kind"] == "transform"]
+    if old is not None:
+        wanted = load_encoder(old, device="cpu").fingerprint
+        targets = [target for target in targets if target == wanted]
+    psi = new.transform_to(targets[0]) if targets else None
+    if psi is None:
+        for_old = "" if old is None else f" for the old encoder {str(old)!r}"
+        raise DataError(
+            f"the run {str(run)!r} has no reverse transform{for_old}; was it trained with compat:metric-compatible?"
+        )
+    return psi

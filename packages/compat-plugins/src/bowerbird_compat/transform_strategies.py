@@ -85,9 +85,12 @@ class ReverseTransform(Adapter):
 
     With labels it is trained so that the distances of both systems can be compared (metric-compatible contrastive
     learning), and can find more than the old system did. Without labels it is a regression.
+
+    An encoder that was trained by ``compat:metric-compatible`` brings its own; then nothing is fitted.
     """
 
     name = "compat:reverse-transform"
+    uses_trained_transform = True
 
     def fit(  # type: ignore[override]  # settings of its own
         self, pairs: TrainingPairs, *, seed: int = 0, hidden: int | None = None, steps: int | None = None,

@@ -142,6 +142,8 @@ def export_sparse_encoder(
             )
         fingerprint = described["fingerprint"] = _fingerprint_of_forms(loaded.fingerprint, described["forms"])
         evidence = {"method": "sparse export", "largest_difference": difference}
+        # A map that was trained with the dense encoder is for vectors of exactly that one.
+        relations = [relation for relation in relations if relation["kind"] != "transform"]
         relations.append({"kind": "compatible", "to": loaded.fingerprint, "evidence": evidence})
     with atomic_folder(folder) as temporary:
         inner = temporary / folder.name  # the model card is named after the folder
