@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from upgrade_world import FakeEncoder, by_item, make_gallery, new_encoder, old_encoder
 
 from bowerbird.cli import main
-from bowerbird.errors import UpgradeError
+from bowerbird.errors import SpaceError, UpgradeError
 from bowerbird.gallery import Gallery
 from bowerbird.registry import get_registry
 from bowerbird.upgrade import begin
@@ -37,9 +37,9 @@ def path(tmp_path):
     return tmp_path / "g"
 
 
-def invoke(*arguments: object):
+def invoke(*arguments: object, code: int = 0):
     result = CliRunner().invoke(main, ["upgrade", *map(str, arguments)])
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == code, result.output
     return result
 
 
@@ -110,6 +110,35 @@ def test_what_a_store_lacks_is_refused_before_anything_is_encoded(path, monkeypa
                 begin(gallery, encoder.space, strategy="two-queries")
         assert not encoded
         assert gallery.store.upgrade_state() is None
+
+
+@pytest.mark.parametrize("verb", ["plan", "begin"])
+def test_vectors_that_a_store_cannot_keep_are_refused_before_anything_is_encoded(path, monkeypatch, verb):
+    def narrow(self, space):
+        if space.dim > 20:
+            raise SpaceError(f"{space} is too wide")
+
+    with Gallery.open(path) as gallery:
+        monkeypatch.setattr(type(gallery.storage), "check_space", narrow)
+        encoder, encoded = by_item(new_encoder()), []
+        monkeypatch.setattr(encoder, "items", lambda *given: encoded.append(given))
+        with pytest.raises(SpaceError, match="too wide"):
+            if verb == "plan":
+                plan(gallery, encoder, label_key="label")
+            else:
+                begin(gallery, encoder.space, strategy="two-queries")
+        assert not encoded and gallery.spaces() == [old_encoder().space()]
+
+
+def test_several_workers_need_a_store_for_them_and_without_one_nothing_begins(path, monkeypatch):
+    with Gallery.open(path) as gallery:
+        kept = type(gallery.storage).features - {"many-workers"}
+        monkeypatch.setattr(type(gallery.storage), "features", kept)
+    said = invoke("run", path, "--to", "fake:new", "--strategy", "two-queries", "--workers", 2, code=2).stderr
+    assert "lacks 'many-workers'" in said and "--workers 1" in said
+    with Gallery.open(path) as gallery:
+        assert gallery.store.upgrade_state() is None
+    invoke("run", path, "--to", "fake:new", "--strategy", "two-queries")
 
 
 def test_an_upgrade_on_top_needs_a_store_with_sequences(path, monkeypatch):

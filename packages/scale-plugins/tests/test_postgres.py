@@ -31,7 +31,8 @@ from bowerbird.gallery import Gallery, Space, create_gallery, open_gallery
 from bowerbird.gallery.copy import copy_gallery
 from bowerbird.testing.store_contract import NAMES, QUERIES, fill, same
 from bowerbird.testing.store_world import FIRST, SECOND, begin, encode, vectors, work
-from bowerbird.upgrade import Upgrade
+from bowerbird.upgrade import ItemEncoder, Upgrade
+from bowerbird.upgrade.plan import plan
 from bowerbird_scale.postgres import tasks
 from bowerbird_scale.postgres.connection import Address
 
@@ -215,10 +216,25 @@ def test_vectors_of_many_widths_are_kept_exactly_and_too_wide_ones_are_refused_b
         create_gallery(postgres_url(), wide)
     with pytest.raises(SpaceError, match="at most 16000"):
         begin(gallery, wide)
-    assert gallery.store.upgrade_state() is None
+
+    def encode_nothing(items: object) -> np.ndarray:
+        raise AssertionError("it is refused before an item is encoded")
+
+    with pytest.raises(SpaceError, match="at most 16000"):
+        plan(gallery, ItemEncoder(encode_nothing, space=wide), label_key="kind")
+    assert gallery.store.upgrade_state() is None and gallery.spaces() == [FIRST]
 
 
 # ----------------------------------------------------------------------------------------------------- the server
+
+
+def test_a_transaction_that_the_server_ended_for_its_idleness_is_a_store_that_is_away(gallery: Gallery) -> None:
+    """So that a worker on a machine that stood still tries again."""
+    with pytest.raises(StoreUnavailableError, match="idle-in-transaction"), gallery.storage.db.writing("test") as db:
+        db.execute("SET LOCAL idle_in_transaction_session_timeout = '20ms'")
+        time.sleep(0.2)
+        db.execute("SELECT 1")
+    assert len(gallery) == len(NAMES)
 
 
 def cut_off(gallery: Gallery, server: str) -> None:

@@ -83,9 +83,12 @@ def lift(gallery: str, transform_file: str | None, to: str | None, old_pairs: st
     )
     from bowerbird.upgrade.run import Limits
     from bowerbird.upgrade.run import run as work
+    from bowerbird.upgrade.start import check_store
 
     Limits(stop_after, None, stop_at_share)  # refused here, before a map is fitted and the lift begun
     with open_at(gallery) as opened, terminated_like_ctrl_c():
+        if workers > 1:
+            check_store(opened, also=("many-workers",))
         pairs = _pairs(old_pairs, new_pairs)
         if _begins(opened, transform_file, to, on_top):
             new = None if to is None else encoder_of(to, batch_size, device)

@@ -29,6 +29,7 @@ FEATURES = {
     "rollback": "return to the exact old state until `finish`",
     "where": "searches that are filtered by metadata",
     "sequences": "an upgrade on top of one that is under way",
+    "many-workers": "several processes at once",
     "many-hosts": "workers on other machines",
 }
 
@@ -116,7 +117,9 @@ class StorageLike(Protocol):
         """A folder, or a URL without its password: how messages call the gallery."""
 
     @property
-    def features(self) -> frozenset[str]: ...
+    def features(self) -> frozenset[str]:
+        """Of those of its store the ones that this gallery has."""
+
     @property
     def readonly(self) -> bool: ...
     @property
@@ -137,6 +140,9 @@ class StorageLike(Protocol):
         """The filter in the form that ``Part.search`` of this store takes."""
 
     # Spaces.
+    def check_space(self, space: Space) -> None:
+        """Raises ``SpaceError`` where vectors of this space cannot be kept; asked when an upgrade is planned."""
+
     def register_space(self, space: Space, *, parent: str | None = None) -> None: ...
     def relate(self, relation: Relation) -> None: ...
     def relations(self) -> list[Relation]: ...
@@ -218,7 +224,8 @@ class StoreDriver(Protocol):
     """The target of a record of role ``store``: a class with these; it is never instantiated by core.
 
     Attributes:
-        features: What galleries of this store can do, of ``FEATURES``; known before one is opened.
+        features: What galleries of this store can do, of ``FEATURES``; known before one is opened. A single gallery may
+            lack some of them.
     """
 
     features: frozenset[str]

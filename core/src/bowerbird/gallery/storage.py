@@ -48,7 +48,7 @@ TRANSFORM_SECONDS = 3600.0  # for which the file of a transform stays that no re
 class Storage:
     """An open gallery folder. Thread-safe; not usable across ``fork``."""
 
-    features = frozenset({"index", "rollback", "sequences", "where"})
+    features = frozenset({"index", "many-workers", "rollback", "sequences", "where"})
 
     def __init__(self, path: str | Path, *, readonly: bool = False, lock_timeout: float = 10.0) -> None:
         self.path = Path(path)
@@ -405,6 +405,9 @@ class Storage:
             "INSERT INTO batch(sid, start, n, crc_vectors, crc_ids, epoch) VALUES (?, ?, ?, ?, ?, ?)",
             [(info.sid, batch.start, batch.n, batch.crc_vectors, batch.crc_ids, epoch) for batch in batches],
         )
+
+    def check_space(self, space: Space) -> None:
+        """Whatever a ``Space`` can be is kept."""
 
     def register_space(self, space: Space, *, parent: str | None = None) -> None:
         """Remember a space. Idempotent.

@@ -183,10 +183,13 @@ class Control:
     # ---------------------------------------------------------------------------------------------------- what it does
 
     async def start_plan(self, asked: StartPlan) -> PlanJob:
+        from bowerbird.upgrade.start import check_store
+
         async def act() -> None:
             ref = self._reference(asked.candidate)
             if (await asyncio.to_thread(self.gallery.snapshot)).upgrade is not None:
                 raise UpgradeError("an upgrade is under way; a plan is made before one")
+            check_store(self.gallery, also=("many-workers",))  # another process makes the plan
             label_key = asked.label_key or self.settings.label_key
             await asyncio.to_thread(self.planning.start, asked.candidate, ref, label_key, asked.sample)
 
@@ -206,9 +209,11 @@ class Control:
         return await self.view()
 
     async def _start(self, asked: StartUpgrade) -> None:
+        from bowerbird.upgrade.start import check_store
         from bowerbird.upgrade.vectors_encoder import is_vectors_ref, load_vectors_encoder
 
         ref = self._reference(asked.candidate)
+        check_store(self.gallery, also=("many-workers",))  # another process does the work
         if self.planning.running:
             raise UpgradeError("a plan is being made; wait for it, or cancel it")
         if is_vectors_ref(ref):  # known by a file of its vectors: searches give vectors, too

@@ -20,6 +20,7 @@ from bowerbird.gallery.open import folder_of
 from bowerbird.registry import get_registry
 from bowerbird.upgrade.patience import Patience
 from bowerbird.upgrade.run import STORE_PATIENCE, Limits, RunReport, Watching, WorkerShare, tolerant
+from bowerbird.upgrade.start import check_store
 from bowerbird.upgrade.state import UpgradeStatus, status
 from bowerbird.upgrade.worker import Event, Job
 
@@ -98,6 +99,7 @@ def run_workers(
         not complete.
     """
     watching = Watching(gallery, every=watch_every, max_nfr=max_nfr, share=0.0)  # refused before anything begins
+    check_store(gallery, also=("many-workers",))
     job = executor.prepare(begin)
     started = time.monotonic()
     last = status(gallery)

@@ -100,7 +100,6 @@ def plan(
     snapshot = gallery.snapshot()
     if snapshot.upgrade is not None:
         raise UpgradeError(f"an upgrade of {gallery.path} is {snapshot.upgrade.state}; see `bowerbird upgrade status`")
-    check_store(gallery)
     if snapshot.new.count == 0:
         raise UpgradeError(f"gallery {gallery.path} is empty: there is nothing to plan for")
     if sample < 1 or num_queries < 1:
@@ -113,7 +112,8 @@ def plan(
     new_space = new.space if new is not None else space
     if new_space is None:
         assert paired is not None
-        new_space = Space("given-vectors", "known by its vectors only", int(np.shape(paired.gallery_new)[1]))
+        new_space = Space(GIVEN_VECTORS, "known by its vectors only", int(np.shape(paired.gallery_new)[1]))
+    check_store(gallery, new_space)
     if new_space.fingerprint == old.fingerprint:
         raise UpgradeError(f"the gallery already serves space {old}; there is nothing to upgrade")
     # A wrong name, and an order that lacks what it needs, are told before anything is encoded.

@@ -72,7 +72,7 @@ def begin(
         UnknownNameError: If there is no such strategy or order; suggests close names.
     """
     encoder, new = (new, new.space) if isinstance(new, ItemEncoder) else (None, new)
-    check_store(gallery)
+    check_store(gallery, new)
     snapshot = gallery.snapshot()
     if snapshot.upgrade is not None:
         if not on_top:
@@ -152,16 +152,21 @@ def join(gallery: Gallery, encoder: ItemEncoder, *, upgrade: int | None = None, 
     return state
 
 
-def check_store(gallery: Gallery, *, also: Sequence[str] = ()) -> None:
+def check_store(gallery: Gallery, new: Space | None = None, *, also: Sequence[str] = ()) -> None:
     """Refuse early what the store cannot do: an upgrade that could not be taken back is not begun.
 
     Args:
+        new: The space that the upgrade leads to; its vectors must be such as the store can keep.
         also: Further features that are needed, of ``bowerbird.gallery.protocol.FEATURES``.
 
     Raises:
         UpgradeError: Names the features that are missing.
+        SpaceError: If vectors of the new space cannot be kept.
     """
     from bowerbird.gallery.protocol import FEATURES
+
+    if new is not None:
+        gallery.storage.check_space(new)
 
     missing = [name for name in ("rollback", *also) if name not in gallery.features]
     if missing:
@@ -169,6 +174,7 @@ def check_store(gallery: Gallery, *, also: Sequence[str] = ()) -> None:
             f"the store of {gallery.path} cannot run this upgrade. It lacks "
             + ", ".join(f"{name!r} ({FEATURES[name]})" for name in missing)
             + ". Copy the gallery to another store first: `bowerbird gallery copy`"
+            + (", or let one process do the work (--workers 1)" if missing == ["many-workers"] else "")
         )
 
 

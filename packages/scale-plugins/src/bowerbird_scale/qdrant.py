@@ -47,12 +47,14 @@ _folders_lock = threading.Lock()
 class Collections:
     """The vectors of one gallery in Qdrant; the methods are those of ``bowerbird_scale.postgres.vectors.Tables``."""
 
-    features = frozenset({"index", "many-hosts", "rollback", "sequences", "where"})
+    features = frozenset({"index", "many-hosts", "many-workers", "rollback", "sequences", "where"})
     streams_from = None  # each query is searched by Qdrant
     index_settings: Mapping[str, Mapping[str, int]] = {"hnsw": {}}
 
-    def __init__(self, client: QdrantClient, schema: str) -> None:
+    def __init__(self, client: QdrantClient, schema: str, *, one_process: bool = False) -> None:
         self.client, self.schema = client, schema
+        if one_process:
+            self.features = self.features - {"many-hosts", "many-workers"}
         self._prefix: str | None = None
 
     def check(self, space: Space) -> None:
@@ -252,13 +254,14 @@ def collections_at(address: Address) -> Collections:
         )
     key = address.options.get("qdrant_api_key") or os.environ.get("QDRANT_API_KEY")
     try:
-        if "://" in place:
+        served = "://" in place
+        if served:
             client = QdrantClient(url=place, api_key=key, timeout=TIMEOUT_SECONDS, check_compatibility=False)
         else:
             client = _client_of_folder(place)
     except (OSError, ValueError, RuntimeError) as exc:  # RuntimeError: another process has the folder
         raise InputError(f"{address.name}: Qdrant cannot be used there: {without_passwords(str(exc))}") from exc
-    return Collections(client, address.schema)
+    return Collections(client, address.schema, one_process=not served)
 
 
 def _client_of_folder(place: str) -> QdrantClient:

@@ -21,6 +21,7 @@ from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 import psycopg
 from psycopg import sql
+from psycopg.errors import IdleInTransactionSessionTimeout
 
 from bowerbird.errors import (
     GalleryError,
@@ -206,7 +207,11 @@ class Database:
             raise GalleryError(f"the server does not let this user {purpose} in {name}: {_text(exc)}") from exc
         except (psycopg.DataError, psycopg.errors.ProgramLimitExceeded) as exc:
             raise InputError(f"PostgreSQL cannot {purpose}: {_text(exc)}. Nothing was changed.") from exc
-        except (psycopg.OperationalError, psycopg.InterfaceError) as exc:
+        except (
+            psycopg.OperationalError,
+            psycopg.InterfaceError,
+            psycopg.errors.IdleInTransactionSessionTimeout,
+        ) as exc:
             raise StoreUnavailableError(
                 f"the server of {name} cannot {purpose} now: {_text(exc)}. What was committed is safe."
             ) from exc

@@ -196,6 +196,10 @@ class PostgresStorage:
 
     # ------------------------------------------------------------------------------------------------- writing
 
+    def check_space(self, space: Space) -> None:
+        """Raises ``SpaceError`` where its vectors are wider than the server can keep."""
+        self.db.vectors.check(space)
+
     def register_space(self, space: Space, *, parent: str | None = None) -> None:
         """Remember a space. Idempotent."""
         known = self.snapshot().spaces.get(space.fingerprint)

@@ -54,7 +54,7 @@ class Tables:
     ``db`` is the transaction in which the catalogue is read or written.
     """
 
-    features = frozenset({"index", "many-hosts", "rollback", "sequences", "where"})
+    features = frozenset({"index", "many-hosts", "many-workers", "rollback", "sequences", "where"})
     streams_from = 8  # so many queries are searched together, by reading all vectors once
     index_settings: Mapping[str, Mapping[str, int]] = {"hnsw": {"m": 16, "ef_construction": 64}, "ivf": {"lists": 0}}
 
