@@ -207,11 +207,7 @@ class Database:
             raise GalleryError(f"the server does not let this user {purpose} in {name}: {_text(exc)}") from exc
         except (psycopg.DataError, psycopg.errors.ProgramLimitExceeded) as exc:
             raise InputError(f"PostgreSQL cannot {purpose}: {_text(exc)}. Nothing was changed.") from exc
-        except (
-            psycopg.OperationalError,
-            psycopg.InterfaceError,
-            psycopg.errors.IdleInTransactionSessionTimeout,
-        ) as exc:
+        except (psycopg.OperationalError, psycopg.InterfaceError, IdleInTransactionSessionTimeout) as exc:
             raise StoreUnavailableError(
                 f"the server of {name} cannot {purpose} now: {_text(exc)}. What was committed is safe."
             ) from exc
