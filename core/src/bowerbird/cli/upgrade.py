@@ -150,6 +150,9 @@ def plan(gallery: str, to: str, old: str | None, queries: str | None, split: str
     from bowerbird.upgrade.tables import plan_table, show
 
     show(plan_table(made))
+    command = made.next_command()
+    if command is not None:
+        click.echo(f"next: {command}")  # not broken into lines: it is to be copied
 
 
 @command.command(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bowerbird.report.charts import Series, line_chart
+from bowerbird.report.charts import Series, line_chart, themed
 from bowerbird.report.page import data_uri, render_page
 
-__all__ = ["Series", "data_uri", "line_chart", "render_page"]
+__all__ = ["Series", "data_uri", "line_chart", "render_page", "themed"]

@@ -11,12 +11,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-PALETTE = {"red": "#D55E00", "blue": "#0072B2", "green": "#009E73", "purple": "#CC79A7", "grey": "#6b7280"}
+PALETTE = {
+    "red": "#D55E00", "blue": "#0072B2", "green": "#009E73", "purple": "#CC79A7", "grey": "#6b7280",
+    "orange": "#E69F00", "sky": "#56B4E9", "black": "#000000",
+}  # fmt: skip
+INK, SOFT, GRID = "#000000", PALETTE["grey"], "#e5e7eb"  # of a chart on paper; ``themed`` gives a page's own
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line: ``x`` and ``y`` of equal length; ``low``/``high`` draw a band; ``dashed`` for reference levels."""
+    """One line: ``x`` and ``y`` of equal length; ``low``/``high`` draw a band; ``dashed`` for reference levels;
+    ``step`` for values that hold until the next ``x``."""
 
     label: str
     x: Sequence[float]
@@ -26,6 +31,8 @@ class Series:
     dashed: bool = False
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
+    step: bool = False
+    width: float = 2.0
 
 
 def line_chart(
@@ -38,10 +45,13 @@ def line_chart(
     size: tuple[float, float] = (7.2, 4.0),
     ylim: tuple[float, float | None] | None = None,
     ident: str = "chart",
+    legend_below: bool = False,
+    background: str | None = None,
 ) -> str:
     """A chart as SVG text.
 
-    ``levels``: label -> horizontal reference line. ``ident`` makes the ids inside unique in a page.
+    ``levels``: label -> horizontal reference line. ``ident`` makes the ids inside unique in a page. ``legend_below``
+    the axes it covers no line. ``background``: a colour; without one what is behind the chart is seen.
     """
     # An Agg canvas without pyplot: no global state, no display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -51,16 +61,16 @@ def line_chart(
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for label, value in (levels or {}).items():
-        axes.axhline(value, color=PALETTE["grey"], linestyle=(0, (4, 3)), linewidth=1)
+        axes.axhline(value, color=SOFT, linestyle=(0, (4, 3)), linewidth=1)
         axes.annotate(
             label, xy=(1.0, value), xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points",
-            va="center", fontsize=9, color=PALETTE["grey"], annotation_clip=False,
+            va="center", fontsize=9, color=SOFT, annotation_clip=False,
         )  # fmt: skip
     for one in series:
         color = PALETTE.get(one.color, one.color)
         axes.plot(
-            one.x, one.y, label=one.label, color=color, marker=one.marker, markersize=4.5, linewidth=2,
-            linestyle="--" if one.dashed else "-",
+            one.x, one.y, label=one.label, color=color, marker=one.marker, markersize=4.5, linewidth=one.width,
+            linestyle="--" if one.dashed else "-", drawstyle="steps-post" if one.step else "default",
         )  # fmt: skip
         if one.low is not None and one.high is not None:
             axes.fill_between(one.x, one.low, one.high, color=color, alpha=0.15, linewidth=0)
@@ -70,13 +80,24 @@ def line_chart(
         axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
     if ylim:
         axes.set_ylim(*ylim)
-    axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     if len(series) > 1:
-        axes.legend(frameon=False, fontsize=9, loc="best")
-    return _svg(figure, ident)
+        if legend_below:
+            figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=min(3, len(series)))
+        else:
+            axes.legend(frameon=False, fontsize=9, loc="best")
+    return _svg(figure, ident, background)
+
+
+def themed(svg: str) -> str:
+    """The chart for a page that is light or dark: ink, soft lines and grid are its variables ``--ink``, ``--soft`` and
+    ``--line``."""
+    for color, name in ((INK, "ink"), (SOFT, "soft"), (GRID, "line")):
+        svg = svg.replace(color, f"var(--{name}, {color})")
+    return svg
 
 
 @dataclass(frozen=True)
@@ -125,20 +146,22 @@ def point_chart(
             arrowprops=None if y == point.y else {"arrowstyle": "-", "color": color, "alpha": 0.35, "linewidth": 0.8},
         )  # fmt: skip
     axes.margins(x=0.22, y=0.08)
-    axes.grid(color="#e5e7eb", linewidth=0.8)
+    axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     return _svg(figure, ident)
 
 
-def _svg(figure: Any, ident: str) -> str:
+def _svg(figure: Any, ident: str, background: str | None = None) -> str:
     """SVG text that can be put into a page: same bytes for the same data, ids prefixed, no XML header."""
     import matplotlib as mpl
 
     out = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": ident, "svg.fonttype": "none", "font.family": "sans-serif"}):
-        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+        if background is not None:
+            figure.set_facecolor(background)
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None}, transparent=background is None)
     text = out.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{ident}-", text)

@@ -105,6 +105,7 @@ class ForecastCurve:
         items: Sampled items of the forecast.
         gain: Paired difference of the area to the old level: what the strategy brings over waiting until the end.
         dip: Paired difference of the quality at the worst share to the old level.
+        differences: ``(S,)`` paired differences of the quality to the old level; of the recommended curve only.
         costs: See ``bowerbird.upgrade.plan_record.Costs``.
     """
 
@@ -123,6 +124,7 @@ class ForecastCurve:
     items: int = 0
     gain: Interval | None = None
     dip: Interval | None = None
+    differences: tuple[Interval, ...] = ()
     costs: Any = None
 
     @property
@@ -259,6 +261,11 @@ class Forecaster:
             gain=self._interval(areas - self.old_old.values),
             dip=self._interval(values[worst] - self.old_old.values),
         )
+
+    def differences(self, curve: ForecastCurve) -> tuple[Interval, ...]:
+        """Paired differences of one of this forecaster's curves to the old level, at each of its shares."""
+        assert curve.values is not None
+        return tuple(self._interval(values - self.old_old.values) for values in curve.values)
 
     def _interval(self, values: np.ndarray) -> Interval:
         return bootstrap_interval(PerQuery(values, self.valid), seed=self.seed)

@@ -25,7 +25,7 @@ from bowerbird.upgrade.backfill import backfill_plan, order_positions
 from bowerbird.upgrade.canary import check_canary
 from bowerbird.upgrade.fitting import trained_transform
 from bowerbird.upgrade.forecast import ForecastCurve, Forecaster, PairedVectors
-from bowerbird.upgrade.plan_record import Costs, OrderForecast, Plan
+from bowerbird.upgrade.plan_record import GIVEN_VECTORS, Costs, OrderForecast, Plan
 from bowerbird.upgrade.queries import QuerySet, no_label
 from bowerbird.upgrade.sample import Sample, take_sample
 from bowerbird.upgrade.start import check_store
@@ -194,11 +194,19 @@ def plan(
         if progress is not None:
             progress("forecasting", len(asked), len(asked))
         curves += [forecaster.full(), forecaster.do_nothing(), forecaster.switch_now(first)]
+        from_images = new is None or new.reads_images
         curves = [
-            replace(curve, costs=_costs(curve, chosen.get(curve.name), hours, price, peak_bytes, vector_bytes))
+            replace(
+                curve,
+                costs=_costs(curve, chosen.get(curve.name), hours, price, peak_bytes, vector_bytes, from_images),
+            )
             for curve in curves
         ]
         gain, verdict = recommend(forecaster.old_old, forecaster.new_new, curves, order=orders[0], seed=seed)
+        for number, curve in enumerate(curves):
+            if curve.merger and (curve.name, curve.merger) == (verdict.strategy, verdict.merger):
+                source = held if curve.trained_on else forecaster
+                curves[number] = replace(curve, differences=source.differences(curve))
         interval = {
             "old_old": bootstrap_interval(forecaster.old_old, seed=seed),
             "new_new": bootstrap_interval(forecaster.new_new, seed=seed),
@@ -322,18 +330,19 @@ def _with_order(verdict: Recommendation, orders: Sequence[OrderForecast]) -> Rec
 
 
 def _costs(
-    curve: ForecastCurve, strategy: Strategy | None, hours: float | None, price: float | None, peak: int, new_bytes: int
-) -> Costs | None:
+    curve: ForecastCurve, strategy: Strategy | None, hours: float | None, price: float | None, peak: int,
+    new_bytes: int, from_images: bool,
+) -> Costs | None:  # fmt: skip
     if curve.unavailable:
         return None
     if curve.name == "do-not-upgrade":
         return Costs(0.0, None if price is None else 0.0, 0, 1, False, True)
     if strategy is None:
-        return Costs(hours, price, peak, 1, True, curve.name == "full")
+        return Costs(hours, price, peak, 1, from_images, curve.name == "full")
     lifts = transform_direction(strategy) == "gallery"
     # After a lift queries are encoded by the new encoder alone; the lifted vectors stay until the end.
     old_too = strategy.needs_old_encoder and not lifts
-    return Costs(hours, price, peak + (new_bytes if lifts else 0), 2 if old_too else 1, True, old_too)
+    return Costs(hours, price, peak + (new_bytes if lifts else 0), 2 if old_too else 1, from_images, old_too)
 
 
 def _own_first(strategy: Strategy, mergers: Sequence[str]) -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -12,10 +14,13 @@ from bowerbird.errors import InputError
 from bowerbird.files import write_atomically, write_json
 from bowerbird.retrieval.intervals import Interval
 from bowerbird.upgrade.forecast import ForecastCurve
+from bowerbird.upgrade.strategies import load_strategy, transform_direction
 from bowerbird.upgrade.verdict import Recommendation
 
 if TYPE_CHECKING:
     from bowerbird.gallery.transform import VectorTransform
+
+GIVEN_VECTORS = "given-vectors"  # fingerprint of a new space that is known by the vectors of a sample alone
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class Costs:
         price: ``hours`` times the price per hour.
         peak_bytes: What the gallery grows by at most until ``finish``.
         encoder_passes: Per query while the upgrade is under way.
-        needs_images: Whether the items must be encoded again.
+        needs_images: Whether the items' images must be read again; not so where the new vectors are given.
         needs_old_encoder: Whether the old encoder must be at hand until the end.
     """
 
@@ -127,6 +132,28 @@ class Plan:
         for name, transform in self.transforms.items():
             transform.save(transform_file(path, name))
         write_json(path, self.to_dict())
+
+    def next_command(self) -> str | None:
+        """The command line that does what is recommended, to be run in the folder in which the plan was made.
+
+        ``None`` where nothing is recommended, and for a new encoder that no command can load. Everything is named, so
+        that it is the same wherever the plan was saved; a map that the strategy needs is fitted when it begins.
+        """
+        verdict, encoder = self.recommendation, str(self.new["encoder"])
+        if verdict.strategy is None or encoder.startswith("black-box:") or self.new["fingerprint"] == GIVEN_VECTORS:
+            return None
+        if transform_direction(load_strategy(verdict.strategy)[1]) == "gallery":
+            words = ["lift", self.gallery, "--to", encoder]
+        else:
+            order = verdict.order or self.order
+            words = ["run", self.gallery, "--to", encoder, "--strategy", verdict.strategy]
+            words += ["--merger", verdict.merger] if verdict.merger else []
+            words += ["--order", order]
+            for name, value in self.order_settings.items() if order == self.order else ():
+                words += ["--set", f"{name}={json.dumps(value)}"]
+            words += ["--seed", str(self.seed)] if self.seed else []
+        words += ["--label-key", self.label_key] if self.label_key is not None else []
+        return shlex.join(["bowerbird", "upgrade", *words])
 
     def curve(self, name: str, merger: str | None = None) -> ForecastCurve:
         """The curve of a strategy; with its own merger unless another one is named."""

@@ -45,13 +45,12 @@ def plan_table(plan: Plan) -> RenderableType:
     failed = f", {plan.sample_failed} could not be encoded" if plan.sample_failed else ""
     facts.add_row("sample", f"{plan.sample} of {plan.items} items{failed}", "", f"{plan.queries} queries")
     if plan.items_per_second is not None and plan.hours is not None:
-        facts.add_row(
-            "time", f"{_hours(plan.hours)} for one worker", "", f"{plan.items_per_second:.1f} items/s measured here"
-        )
+        rate = f"{rate_text(plan.items_per_second)} items/s measured here"
+        facts.add_row("time", f"{hours_text(plan.hours)} for one worker", "", rate)
     new, peak = bytes_text(plan.vector_bytes), bytes_text(plan.peak_bytes)
     facts.add_row("disk", f"{new} new vectors", "", f"at most {peak} until finish")
     if plan.price is not None:
-        facts.add_row("price", f"{plan.price:.2f}", "", "")
+        facts.add_row("price", price_text(plan.price), "", "in the currency of --price-per-hour")
     parts: list[RenderableType] = [facts, Text()]
 
     metric = METRIC_NAMES[plan.metric]
@@ -81,10 +80,10 @@ def plan_table(plan: Plan) -> RenderableType:
             for curve in plan.curves
             if curve.unavailable
         ]
-        for curve in sorted((c for c in plan.curves if not c.unavailable), key=_by_gain):
+        for curve in sorted((c for c in plan.curves if not c.unavailable), key=by_gain):
             values = dict(zip(curve.shares, curve.quality, strict=True))
             shown = [f"{values[share]:.3f}" if share in values else "" for share in SHOWN_SHARES]
-            best = (curve.name, curve.merger) == (plan.recommendation.strategy, plan.recommendation.merger)
+            best = is_recommended(plan, curve)
             gain = curve.gain
             curves.add_row(
                 name_of[curve.name] + ("*" if curve.trained_on else ""),
@@ -96,10 +95,13 @@ def plan_table(plan: Plan) -> RenderableType:
                 "" if curve.costs is None else str(curve.costs.encoder_passes),
                 style="bold" if best else None,
             )
-        parts += [quality, Text(), curves, *_precision(plan), *refused, Text()]
-        held = next((curve.items for curve in plan.curves if curve.trained_on), 0)
-        if held:
-            parts += [Text(f"* fitted on {plan.trained_on} items, forecast on the other {held}"), Text()]
+        precision = [Text(text, style="dim") for text in [precision_text(plan)] if text]
+        parts += [quality, Text(), curves, *precision, *refused, Text()]
+        fitted = next((curve for curve in plan.curves if curve.trained_on), None)
+        if fitted is not None:
+            level = own_old_level(fitted)
+            alone = "" if level is None else f", on which the old model has {metric} {level:.3f}"
+            parts += [Text(f"* fitted on {plan.trained_on} items, forecast on the other {fitted.items}{alone}"), Text()]
         if plan.orders:
             orders = Table(title=f"orders of the backfill, {plan.recommendation.strategy}", title_justify="left")
             for column in ("order", "area", "against the first", "worst flips"):
@@ -109,7 +111,7 @@ def plan_table(plan: Plan) -> RenderableType:
                 orders.add_row(
                     order.name,
                     f"{order.area.mean:.4f}",
-                    f"{change.mean:+.4f} [{change.low:+.4f}, {change.high:+.4f}]",
+                    "" if order is plan.orders[0] else f"{change.mean:+.4f} [{change.low:+.4f}, {change.high:+.4f}]",
                     f"{order.max_nfr:.1%}",
                 )
             parts += [orders, Text()]
@@ -124,8 +126,20 @@ def plan_table(plan: Plan) -> RenderableType:
     return Group(*parts)
 
 
-def _precision(plan: Plan) -> list[Text]:
-    """One line that says how far the areas can be off for want of queries; none where there are enough."""
+def is_recommended(plan: Plan, curve: ForecastCurve) -> bool:
+    verdict = plan.recommendation
+    if verdict.decision == "do-not-upgrade":
+        return curve.name == verdict.decision
+    return (curve.name, curve.merger) == (verdict.strategy, verdict.merger)
+
+
+def own_old_level(curve: ForecastCurve) -> float | None:
+    """The old level on the curve's own items: those that are not for fitting, where something is fitted."""
+    return None if curve.gain is None else curve.area - curve.gain.mean
+
+
+def precision_text(plan: Plan) -> str:
+    """How far the areas can be off for want of queries; empty where there are enough."""
     widest = max(
         (curve.area_interval for curve in plan.curves if curve.area_interval is not None),
         key=lambda interval: interval.high - interval.low,
@@ -133,10 +147,9 @@ def _precision(plan: Plan) -> list[Text]:
     )
     needed = None if widest is None else queries_for_precision(widest, plan.queries)
     if widest is None or needed is None:
-        return []
+        return ""
     half = (widest.high - widest.low) / 2
-    text = f"{plan.queries} queries tell an area to +-{half:.3f}; about {needed} would tell it to +-{PRECISE}"
-    return [Text(text, style="dim")]
+    return f"{plan.queries} queries tell an area to +-{half:.3f}; about {needed} would tell it to +-{PRECISE}"
 
 
 def unique_names(names: Sequence[str]) -> dict[str, str]:
@@ -146,8 +159,9 @@ def unique_names(names: Sequence[str]) -> dict[str, str]:
     return {name: cut if seen.count(cut) == 1 else name for name, cut in short.items()}
 
 
-def _by_gain(curve: ForecastCurve) -> float:
-    return -(curve.area if curve.gain is None else curve.gain.mean)
+def by_gain(curve: ForecastCurve) -> float:
+    """Sorts curves by what they are worth: best over waiting first."""
+    return -round(curve.area if curve.gain is None else curve.gain.mean, 9)  # ties stay as they were
 
 
 def _first_sentence(text: str) -> str:
@@ -197,10 +211,18 @@ def watch_table(entries: Sequence[WatchEntry | dict[str, Any]]) -> RenderableTyp
     return table
 
 
-def _hours(hours: float) -> str:
+def hours_text(hours: float) -> str:
     if hours < 1 / 60:
         return f"{hours * 3600:.1f} s"
     return f"{hours * 60:.1f} min" if hours < 1 else f"{hours:.1f} h"
+
+
+def rate_text(rate: float) -> str:
+    return f"{rate:.1f}" if rate < 100 else f"{rate:.0f}"
+
+
+def price_text(price: float) -> str:
+    return "less than 0.01" if 0 < price < 0.01 else f"{price:.2f}"
 
 
 def bytes_text(count: int) -> str:
