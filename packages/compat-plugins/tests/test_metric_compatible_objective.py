@@ -202,3 +202,21 @@ def test_a_gallery_of_another_encoder_gets_a_map_that_is_fitted(new_run, picture
         Upgrade(gallery, new).begin(strategy="reverse-transform", label_key="label", accept_poor_transform=True)
         made = gallery.transform(new.fingerprint, gallery.snapshot().upgrade.old)
         assert made.method == "compat:reverse-transform" and made.evidence["fitted_on"] > 0
+
+
+def test_three_versions_are_reached_one_map_after_the_other(old_run, new_run, pictures, tmp_path):
+    newest_run = small_upgrade.run(
+        tmp_path / "newest", f'use = "compat:metric-compatible"\nold_run = "{new_run}"', split="all", epochs=6, seed=7
+    )
+    old, new, newest = (load_encoder(run, device="cpu") for run in (old_run, new_run, newest_run))
+    assert newest.transform_to(old.fingerprint) is None
+    with filled(tmp_path / "g", old_run, pictures) as gallery:
+        Upgrade(gallery, new).run(strategy="reverse-transform", stop_at_share=0.4)
+        Upgrade(gallery, newest).run(strategy="reverse-transform", on_top=True, stop_at_share=0.3)
+        queries = newest.encode(pictures[:6])
+        second = newest.transform_to(new.fingerprint)(queries)
+        first = new.transform_to(old.fingerprint)(second)
+        vectors = {newest.fingerprint: queries, new.fingerprint: second, old.fingerprint: first}
+        served = serve(gallery).search(vectors={newest.fingerprint: queries}, k=30)
+        assert served.ids == gallery.search(vectors, 30).ids
+        assert all(part.count for part in gallery.snapshot().parts)
