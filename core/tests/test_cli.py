@@ -195,6 +195,22 @@ def test_ctrl_c_is_a_clean_stop(failing: Any) -> None:
     assert (result.exit_code, result.stderr) == (130, "stopped\n")
 
 
+@pytest.mark.parametrize("interrupted", ["click", "bowerbird.cli", "bowerbird.records"])
+def test_ctrl_c_while_the_program_is_imported_is_quiet(interrupted: str) -> None:
+    code = (
+        "import sys\n"
+        "class CtrlC:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name == {interrupted!r}: raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, CtrlC())\n"
+        "from bowerbird.__main__ import run\n"
+        "run()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, "show", "rank-merge"], capture_output=True, text=True)
+    assert ended.returncode == 130
+    assert ended.stderr in ("", "stopped\n") and ended.stdout == ""
+
+
 def test_a_full_disk_is_an_error_and_no_traceback(failing: Any) -> None:
     failing(OSError(28, "No space left on device", "vectors.bin"))
     result = run("demo")
