@@ -153,6 +153,15 @@ def test_the_command_copies_and_says_so(source: Gallery, tmp_path: Path) -> None
     assert "secret" not in result.output
 
 
+def test_a_copy_makes_no_folder_around_itself(source: Gallery, tmp_path: Path) -> None:
+    place = tmp_path / "backpus" / "copy"
+    for url in (str(place), f"file:{place}"):
+        result = CliRunner().invoke(main, ["gallery", "copy", str(source.path), "--to", url])
+        assert result.exit_code == 2
+        assert f"there is no folder {place.parent}" in result.stderr
+    assert not place.parent.exists()
+
+
 def test_a_lock_note_names_the_command_without_the_passwords_in_it(
     source: Gallery, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from bowerbird.errors import GalleryError
+from bowerbird.errors import GalleryError, InputError
 from bowerbird.gallery.gallery import Gallery
-from bowerbird.gallery.open import create_gallery, open_gallery, safe_url
+from bowerbird.gallery.open import create_gallery, folder_of, open_gallery, safe_url
 from bowerbird.gallery.space import Item, Space
 
 MARKER = "copy/source.json"  # in the target: where it comes from, and whether it is complete
@@ -54,9 +54,16 @@ def copy_gallery(
         progress: Called with ``copying`` or ``verifying`` and a number of items.
 
     Raises:
+        InputError: If ``url`` is a folder in a folder that is not there.
         GalleryError: If the source is being upgraded or has items without a vector, or there is another gallery at
             ``url``, or the two differ at the end.
     """
+    folder = folder_of(url)
+    if folder is not None and not folder.parent.is_dir():
+        raise InputError(
+            f"no gallery can be copied to {folder}: there is no folder {folder.parent}. Make it first, or "
+            "choose another place"
+        )
     snapshot = source.snapshot()
     if snapshot.upgrade is not None:
         raise GalleryError(
