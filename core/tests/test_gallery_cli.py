@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 from gallery_world import OLD, vectors
 
 from bowerbird.cli import main
+from bowerbird.errors import SpaceError
 from bowerbird.gallery import Gallery, Space
 from bowerbird.gallery.images import add_images, search_images
 
@@ -203,3 +204,70 @@ def test_an_encoder_that_changed_behind_its_fingerprint_is_caught_at_the_first_u
         foreign.fingerprint = "other" * 8
         with pytest.raises(SpaceError, match="is not the one of this gallery"):
             add_images(gallery, foreign, pictures[:1], ids=["again"])
+
+
+def vector_files(folder: Path) -> dict[str, str]:
+    """Two encoders of the items, by their vectors: one whose vectors are near the stored ones, and a foreign one."""
+    rng, stored = np.random.default_rng(0), vectors(NAMES, OLD)
+    made = {"near": stored + 0.2 * rng.standard_normal(stored.shape), "foreign": rng.standard_normal(stored.shape)}
+    for name, rows in made.items():
+        np.save(folder / f"{name}.npy", rows.astype(np.float32))
+        (folder / f"{name}.ids.txt").write_text("\n".join(NAMES) + "\n")
+    return {name: f"vectors:{folder / name}.npy" for name in made}
+
+
+def relations(path: Path) -> list[dict]:
+    return json.loads(run("info", path, "--json").output)["relations"]
+
+
+def test_a_relation_is_measured_on_the_items_that_both_encoders_have(filled: Path, tmp_path: Path) -> None:
+    refs = vector_files(tmp_path)
+    shown = run("relate", filled, "--new", refs["near"]).output
+    (relation,) = relations(filled)
+    measured = relation["evidence"]["measured"]
+    stored, new = vectors(NAMES, OLD), np.load(tmp_path / "near.npy")
+    cosines = (new / np.linalg.norm(new, axis=1, keepdims=True)) @ stored.T
+    assert measured["items"] == 30 and "measured on 30 items" in shown
+    assert measured["cosine_same_item"] == pytest.approx(np.diag(cosines).mean(), abs=1e-3)
+    assert measured["cosine_other_items"] == pytest.approx(cosines[~np.eye(30, dtype=bool)].mean(), abs=1e-3)
+
+
+def test_a_relation_that_the_vectors_deny_is_refused(filled: Path, tmp_path: Path) -> None:
+    refused = run("relate", filled, "--new", vector_files(tmp_path)["foreign"], code=2)
+    assert "is not compatible with the stored vectors" in refused.stderr
+    assert relations(filled) == []
+
+
+def test_a_relation_that_cannot_be_measured_is_called_declared_and_keeps_the_evidence_that_is_given(
+    filled: Path, tmp_path: Path
+) -> None:
+    ref = vector_files(tmp_path)["near"]
+    (tmp_path / "near.ids.txt").write_text("".join(f"another-{n}\n" for n in range(len(NAMES))))
+    (tmp_path / "evidence.json").write_text('{"map": 0.4}')
+    shown = run("relate", filled, "--new", ref, "--evidence", tmp_path / "evidence.json")
+    assert "declared, not measured" in shown.stderr
+    assert relations(filled)[0]["evidence"] == {"map": 0.4}
+
+
+@pytest.mark.parametrize("called", ["ref", "fingerprint"])
+def test_a_relation_can_be_taken_back_also_when_its_encoder_is_gone(filled: Path, tmp_path: Path, called: str) -> None:
+    ref = vector_files(tmp_path)["near"]
+    run("relate", filled, "--new", ref)
+    fingerprint = relations(filled)[0]["new"]
+    (tmp_path / "near.npy").unlink()
+    assert "removed" in run("relate", filled, "--new", ref if called == "ref" else fingerprint[:8], "--remove").output
+    assert relations(filled) == []
+    with Gallery.open(filled, readonly=True) as gallery, pytest.raises(SpaceError, match="no registered relation"):
+        gallery.search({fingerprint: vectors(["x"], OLD)}, 3)
+
+
+def test_a_relation_that_an_upgrade_searches_by_stays_until_it_has_ended(filled: Path, tmp_path: Path) -> None:
+    ref = vector_files(tmp_path)["near"]
+    begin = ["upgrade", "run", str(filled), "--to", ref, "--strategy", "compatible", "--compatible"]
+    assert CliRunner().invoke(main, [*begin, "--task-items", "8", "--stop-after", "8"]).exit_code == 0
+    assert "finish it or roll it back" in run("relate", filled, "--new", ref, "--remove", code=2).stderr
+    assert len(relations(filled)) == 1
+    assert CliRunner().invoke(main, ["upgrade", "rollback", str(filled)]).exit_code == 0
+    run("relate", filled, "--new", ref, "--remove")
+    assert relations(filled) == []
+    assert "registered: none" in run("relate", filled, "--new", ref, "--remove", code=2).stderr

@@ -491,28 +491,65 @@ def info(path: str, item: str | None, as_json: bool) -> None:
     click.echo(json.dumps(found, indent=None if as_json else 2, ensure_ascii=False, default=str))
 
 
-@command.command(epilog=examples("bowerbird gallery relate photos --new runs/new --evidence measured.json"))
+@command.command(
+    epilog=examples(
+        "bowerbird gallery relate photos --new runs/new",
+        "bowerbird gallery relate photos --new runs/new --evidence measured.json",
+        "bowerbird gallery relate photos --new runs/new --remove",
+    )
+)
 @gallery_argument
-@click.option("--new", required=True, metavar="ENCODER", help="The encoder that was trained to be compatible.")
+@click.option("--new", required=True, metavar="ENCODER", help="The encoder that was trained to be compatible; "
+              "with --remove also its fingerprint, or the first letters of it.")  # fmt: skip
 @click.option(
     "--evidence",
     type=click.Path(exists=True, dir_okay=False),
-    help="What was measured: a JSON object. Default: what the encoder's training recorded.",
+    help="What was measured elsewhere: a JSON object. Default: what the encoder's training recorded.",
 )
+@click.option("--remove", is_flag=True, help="Take the relation back.")
 @device_option
-def relate(path: str, new: str, evidence: str | None, device: str) -> None:
-    """Register that queries of an encoder may be compared with the vectors that the gallery serves."""
-    from bowerbird.gallery import open_gallery
+def relate(path: str, new: str, evidence: str | None, remove: bool, device: str) -> None:
+    """Register that queries of an encoder may be compared with the vectors that the gallery serves.
 
-    space, relations = _described(new, device)
+    Where items can be encoded, it is measured on some of them, and refused where the encoder's vectors are not nearer
+    to the stored ones of the same items than to others. --remove takes the relation back, unless searches rely on it.
+    """
+    from bowerbird.cli.upgrade_parts import encoder_of
+    from bowerbird.errors import InputError
+    from bowerbird.gallery import open_gallery
+    from bowerbird.upgrade.fitting import check_compatible
+
+    if remove:
+        if evidence is not None:
+            raise InputError("--evidence is of a relation that is registered; with --remove leave it out")
+        with open_gallery(path) as gallery:
+            old, fingerprint = gallery.snapshot().serving, _related(gallery, new)
+            gallery.unrelate(fingerprint, old)
+        click.echo(f"removed: {new} is no longer registered as compatible with {old[:12]}")
+        return
+    encoder = encoder_of(new, 64, device)
+    given = _json_object(evidence) if evidence else None
     with open_gallery(path) as gallery:
         serving = gallery.snapshot().serving
+        measured = check_compatible(gallery, encoder, serving)
+        spec = getattr(encoder.encoder, "spec", None)  # vectors:FILE has none
         recorded: dict[str, Any] = next(
-            (r["evidence"] for r in relations if (r["kind"], r["to"]) == ("compatible", serving)), {}
+            (r["evidence"] for r in getattr(spec, "relations", ()) if (r["kind"], r["to"]) == ("compatible", serving)),
+            {},
         )
-        gallery.register_space(space)
-        gallery.relate(space.fingerprint, serving, evidence=_json_object(evidence) if evidence else recorded)
-    click.echo(f"registered: {space} is compatible with {serving[:12]}")
+        told = dict(recorded if given is None else given)
+        if measured is not None:
+            told["measured"] = measured
+        gallery.register_space(encoder.space)
+        gallery.relate(encoder.space.fingerprint, serving, evidence=told)
+    click.echo(f"registered: {encoder.space} is compatible with {serving[:12]}")
+    if measured is None:
+        click.echo("declared, not measured: too few items of the gallery can be encoded by it", err=True)
+    else:
+        click.echo(
+            f"measured on {measured['items']} items: mean cosine {measured['cosine_same_item']:.3f} with the stored "
+            f"vectors of the same items, {measured['cosine_other_items']:.3f} with those of others"
+        )
 
 
 command.add_command(matrix)
@@ -528,6 +565,21 @@ def _hit(name: str, distance: float, item: Any) -> dict[str, Any]:
     if item is not None and "box" in item.metadata:
         hit |= {key: item.metadata[key] for key in ("image", "label", "box") if key in item.metadata}
     return hit | times_of(item)
+
+
+def _related(gallery: Gallery, named: str) -> str:
+    """The fingerprint of the space with a relation that ``named`` is: its encoder as the gallery calls it, also where
+    that is gone, or the beginning of its fingerprint; else the encoder is loaded."""
+    from bowerbird.errors import InputError
+
+    spaces = gallery.snapshot().spaces
+    related = sorted({relation.new for relation in gallery.relations() if relation.kind == "compatible"})
+    names = (named, str(Path(named).resolve()))
+    found = [name for name in related if spaces[name].encoder in names or name.startswith(named)]
+    if len(found) > 1:
+        listed = ", ".join(str(spaces[name]) for name in found)
+        raise InputError(f"--new {named!r} names {len(found)} spaces of {gallery.path}: {listed}; give a fingerprint")
+    return found[0] if found else _described(named, "cpu")[0].fingerprint
 
 
 def _finder(ref: str, device: str, chosen: Mapping[str, Any]) -> Any:

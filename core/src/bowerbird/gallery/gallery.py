@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from bowerbird.errors import CorruptionError, InputError, SnapshotGoneError, SpaceError, UnknownNameError
+from bowerbird.errors import CorruptionError, InputError, SnapshotGoneError, SpaceError, UnknownNameError, UpgradeError
 from bowerbird.gallery.merge import merge_by_distance, merge_many
 from bowerbird.gallery.routing import Route, find_route, what_is_missing
 from bowerbird.gallery.space import Item, Relation, Space
@@ -215,6 +215,32 @@ class Gallery:
             hint = "; a transform is registered with register_transform" if kind == "transform" else ""
             raise InputError(f"relation kind {kind!r} is not known; accepted: 'compatible'{hint}")
         self.storage.relate(Relation(kind, new, old, dict(evidence or {})))
+
+    def unrelate(self, new: str, old: str) -> None:
+        """Take back what ``relate`` registered: queries of ``new`` are no longer compared with vectors of ``old``.
+
+        Raises:
+            SpaceError: If it is not registered; names those that are.
+            UpgradeError: If searches rely on it now: an upgrade by compatible vectors is under way, or ``old`` is
+                lifted and ``new`` is the space that it was lifted to.
+        """
+        snapshot = self.snapshot()
+        compatible = [relation for relation in snapshot.relations if relation.kind == "compatible"]
+        found = next((relation for relation in compatible if (relation.new, relation.old) == (new, old)), None)
+        if found is None:
+            known = ", ".join(f"{r.new[:12]} with {r.old[:12]}" for r in compatible) or "none"
+            raise SpaceError(f"{new[:12]} is not registered as compatible with {old[:12]}; registered: {known}")
+        if snapshot.upgrade is not None and new in snapshot.stack and old in snapshot.stack:
+            raise UpgradeError(
+                f"the upgrade of {self.path} to {snapshot.spaces[new]} may search by this relation: finish it or roll "
+                "it back first"
+            )
+        if snapshot.spaces[old].lifted:
+            raise UpgradeError(
+                f"the vectors of {self.path} in space {snapshot.spaces[old]} were lifted for queries of {new[:12]}, "
+                "which find them by this relation: it stays as long as they do"
+            )
+        self.storage.unrelate(found)
 
     def register_space(self, space: Space) -> None:
         """Remember a space that relations or upgrades will name. Idempotent."""

@@ -436,6 +436,12 @@ class Storage:
                 (relation.kind, relation.new, relation.old, json.dumps(dict(relation.evidence))),
             )
 
+    def unrelate(self, relation: Relation) -> None:
+        """Forget a relation, whatever its evidence. Nothing happens where it is not registered."""
+        with self.catalog.writing() as db:
+            key = (relation.kind, relation.new, relation.old)
+            db.execute("DELETE FROM relation WHERE kind = ? AND new = ? AND old = ?", key)
+
     def canary_passed(self, fingerprint: str) -> str | None:
         """What ``remember_canary`` was last given for a space."""
         with self.catalog.reading() as db:

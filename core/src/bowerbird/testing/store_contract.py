@@ -209,6 +209,20 @@ class StoreContract(Contract):
             mapped = again.transforms()[0](QUERIES[SECOND.fingerprint])
             assert found.ids == again.search(mapped, 5).ids
 
+    def test_a_relation_that_is_taken_back_is_gone_from_every_snapshot_and_no_other_is(
+        self, gallery: Gallery, url: str
+    ) -> None:
+        """Fix: `unrelate` deletes one row and makes a new snapshot."""
+        gallery.register_space(SECOND)
+        gallery.relate(SECOND.fingerprint, FIRST.fingerprint)
+        gallery.relate(FIRST.fingerprint, SECOND.fingerprint)
+        assert len(gallery.snapshot().relations) == 2
+        gallery.unrelate(SECOND.fingerprint, FIRST.fingerprint)
+        with self.target.open(url) as again:
+            for opened in (gallery, again):
+                (left,) = opened.snapshot().relations
+                assert (left.new, left.old) == (FIRST.fingerprint, SECOND.fingerprint)
+
     # ------------------------------------------------------------------------------------------------ searching
 
     def test_a_search_ranks_all_items_by_their_exact_distance(self, gallery: Gallery) -> None:

@@ -144,18 +144,24 @@ def use_transform(
     gallery.register_transform(transform)
 
 
-def check_compatible(gallery: Gallery, encoder: ItemEncoder) -> None:
+def check_compatible(gallery: Gallery, encoder: ItemEncoder, old: str | None = None) -> dict[str, Any] | None:
     """Whether the new encoder's vectors are nearer to the stored ones of the same items than to those of others.
 
     That is the least that compatible training gives. A relation that was declared by mistake would turn every search
-    into noise, and it stays when the upgrade is rolled back. Not checked where too few items can be encoded.
+    into noise, and it stays when the upgrade is rolled back.
+
+    Args:
+        old: Space of the stored vectors (fingerprint); default: the one that is written now.
+
+    Returns:
+        What was measured, for the relation's evidence; ``None`` where too few items can be encoded.
 
     Raises:
         SpaceError: If they are not; has the cosines.
     """
-    pairs = encoded_pairs(gallery, encoder)
+    pairs = encoded_pairs(gallery, encoder, old)
     if pairs is None:
-        return
+        return None
     stored, new = np.asarray(pairs[0], np.float64), match_width(pairs[1], pairs[0].shape[1]).astype(np.float64)
     fit = (new * stored).sum(axis=1)
     strangers = (new * (stored.sum(axis=0) - stored)).sum(axis=1) / (len(stored) - 1)
@@ -166,11 +172,17 @@ def check_compatible(gallery: Gallery, encoder: ItemEncoder) -> None:
             f"{fit.mean():.3f} with those of the same items, {strangers.mean():.3f} with those of others ({len(fit)} "
             "items). Its queries would find noise; use a strategy that needs no trained encoder, for example rank-merge"
         )
+    same, others = round(float(fit.mean()), 4), round(float(strangers.mean()), 4)
+    return {"items": len(fit), "cosine_same_item": same, "cosine_other_items": others}
 
 
-def encoded_pairs(gallery: Gallery, encoder: ItemEncoder) -> tuple[Any, Any] | None:
-    """``(stored vectors, vectors by the new encoder)`` of some items; ``None`` where too few can be encoded."""
-    part = gallery.snapshot().new
+def encoded_pairs(gallery: Gallery, encoder: ItemEncoder, old: str | None = None) -> tuple[Any, Any] | None:
+    """``(stored vectors, vectors by the new encoder)`` of some items; ``None`` where too few can be encoded.
+
+    ``old``: the space of the stored vectors; default: the one that is written now.
+    """
+    snapshot = gallery.snapshot()
+    part = snapshot.new if old is None else snapshot.rows_of(old)
     nums = np.sort(part.nums)
     if not len(nums):
         return None

@@ -229,6 +229,12 @@ class PostgresStorage:
             )
             changed(db)
 
+    def unrelate(self, relation: Relation) -> None:
+        with self.db.writing("forget a relation") as db:
+            key = (relation.kind, relation.new, relation.old)
+            db.execute("DELETE FROM relation WHERE kind = %s AND new = %s AND old = %s", key)
+            changed(db)
+
     def canary_passed(self, fingerprint: str) -> str | None:
         with self.db.reading() as db:
             row = db.execute("SELECT canary FROM space WHERE fingerprint = %s", (fingerprint,)).fetchone()
