@@ -43,12 +43,13 @@ def machine() -> dict[str, Any]:
 # What torch's tuning guide asks of an allocator, said to glibc: blocks that are freed stay with the process. By default
 # large ones go back to the system, which hands cleared pages out again a moment later.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}  # bytes
+# And large pages: which of two equal indexes is the faster one is not decided by where its small pages came to lie.
+HUGE_PAGES = {**KEEP_MEMORY, "MALLOC_TOP_PAD_": str(1 << 26), "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
-def start_again(*, keep_memory: bool) -> None:
-    """Start this process again where the C library, which reads its settings once, does not have these."""
-    environment = {key: value for key, value in os.environ.items() if key not in KEEP_MEMORY}
-    environment |= KEEP_MEMORY if keep_memory else {}
+def start_again(settings: Mapping[str, str]) -> None:
+    """Start this process again where the C library, which reads its settings once, does not have just these."""
+    environment = {key: value for key, value in os.environ.items() if key not in HUGE_PAGES} | settings
     if environment != dict(os.environ):
         os.execve(sys.executable, [sys.executable, *sys.argv], environment)
 

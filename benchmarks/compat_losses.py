@@ -3,8 +3,8 @@
 python benchmarks/compat_losses.py --output benchmarks/results/compat_losses.json
 
 Both steps: a trunk of two layers on cached features, a classifier, the loss, backward, Adam. They alternate in one
-process. The ratio is that of the shortest times of the processor, one thread: a busy machine disturbs them less than
-the clock's.
+process, in huge pages that it keeps. The ratio is that of the shortest times of the processor, one thread: a busy
+machine disturbs them less than the clock's.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from bowerbird_compat.compatible_losses import (
 from bowerbird_compat.distillation import DistillationLoss, FocalDistillationLoss
 from bowerbird_compat.online_backfilling import MetricCompatibleLoss, ReverseQueryTransform, TopK
 from bowerbird_compat.unibct import PrototypeLoss
-from common import write_result
+from common import HUGE_PAGES, start_again, write_result
 
 LIMIT = 1.05
 FEATURES, WIDTH, DIM, CLASSES = 1280, 512, 256, 1000
@@ -193,6 +193,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=60)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
+    start_again(HUGE_PAGES)
     torch.set_num_threads(1)
     results = {}
     for name, (ours, plain, more, dim) in methods(args.batch).items():

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bowerbird_domain.dsu import FeatureStatisticsUncertainty, insert_after
-from common import result_with_default_memory, shortest, start_again, write_result
+from common import KEEP_MEMORY, result_with_default_memory, shortest, start_again, write_result
 
 LIMIT_TRAINING = 1.05
 LIMIT_EVALUATION = 1.01  # zero, as far as a clock can tell
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--malloc", choices=("keep", "default"), default="keep", help="see above")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    start_again(keep_memory=options.malloc == "keep")
+    start_again(KEEP_MEMORY if options.malloc == "keep" else {})
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = timm.create_model("resnet18", num_classes=7).to(memory_format=torch.channels_last)

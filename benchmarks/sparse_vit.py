@@ -37,7 +37,7 @@ from bowerbird_sparsity.export import export_sparse, sparse_forms
 from bowerbird_sparsity.layers import RowsLinear, SparseLinear, SparseMlp
 from bowerbird_sparsity.shrink import shrink
 from bowerbird_sparsity.timing import largest_difference
-from common import result_with_default_memory, start_again, write_result
+from common import KEEP_MEMORY, result_with_default_memory, start_again, write_result
 
 LIMIT, LIMIT_ZEROS = 2.0, 0.9
 ZEROS = (0.8, 0.9, 0.95)
@@ -180,7 +180,7 @@ def main() -> None:
     parser.add_argument("--malloc", choices=("keep", "default"), default="keep", help="see above")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    start_again(keep_memory=options.malloc == "keep")
+    start_again(KEEP_MEMORY if options.malloc == "keep" else {})
     torch.set_num_threads(options.threads)
     x = torch.randn(options.batch, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     cases: dict[str, Any] = {}

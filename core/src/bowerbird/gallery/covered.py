@@ -229,4 +229,5 @@ class CoveredPart:
         fresh.distances[few], fresh.ids[few] = np.inf, -1  # the exact search has found these already
         ids, distances = np.hstack([ids, fresh.ids]), np.hstack([distances, fresh.distances])
         order = np.lexsort((ids, distances), axis=1)[:, :k]
-        return Hits(np.take_along_axis(ids, order, 1), np.take_along_axis(distances, order, 1))
+        row = np.arange(len(ids))[:, None]
+        return Hits(ids[row, order], distances[row, order])

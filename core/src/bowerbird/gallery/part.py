@@ -225,7 +225,8 @@ def rank_exactly(
     distance = np.maximum(1.0 - products.sum(axis=-1), 0.0).astype(np.float32)  # rounding gives -1e-8 for a copy
     distance[nums < 0] = np.inf
     order = np.lexsort((np.where(nums < 0, np.iinfo(np.int64).max, nums), distance), axis=1)[:, :k]
-    return np.take_along_axis(nums, order, axis=1), np.take_along_axis(distance, order, axis=1)
+    row = np.arange(len(nums))[:, None]
+    return nums[row, order], distance[row, order]
 
 
 def _spans(live: NDArray[np.bool_]) -> list[tuple[int, int]]:

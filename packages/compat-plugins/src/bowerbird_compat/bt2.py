@@ -116,7 +116,8 @@ class BasisTransformHead(nn.Module):
         _check_features(features, self.in_dim)
         # Half precision would leave the matrices orthogonal to two digits only.
         with torch.autocast(device_type=features.device.type, enabled=False):
-            features = features.to(self.old_basis.weight.dtype)
+            # Not of `weight`: to look at that is to compute it.
+            features = features.to(next(self.old_basis.parameters()).dtype)
             teacher = F.normalize(features[:, : self.new_dim])
             mixed = self.scale * self.new_basis(teacher)
             if self.free is not None:

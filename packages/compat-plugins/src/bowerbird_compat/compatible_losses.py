@@ -247,7 +247,7 @@ class ClassLevelCompatibleLoss(nn.Module):
             logits = F.linear(new, self.old_classifier.to(new.dtype))
             if self.new_to_new and new_classifier is not None:
                 others = F.linear(new, new_classifier.to(new.dtype))
-                others = others.masked_fill(F.one_hot(labels, classes).bool(), -math.inf)
+                others = others.scatter(1, labels[:, None], -math.inf)
                 logits = torch.cat([logits, others], dim=1)
             return self.weight * F.cross_entropy(logits, labels)
 

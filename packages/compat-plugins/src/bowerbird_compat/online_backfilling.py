@@ -182,13 +182,13 @@ class MetricCompatibleLoss(nn.Module):
         # exp(-d / t) = exp(cos / t) * exp(-1 / t): the constant is in every sum and cancels.
         old_logits, new_logits = r @ o.T / self.temperature, n @ n.T / self.temperature
         same = labels[:, None] == labels
-        partner = same & ~torch.eye(len(labels), dtype=torch.bool, device=same.device)
         old_negatives, new_negatives = self._negatives(old_logits, same), self._negatives(new_logits, same)
 
         name = "mcl" if self.cross_system_negatives else "cl"
         terms = {"rqt_cos": _cosine_distance(r, o)}
         terms[f"{name}_old"] = self._contrast(old_logits, same, old_negatives, new_negatives)
         if self.include_new_side:
+            partner = same & ~torch.eye(len(labels), dtype=torch.bool, device=same.device)
             terms[f"{name}_new"] = self._contrast(new_logits, partner, new_negatives, old_negatives)
         terms["total"] = torch.stack([w * t for w, t in zip(self.weights, terms.values(), strict=False)]).sum()
         return terms
