@@ -141,5 +141,8 @@ def test_the_next_command_is_one_that_runs_and_the_page_has_the_same(tmp_path):
     first, *rest = shlex.split(command)
     assert first == "bowerbird"
     invoke(*rest)
+    shown = invoke("upgrade", "pause", folder)
+    assert shlex.split(shown.strip().splitlines()[-1])[1:] == ["bowerbird", "upgrade", "resume", str(folder)]
+    assert "next: bowerbird upgrade finish" in invoke("upgrade", "resume", folder)
     now = invoke("upgrade", "status", folder, "--json")
     assert '"world:two-queries"' in now and '"core:uncertainty"' in now and '"complete": true' in now

@@ -169,7 +169,7 @@ def test_the_matrix_says_how_each_pair_is_compared_and_what_was_measured(path, t
         with pytest.raises(InputError, match="has the metadata key"):
             matrix(gallery, label_key="nonsense")
     text = invoke("matrix", path, "--label-key", "label", "--out", tmp_path / "m.svg", group="gallery").stdout
-    assert "transform" in text and "same space" in text
+    assert "transform" in text and "same space" in text and "R@1" in text and "60 queries" in text
     drawn = (tmp_path / "m.svg").read_text()
     assert ElementTree.fromstring(drawn).tag.endswith("svg") and "transform" in drawn
     invoke("matrix", path, "--out", tmp_path / "m.png", group="gallery")

@@ -516,7 +516,7 @@ def status(gallery: str, as_json: bool) -> None:
     from bowerbird.upgrade import status as status_of
 
     with open_at(gallery, readonly=True) as opened:
-        print_status(status_of(opened), as_json)
+        print_status(status_of(opened), str(opened.path), as_json)
 
 
 @command.command(epilog=examples("bowerbird upgrade pause photos"))
@@ -527,7 +527,7 @@ def pause(gallery: str, as_json: bool) -> None:
     from bowerbird.upgrade import pause as pause_it
 
     with open_at(gallery) as opened:
-        print_status(pause_it(opened), as_json)
+        print_status(pause_it(opened), str(opened.path), as_json)
 
 
 @command.command(epilog=examples("bowerbird upgrade resume photos"))
@@ -538,7 +538,7 @@ def resume(gallery: str, as_json: bool) -> None:
     from bowerbird.upgrade import resume as resume_it
 
     with open_at(gallery) as opened:
-        print_status(resume_it(opened), as_json)
+        print_status(resume_it(opened), str(opened.path), as_json)
 
 
 command.add_command(lift)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -328,13 +329,25 @@ def print_results(gallery: Gallery, queries: tuple[str, ...], found: Any, state:
             click.echo("  nothing found")
 
 
-def print_status(status: UpgradeStatus, as_json: bool) -> None:
+def print_status(status: UpgradeStatus, gallery: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(status.to_dict()))
         return
     from bowerbird.upgrade.tables import show, status_text
 
     show(status_text(status))
+    click.echo(f"next: bowerbird upgrade {_next_verb(status).format(shlex.quote(gallery))}")
+
+
+def _next_verb(status: UpgradeStatus) -> str:
+    """What leads on from here, with ``{}`` for the gallery."""
+    from bowerbird.gallery.space import LIFTED
+
+    if status.state == "paused":
+        return "resume {}"
+    if not status.complete:
+        return "lift {}" if str(status.new["encoder"]).startswith(LIFTED) else "run {}"
+    return "run {} --retry-failed" if status.failures else "finish {}"
 
 
 @contextmanager

@@ -28,7 +28,13 @@ if TYPE_CHECKING:
 
 QUERIES = 200
 MIN_QUERIES = 10  # below, a measured share says nothing
-COLOURS = {"same": "#3b82f6", "transform": "#10b981", "compatible": "#f59e0b", "several": "#a78bfa", "none": "#e5e7eb"}
+# Light, so that text is read on them; what they say is written in the cell as well.
+COLOURS = {"same": "#b9dcf2", "transform": "#a5e0cb", "compatible": "#fbdc9b", "several": "#e3c3d8", "none": "#f3f4f6"}
+METRICS = {"r1": "R@1", "self": "finds itself"}
+EXPLAINED = {
+    "r1": "R@1: share of the queries whose nearest other item has their label",
+    "self": "share of the queries that find themselves, seen by the other space",
+}
 
 
 @dataclass(frozen=True)
@@ -210,15 +216,14 @@ def _labels(gallery: Gallery, snapshot: Snapshot, key: str) -> np.ndarray:
 
 
 def cell_text(cell: Cell) -> str:
-    """For a table: how the pair is compared, and the measured share."""
+    """For a table: how the pair is compared; the measured share with its interval, and of how many queries."""
     if cell.route is None:
         return "-"
     text = " > ".join(cell.route) or "same space"
-    if cell.measured is not None:
-        text += (
-            f"\n{cell.measured.metric} {cell.measured.value:.3f} [{cell.measured.low:.3f}, {cell.measured.high:.3f}]"
-        )
-    return text
+    if cell.measured is None:
+        return text + "\nnot measured"
+    one = cell.measured
+    return f"{text}\n{METRICS[one.metric]} {one.value:.3f}\n[{one.low:.3f}, {one.high:.3f}]\n{one.queries} queries"
 
 
 def _draw(made: Matrix, kind: str) -> bytes:
@@ -236,7 +241,7 @@ def _draw(made: Matrix, kind: str) -> bytes:
         axes.add_patch(Rectangle((column, row), 1, 1, facecolor=COLOURS[cell.kind], edgecolor="white", linewidth=2))
         axes.text(
             column + 0.5, row + 0.5, cell_text(cell).replace(" > ", " >\n"), ha="center", va="center", fontsize=8,
-            color="#6b7280" if cell.route is None else "#111827",
+            color="#4b5563" if cell.route is None else "#111827",
         )  # fmt: skip
     axes.set_xlim(0, count)
     axes.set_ylim(count, 0)
@@ -247,13 +252,19 @@ def _draw(made: Matrix, kind: str) -> bytes:
     axes.xaxis.set_label_position("top")
     axes.set_xlabel("stored vectors of")
     axes.set_ylabel("queries of")
+    metrics = {cell.measured.metric for cell in made.cells if cell.measured is not None}
+    for metric in metrics:
+        axes.set_title(EXPLAINED[metric] + ", with its 95 % interval", loc="left", fontsize=8, color="#4b5563")
     axes.tick_params(length=0, labelsize=8)
     for side in axes.spines.values():
         side.set_visible(False)
     used = [kind for kind in COLOURS if any(cell.kind == kind for cell in made.cells)]
-    words = {"same": "the same space", "several": "several relations", "none": "not comparable"}
+    words = {
+        "same": "the same space", "transform": "by a transform", "compatible": "registered as compatible",
+        "several": "by several relations", "none": "- not comparable",
+    }  # fmt: skip
     figure.legend(
-        handles=[Patch(facecolor=COLOURS[kind], label=words.get(kind, kind)) for kind in used],
+        handles=[Patch(facecolor=COLOURS[kind], label=words[kind]) for kind in used],
         loc="outside lower center", ncols=len(used), frameon=False, fontsize=8,
     )  # fmt: skip
     out = io.BytesIO()
