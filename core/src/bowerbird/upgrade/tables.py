@@ -195,11 +195,11 @@ def watch_table(entries: Sequence[WatchEntry | dict[str, Any]]) -> RenderableTyp
     rows = [entry if isinstance(entry, dict) else entry.to_dict() for entry in entries]
     unlabelled = all(row["r1"] is None for row in rows)
     caption = (
-        "against the frozen results of the old system: flips of the first result from right to wrong (negative) or "
-        "back, and the share of the first 10 results that changed; d: median distance of the nearest old and new item"
+        "flips and churn: against the old system's frozen results\n"
+        "d: median distance of the nearest old and of the nearest new item"
     )
     if unlabelled:
-        caption += ". Queries without labels: every first result that changed counts as a negative flip"
+        caption += "\nqueries without labels: every first result that changed counts as a negative flip"
     table = Table(caption=caption, caption_justify="left")
     for column in ("moved", "mAP@100", "R@1", "negative flips", "positive flips", "churn@10", "d(old)", "d(new)", ""):
         table.add_column(column, justify="right")
