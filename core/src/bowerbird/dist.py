@@ -59,7 +59,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     if is_distributed() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    _join_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield
     finally:
@@ -122,13 +122,26 @@ def plain_data_group(*, threads: int) -> Iterator[None]:
 
     A process may wait in it for the others as long as a backfill takes.
     """
-    distributed.init_process_group("gloo", timeout=timedelta(days=30))
+    _join_group("gloo", timeout=timedelta(days=30))
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun's own default, for training
         torch.set_num_threads(threads)
     try:
         yield
     finally:
         distributed.destroy_process_group()
+
+
+def _join_group(backend: str, *, timeout: timedelta | None = None) -> None:
+    """``init_process_group`` by the variables that torchrun sets, also in processes that it started again.
+
+    Its store keeps the addresses of the processes of an attempt that it has ended; one of the next
+    attempt that read them would call a process that is gone. So the keys of each attempt have a name of their own.
+    """
+    store, rank, world = next(iter(distributed.rendezvous("env://")))
+    if timeout is not None:
+        store.set_timeout(timeout)
+    attempt = distributed.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    distributed.init_process_group(backend, store=attempt, rank=rank, world_size=world, timeout=timeout)
 
 
 def from_main(value: Any) -> Any:
