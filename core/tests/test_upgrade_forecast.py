@@ -210,6 +210,24 @@ def test_a_sample_of_a_gallery_of_many_small_classes_gives_the_level_of_the_gall
     assert abs(level(drawn.gallery, drawn.weights) - true) < 0.06
 
 
+def test_distances_that_differ_by_rounding_alone_are_equal_to_the_estimate():
+    """Divided by that rounding they would look like the widest of all, and stand for those of other queries."""
+    rng = np.random.default_rng(5)
+    right = np.zeros((6, 200), bool)
+    right[:, 100:102] = True  # far fewer than wrong ones: what is pooled over the queries counts
+    keys = rng.normal(1.0, 0.1, (6, 200))
+    keys[:3] = 0.5
+    keys[right] = 0.3  # before all others of its query
+    order = np.argsort(keys, axis=1, kind="stable")
+    weights = np.where(right[0], 1.0, 40.0)
+
+    def estimate(rounding):
+        return average_precision_of_sample(keys + rounding, order, right, np.zeros_like(right), weights)
+
+    noise = np.where(right, 0, 3e-8 * rng.integers(0, 2, keys.shape))
+    np.testing.assert_allclose(estimate(noise), estimate(0.0), rtol=1e-3)
+
+
 def test_with_all_weights_one_the_estimate_is_average_precision():
     rng = np.random.default_rng(5)
     keys, right = rng.random((7, 30)), rng.random((7, 30)) < 0.3

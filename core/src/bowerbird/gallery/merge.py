@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bowerbird.errors import InputError, IntegrityError
 from bowerbird.retrieval.index import Hits
@@ -28,6 +29,11 @@ from bowerbird.retrieval.index import Hits
 TIES = ("new_first", "old_first", "lower_id")
 NO_SPREAD = 1e-6  # of cosine distances: no more than the rounding of float32 products
 Merger = Callable[..., Hits]
+
+
+def unit_spread(deviations: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What to divide by for standardised distances: the deviations; 1 where distances differ by rounding alone."""
+    return np.where(deviations > NO_SPREAD, deviations, 1.0)
 
 
 def merge_by_distance(old: Hits, new: Hits, k: int, tie: str = "new_first", *, duplicates: str = "keep_new") -> Hits:
@@ -188,9 +194,8 @@ class ZScoreMerge:
         """
         rows = np.atleast_2d(np.asarray(background, np.float64))
         spread = rows.std(axis=1, keepdims=True)
-        scaled = (np.atleast_2d(np.asarray(distances, np.float64)) - rows.mean(axis=1, keepdims=True)) / np.where(
-            spread > NO_SPREAD, spread, 1.0
-        )
+        centred = np.atleast_2d(np.asarray(distances, np.float64)) - rows.mean(axis=1, keepdims=True)
+        scaled = centred / unit_spread(spread)
         return scaled.reshape(np.shape(distances))
 
 

@@ -25,6 +25,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from bowerbird.gallery.merge import unit_spread
+
 TAIL = 3.0  # sampled items above, up to which alpha is estimated: where the prior has a say
 MANY = 40.0  # items above, from which the expectation is that of the ratio of expectations
 UNEVEN = 2.0  # the prior is used where wrong items stand for so many times more items than right ones
@@ -102,7 +104,7 @@ def _standardised(keys: NDArray[np.float64], weights: NDArray[np.float64]) -> ND
     mean = np.einsum("qn,qn->q", weights, keys)[:, None] / total
     centred = keys - mean
     spread = np.sqrt(np.einsum("qn,qn,qn->q", weights, centred, centred)[:, None] / total)
-    centred /= np.where(spread > 0, spread, 1.0)
+    centred /= unit_spread(spread)
     return centred
 
 
