@@ -220,6 +220,13 @@ def test_k_below_one_is_refused(gallery: Gallery, k: object) -> None:
         gallery.search(QUERIES, k)  # type: ignore[arg-type]
 
 
+def test_k_far_beyond_the_items_is_refused_before_there_is_a_place_for_each(gallery: Gallery) -> None:
+    with pytest.raises(InputError, match=r"k is 1099511627776, and .* has 300 items"):
+        gallery.search(QUERIES, 2**40)
+    found = gallery.search(QUERIES, 5000)
+    assert found.distances.shape[1] == 5000 and {len(ids) for ids in found.ids} == {300}
+
+
 def test_deleting_an_unknown_id_suggests_a_close_one_and_deletes_nothing(gallery: Gallery) -> None:
     with pytest.raises(UnknownNameError, match=r"'item-00444'.*nothing was deleted.*Did you mean 'item-0044'"):
         gallery.delete(["item-0001", "item-00444"])

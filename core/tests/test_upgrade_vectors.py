@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from upgrade_world import item_id, label_of, make_gallery, new_encoder, old_encoder
+from upgrade_world import FakeEncoder, item_id, label_of, make_gallery, new_encoder, old_encoder
 
 from bowerbird.cli import main
 from bowerbird.errors import DataError, InputError, SpaceError
@@ -196,3 +196,27 @@ def test_refs_and_queries_that_cannot_be_used_say_so(files):
         query_vectors(f"vectors:{files / 'asked-old.npy'},{files / 'old.npy'}")
     with Gallery.open(files / "g", readonly=True) as gallery, pytest.raises(SpaceError, match="is not what made space"):
         load_vectors_encoder(f"vectors:{files / 'new.safetensors'}", space=gallery.spaces()[0])
+
+
+def test_query_files_in_the_wrong_order_are_named_where_widths_or_stored_items_show_it(files):
+    asked = f"vectors:{files / 'asked-new.npy'},{files / 'asked-old.npy'}"
+    invoke("run", files / "g", "--to", f"vectors:{files / 'new.safetensors'}", "--strategy", "two-queries",
+           "--stop-at-share", 0.5)  # fmt: skip
+    said = re.sub(r"\s+", " ", invoke("serve", files / "g", "--queries", asked, code=2).stderr)
+    assert "asked-new.npy has vectors of width 24" in said and "vectors:OLD_FILE,NEW_FILE" in said
+    invoke("rollback", files / "g")
+
+    # Of one width: nothing but the stored vectors of queries that are items tells them apart.
+    twin = FakeEncoder("twin", 16, 1.0)
+    items = [item_id(n) for n in range(COUNT)]
+    write(files / "twin.npy", items, twin.vectors(range(COUNT)))
+    invoke("run", files / "g", "--to", f"vectors:{files / 'twin.npy'}", "--strategy", "two-queries",
+           "--stop-at-share", 0.5)  # fmt: skip
+    right = f"vectors:{files / 'old.npy'},{files / 'twin.npy'}"
+    invoke("serve", files / "g", "--queries", right, "--k", 3)
+    for wrong, named in (
+        (f"vectors:{files / 'twin.npy'},{files / 'old.npy'}", "twin.npy has vectors of space"),
+        (f"vectors:{files / 'old.npy'}", "old.npy has vectors of space"),
+    ):
+        said = re.sub(r"\s+", " ", invoke("serve", files / "g", "--queries", wrong, code=2).stderr)
+        assert named in said and "expected in its place" in said

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from bowerbird.upgrade import ItemEncoder, QuerySet, RunReport, UpgradeStatus
     from bowerbird.upgrade.engines import Executor
     from bowerbird.upgrade.saved_plan import SavedPlan
+    from bowerbird.upgrade.vectors_encoder import VectorTable
     from bowerbird.upgrade.worker import Job
 
 
@@ -38,6 +39,8 @@ def load(ref: str, device: str) -> Any:
     return load_encoder(ref, device=device)
 
 
+KNOWN_QUERIES = 64  # queries that are looked up among the items, to see of which space they are
+SAME = 0.999  # cosine above which two vectors of one item are of one encoder
 GAIN_STEP = 0.05  # of the gallery, after which the gain is measured again
 
 
@@ -247,10 +250,47 @@ def what_to_ask(
                 f"{queries!r} names {len(tables)} files, and {gallery.path} has vectors of {len(spaces)} encoders, the "
                 f"oldest first: {listed}. Give one file of each, or that of the newest alone"
             )
-        vectors = {name: table.vectors for name, table in zip(spaces, given, strict=True)}
-        return tuple(tables[0].ids), {"vectors": vectors}
+        asked = dict(zip(spaces, given, strict=True))
+        refuse_other_order(gallery, asked)
+        return tuple(tables[0].ids), {"vectors": {name: table.vectors for name, table in asked.items()}}
 
     return ask
+
+
+def refuse_other_order(gallery: Gallery, queries: Mapping[str, VectorTable]) -> None:
+    """``SpaceError`` where a file of queries is not of the space (fingerprint) for which its place in the list stands.
+
+    Widths tell, and queries that are items of the gallery: their stored vectors are known.
+    """
+    import numpy as np
+
+    from bowerbird.errors import SpaceError
+    from bowerbird.gallery.vectors import unit_vectors
+
+    snapshot = gallery.snapshot()
+    turned = ". The file of the oldest encoder comes first: vectors:OLD_FILE,NEW_FILE" if len(queries) > 1 else ""
+    for name, table in queries.items():
+        space, width = snapshot.spaces[name], table.vectors.shape[1]
+        if width != space.dim:
+            raise SpaceError(
+                f"{table.source} has vectors of width {width}, and queries of space {space} have width {space.dim}"
+                f"{turned}"
+            )
+        items = gallery.get_many(table.ids[:KNOWN_QUERIES])
+        at = {item.num: row for row, item in enumerate(items) if item is not None and item.num < snapshot.num_limit}
+        known = np.array(sorted(at), np.int64)
+        alike = {}
+        for part in snapshot.parts:
+            nums = known[part.contains(known)] if part.space.dim == width else known[:0]
+            if len(nums):
+                rows = unit_vectors(table.vectors[[at[num] for num in nums.tolist()]], width)
+                alike[part.space.fingerprint] = float(np.median((rows * part.vectors_of(nums)).sum(axis=1)))
+        other = max(alike, key=lambda one: alike[one], default=name)
+        if alike.get(name, 0.0) < alike.get(other, 0.0) and alike[other] > SAME:
+            raise SpaceError(
+                f"{table.source} has vectors of space {snapshot.spaces[other]}, as those stored of these items show, "
+                f"and queries of space {space} are expected in its place{turned}"
+            )
 
 
 def as_images(queries: str | None) -> bool:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from bowerbird.gallery.verify import Report
 
 CANARY_ITEMS = 64
+PADDED = 65_536  # results that may be asked for, however few items there are
 Merger = Callable[..., Hits]  # (old, new, k), and background=... where it has `background_items`
 
 
@@ -437,7 +438,7 @@ class Gallery:
                 upgrade needs.
                 A part whose space is not given is searched with queries that registered relations lead to it
                 (``bowerbird.gallery.routing``): mapped by transforms, or as they are where spaces are compatible.
-            k: At least 1.
+            k: At least 1; at most the number of items, or ``PADDED`` where there are fewer.
             where: ``{"key": value}`` or ``{"key": [values]}`` on the metadata; all must hold. The ``k`` nearest among
                 the items
                 that match, in every part.
@@ -457,6 +458,8 @@ class Gallery:
                 return self.search(queries, k, where=where, merger=merger, snapshot=self.snapshot())
             except SnapshotGoneError:
                 snapshot = self.snapshot()
+        if k > max(PADDED, snapshot.live):  # rows have k places, whatever is found
+            raise InputError(f"k is {k}, and {self.path} has {snapshot.live} items; ask for that many at most")
         given = self._queries(snapshot, queries)
         allowed = None if not where else self.storage.allowed(snapshot, where)
         count = len(next(iter(given.values())))
