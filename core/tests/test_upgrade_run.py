@@ -225,6 +225,19 @@ class TestRun:
         assert report.seconds >= 100 / 400
         assert report.rate <= 400
 
+    def test_a_low_rate_commits_pieces_of_large_tasks(self, gallery, monkeypatch):
+        monkeypatch.setattr("bowerbird.upgrade.run.TASK_SECONDS", 0.25)
+        start = time.monotonic()
+        seen = []
+        report = run(
+            gallery, by_item(new_encoder()), strategy=STRATEGY, task_items=300, rate=40,
+            progress=lambda count, now: seen.append(now.new_items) if not count else None,
+            stop=lambda: time.monotonic() - start > 1.6,
+        )  # fmt: skip
+        assert report.reason == "stopped" and report.encoded >= 20
+        assert seen == list(range(10, report.encoded + 1, 10))
+        assert run(gallery, by_item(new_encoder())).share == 1 and gallery.verify().ok
+
     def test_hears_that_it_should_stop_while_it_waits_for_the_rate(self, gallery):
         start = time.monotonic()
         report = run(

@@ -236,8 +236,13 @@ class Store:
             )
             next_epoch(db)
 
-    def lease_task(self, owner: str, lease_s: float = 300.0, *, now: float | None = None) -> Task | None:
+    def lease_task(
+        self, owner: str, lease_s: float = 300.0, *, most: int | None = None, now: float | None = None
+    ) -> Task | None:
         """The next free (or expired) task, leased to ``owner`` for ``lease_s`` seconds.
+
+        Args:
+            most: Lease so many items at most; the rest of a larger task becomes a task of its own, which is next.
 
         Returns ``None`` where the upgrade is paused, over, or every task is done or leased: ``progress`` tells which.
         """
@@ -256,6 +261,9 @@ class Store:
                     return None
                 task, lo, hi, crc, token = row
                 nums = tasks.read_plan(self.plan_folder, db, upgrade.id, lo, hi, crc)
+                if most is not None and len(nums) > most:
+                    tasks.cut(db, task, nums, most)
+                    nums = nums[:most]
                 items = tasks.live_items(db, nums, self.storage.place)
                 if not items:
                     db.execute("UPDATE task SET state = 'done', owner = NULL WHERE id = ?", (task,))

@@ -167,6 +167,15 @@ def read_plan(folder: Path, db: sqlite3.Connection, upgrade: int, lo: int, hi: i
     return nums
 
 
+def cut(db: sqlite3.Connection, task: int, nums: NDArray[np.int64], most: int) -> None:
+    """Make of a task with these numbers two: the first ``most`` stay its own, the others are one that is free."""
+    db.execute(
+        "INSERT INTO task(upgrade, lo, hi, crc) SELECT upgrade, lo + ?, hi, ? FROM task WHERE id = ?",
+        (most, crc_of(nums[most:]), task),
+    )
+    db.execute("UPDATE task SET hi = lo + ?, crc = ? WHERE id = ?", (most, crc_of(nums[:most]), task))
+
+
 def write_durably(file: Path, nums: NDArray[np.int64]) -> None:
     append_durably(file, nums, 0)
     sync_folder(file.parent)

@@ -470,6 +470,32 @@ class StoreContract(Contract):
         assert np.allclose(gallery.vectors_of(names), transform(vectors(names, FIRST)), atol=1e-6)
         assert gallery.search({SECOND.fingerprint: QUERIES[SECOND.fingerprint]}, 50).ids[0]
 
+    def test_of_a_large_task_a_piece_is_leased_and_the_rest_is_next(self, gallery: Gallery) -> None:
+        """Fix: `lease_task(most=...)` makes two tasks of one, and keeps the order of work."""
+        begin(gallery, SECOND, seed=3, task_items=30)
+        whole = gallery.store.lease_task("a")
+        assert whole is not None and len(whole.items) == 30
+        gallery.store.release_task(whole)
+        seen: list[str] = []
+        for number, most in enumerate((7, 7, None)):
+            piece = gallery.store.lease_task(f"worker-{number}", **({} if most is None else {"most": most}))
+            assert piece is not None and len(piece.items) == (16 if most is None else most)
+            seen += [item.id for item in piece.items]
+            gallery.store.commit_task(piece, piece.nums, encode(piece.items, SECOND))
+        assert seen == [item.id for item in whole.items]
+        assert gallery.counts()[SECOND.fingerprint] == 30 and gallery.verify().ok
+        expired = gallery.store.lease_task("slow", 0.001)
+        assert expired is not None
+        time.sleep(0.05)
+        piece = gallery.store.lease_task("next", most=4)
+        assert piece is not None and len(piece.items) == 4
+        with pytest.raises(LeaseLostError):
+            gallery.store.commit_task(expired, expired.nums, encode(expired.items, SECOND))
+        gallery.store.release_task(piece)
+        work(gallery)
+        gallery.store.finish_upgrade(verified=True)
+        assert gallery.counts() == {SECOND.fingerprint: 40} and gallery.verify().ok
+
     def test_no_task_is_in_two_hands(self, gallery: Gallery, url: str) -> None:
         """Fix: leasing is one atomic step, whoever asks."""
         begin(gallery, SECOND)

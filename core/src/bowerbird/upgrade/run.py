@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 LEASE_SECONDS = 120.0
 WATCH_EVERY = 0.05
 STORE_PATIENCE = 300.0  # seconds for which a store may stay away
+TASK_SECONDS = 5.0  # of work in one commit at most, where the rate is limited: what a kill may cost
 IDLE_SECONDS = 0.1  # between two looks, while the rest is in the hands of other workers
 
 
@@ -137,6 +138,11 @@ class Limits:
         searched = now.old_items + now.new_items
         return self.stop_at_share is not None and expected >= self.stop_at_share * searched
 
+    @property
+    def most_at_once(self) -> int | None:
+        """Items to lease at once, however large the tasks are; ``None``: whole tasks."""
+        return None if self.rate is None else max(1, round(self.rate * TASK_SECONDS))
+
     def keep_to_rate(self, done: int, meanwhile: Callable[[], None]) -> None:
         """Wait until ``done`` items are due; ``meanwhile`` is called again and again, and may end it by raising."""
         while self.rate is not None and (wait := self.started + done / self.rate - time.monotonic()) > 0:
@@ -211,7 +217,7 @@ def run(
 
     Args:
         encoder: Of the new space.
-        rate: At most so many items per second.
+        rate: At most so many items per second. Of large tasks, pieces of five seconds are leased and committed.
         stop_after: End once this call has committed so many items (at the end of the task that reaches it).
         stop_at_items: End once so many items of the gallery are in the new space, whoever moved them. Tasks are
             committed whole: the task that reaches it may go beyond, and no other, however many workers there are.
@@ -243,6 +249,8 @@ def run(
         return RunReport(reason="ended", encoded=0, failed=0, seconds=0.0, share=0.0)  # before, or in this moment
     owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(2)}"
     task_items = int(state.settings.get("task_items", 0))
+    pieces = {} if limits.most_at_once is None else {"most": limits.most_at_once}
+    task_items = min(task_items, pieces.get("most", task_items))
     tell = tolerant(progress)
     dead = _TheDead()
     encoded = failed = 0
@@ -253,7 +261,7 @@ def run(
             reason = "stopped" if stop is not None and stop() else limits.reached(encoded, now)
             task = None
             if reason is None and not limits.others_will_reach(now, now.tasks.get("leased", 0), task_items):
-                task = patient(gallery.store.lease_task, owner, LEASE_SECONDS)
+                task = patient(gallery.store.lease_task, owner, LEASE_SECONDS, **pieces)
             if task is not None and limits.of_the_gallery:  # two workers may have seen the same room for one more task
                 earlier = sum(lease.task < task.id for lease in patient(gallery.store.leases))
                 now = patient(_status_after, gallery, now)

@@ -143,10 +143,10 @@ class PostgresStore:
     def resume(self) -> None:
         self.set_state("running")
 
-    def lease_task(self, owner: str, lease_s: float = 300.0) -> Task | None:
+    def lease_task(self, owner: str, lease_s: float = 300.0, *, most: int | None = None) -> Task | None:
         """The next free (or, by the server's clock, expired) task. Workers do not wait for each other."""
         with self.db.writing("lease a task", head=False) as db:
-            return tasks.lease(db, owner, lease_s)
+            return tasks.lease(db, owner, lease_s, most)
 
     def renew(self, task: Task, lease_s: float = 300.0) -> None:
         with self.db.writing("renew a lease", head=False) as db:

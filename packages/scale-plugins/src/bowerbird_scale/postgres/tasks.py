@@ -34,8 +34,11 @@ def require_upgrade(db: Connection) -> UpgradeState:
     return upgrades[-1]
 
 
-def lease(db: Connection, owner: str, lease_s: float) -> Task | None:
-    """The next free or expired task; tasks that another worker is taking at this moment are passed over."""
+def lease(db: Connection, owner: str, lease_s: float, most: int | None = None) -> Task | None:
+    """The next free or expired task; tasks that another worker is taking at this moment are passed over.
+
+    ``most``: of a larger task only so many items, as a task of their own. What is left of it keeps its place.
+    """
     while True:
         row = db.execute(
             "SELECT task.id, task.upgrade, nums, token FROM task JOIN upgrade ON upgrade.id = task.upgrade "
@@ -46,6 +49,14 @@ def lease(db: Connection, owner: str, lease_s: float) -> Task | None:
         if row is None:
             return None
         task, upgrade, nums, token = row
+        if most is not None and len(nums) > most:
+            db.execute(
+                "UPDATE task SET nums = %s, state = 'free', owner = NULL, lease_until = NULL, token = token + 1 "
+                "WHERE id = %s",
+                (nums[most:], task),
+            )
+            nums, token = nums[:most], 0
+            task = db.value("INSERT INTO task(upgrade, nums) VALUES (%s, %s) RETURNING id", (upgrade, nums))
         items = _live_items(db, nums)
         if not items:
             db.execute("UPDATE task SET state = 'done', owner = NULL WHERE id = %s", (task,))
