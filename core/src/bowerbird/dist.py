@@ -137,10 +137,13 @@ def _join_group(backend: str, *, timeout: timedelta | None = None) -> None:
     Its store keeps the addresses of the processes of an attempt that it has ended; one of the next
     attempt that read them would call a process that is gone. So the keys of each attempt have a name of their own.
     """
-    store, rank, world = next(iter(distributed.rendezvous("env://")))
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, world = next(iter(rendezvous("env://")))
     if timeout is not None:
         store.set_timeout(timeout)
-    attempt = distributed.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    attempt = PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     distributed.init_process_group(backend, store=attempt, rank=rank, world_size=world, timeout=timeout)
 
 
