@@ -99,6 +99,32 @@ class TestWorkersElsewhere:
         assert run(gallery, by_item(new_encoder())).share == 1
         assert time.monotonic() - started >= 0.3, "until then its owner may be alive"
 
+    def test_a_run_says_what_it_waits_for(self, gallery, monkeypatch):
+        monkeypatch.setattr("bowerbird.upgrade.run.LEASE_SECONDS", 0.8)
+        monkeypatch.setattr("bowerbird.upgrade.run.TOLD_SECONDS", 0.2)
+        gallery.store.lease_task(ELSEWHERE, 3600)
+        said = f"waiting for the last tasks .*{ELSEWHERE}.* no sign for 0.8 s"
+        with pytest.warns(RuntimeWarning, match=said) as told:
+            assert run(gallery, by_item(new_encoder())).reason == "complete"
+        assert len(told) == 1 and all_new(gallery)
+
+    @pytest.mark.filterwarnings("ignore:the store of:RuntimeWarning")
+    def test_a_lease_whose_answer_was_lost_on_its_way_is_not_waited_for(self, gallery, monkeypatch):
+        lease_task, lost = gallery.store.lease_task, []
+
+        def lose_one_answer(*given, **options):
+            task = lease_task(*given, **options)
+            if task is not None and not lost:
+                lost.append(task.id)
+                raise StoreUnavailableError("the connection was cut")
+            return task
+
+        monkeypatch.setattr(gallery.store, "lease_task", lose_one_answer)
+        began = time.monotonic()
+        report = run(gallery, by_item(new_encoder()))
+        assert report.reason == "complete" and lost and all_new(gallery)
+        assert time.monotonic() - began < 30  # not the two minutes of a lease
+
     def test_a_living_worker_elsewhere_that_renews_its_lease_keeps_its_task(self, gallery, monkeypatch):
         monkeypatch.setattr("bowerbird.upgrade.run.LEASE_SECONDS", 0.5)
         with Gallery.open(gallery.path) as other:

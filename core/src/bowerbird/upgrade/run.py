@@ -33,6 +33,7 @@ LEASE_SECONDS = 120.0
 WATCH_EVERY = 0.05
 STORE_PATIENCE = 300.0  # seconds for which a store may stay away
 TASK_SECONDS = 5.0  # of work in one commit at most, where the rate is limited: what a kill may cost
+TOLD_SECONDS = 10.0  # of waiting for other workers, after which it is said what is waited for
 IDLE_SECONDS = 0.1  # between two looks, while the rest is in the hands of other workers
 
 
@@ -252,7 +253,7 @@ def run(
     pieces = {} if limits.most_at_once is None else {"most": limits.most_at_once}
     task_items = min(task_items, pieces.get("most", task_items))
     tell = tolerant(progress)
-    dead = _TheDead()
+    dead = _TheDead(owner)
     encoded = failed = 0
     watching.first, watching.next = now.share, now.share + (watching.every or 0)
 
@@ -419,14 +420,17 @@ class _TheDead:
 
     A process of this machine is looked up. Of a worker elsewhere only the lease is seen: one that nobody renewed for
     longer than a lease lasts, *by this process's own clock, which nobody can set*, is free. Lease times alone would not
-    do: they are another machine's wall clock, and after a jump back they lie far in the future.
+    do: they are another machine's wall clock, and after a jump back they lie far in the future. A lease of this worker
+    itself, which asks here because it has nothing in hand, is one whose answer was lost on its way: free, too.
 
     Where that is wrong (a worker in another container of the same name), its commit is refused by the fencing token.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, owner: str) -> None:
+        self.owner = owner
         self.host = socket.gethostname()
         self._seen: dict[Lease, float] = {}
+        self._told = False
 
     def free(self, gallery: Gallery) -> None:
         now = time.monotonic()
@@ -435,8 +439,17 @@ class _TheDead:
         for lease in leases:
             name, _, rest = lease.owner.rpartition(":")[0].rpartition(":")
             died_here = name == self.host and rest.isdigit() and not _lives(int(rest))
-            if died_here or now - self._seen[lease] > LEASE_SECONDS:
+            if lease.owner == self.owner or died_here or now - self._seen[lease] > LEASE_SECONDS:
                 gallery.store.free_lease(lease)
+            elif now - self._seen[lease] > TOLD_SECONDS and not self._told:
+                self._told = True
+                warnings.warn(
+                    f"waiting for the last tasks of {gallery.path}, which other workers have in hand (such as "
+                    f"{lease.owner}); one that gives no sign for {LEASE_SECONDS:g} s is given up, and its task is done "
+                    "here",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
 
 
 def _lives(pid: int) -> bool:
