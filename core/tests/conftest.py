@@ -15,6 +15,7 @@ collect_ignore = (
     if find_spec("torch")
     else [
         "test_benchmark.py",
+        "test_benchmark_trained_maps.py",
         "test_commands_of_training.py",
         "test_detect.py",
         "test_encoders.py",

@@ -184,7 +184,7 @@ def test_failed_items_are_listed_and_accepted_only_explicitly(path):
             "no retriever with role 'upgrade' named 'rank-mergee'",
         ),
         (["run", "--to", "fake:new", "--strategy", "two-queries", "--order", "randon"], "Did you mean"),
-        (["run", "--to", "fake:new", "--old", "fake:other"], "foreign encoder"),
+        (["run", "--to", "fake:new", "--old", "fake:other", "--strategy", "two-queries"], "foreign encoder"),
         (["plan", "--to", "fake:new", "--label-key", "nothing"], "keys found: even, label"),
         (["plan", "--to", "fake:new", "--queries", "nowhere"], "there is no such folder"),
         (["plan", "--to", "fake:new", "--strategy", "two-querys"], "Did you mean 'world:two-queries'"),
