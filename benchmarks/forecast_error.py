@@ -5,15 +5,16 @@
 
 Scenarios: ``core:digits`` (principal components of pixels against ridge regression to the classes) and
 ``emoji:styles`` (EfficientNet-Lite0 features: 12 principal components against 128 whitened ones; concepts of the
-gallery and its queries are unseen, four right answers for a query); and the digits with a new encoder that has the old
-one in its first dimensions (``core:compatible``). The plan sees a sample, and fits maps on half of it.
+gallery and its queries are unseen, four right answers for a query); the digits with a new encoder that has the old
+one in its first dimensions (``core:compatible``); and 3,000 pictures of Fashion-MNIST, encoded as the digits are. The
+plan sees a sample, and fits maps on half of it.
 
 Each is planned twice: with one half of the held-out queries, as `--queries` gives them, and without, so that sampled
 items are the queries. The curve is measured on held-out queries that no plan saw.
 
-Two halves of a few hundred queries differ by themselves. Where the plan has queries of its own, the curve is therefore
-measured on those, too: ``sampling`` is the error that a perfect forecast would have (their curve on the whole gallery
-against that of the held-out ones), ``estimate`` what the plan adds to it (its forecast against their curve).
+Two sets of a few hundred queries differ by themselves. The curve is therefore also measured on the whole gallery by
+the queries that the plan was given, or, where it takes items, by all items: ``sampling`` is the error that a perfect
+forecast of that would have (against the curve of the held-out ones), ``estimate`` what the plan adds to it.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from common import write_result
 
 STRATEGIES = ("compat:rank-merge", "compat:adapter", "compat:reverse-transform", "compat:lift")
 PROMISE = 0.03
+MANY = 2000  # items; of more than that a half of this number are the queries that stand for all
 
 
 def components(rows: np.ndarray, count: int, *, whiten: bool = False) -> Any:
@@ -52,8 +54,21 @@ def digits(_: Path | None) -> tuple[Any, ...]:
     from sklearn.datasets import load_digits
 
     loaded = load_digits()
-    x, labels = loaded.data / 16, loaded.target
-    training, items, asked = np.split(np.random.default_rng(0).permutation(len(x)), [300, 1300])
+    return pixels(loaded.data / 16, loaded.target, [300, 1300])
+
+
+@cache
+def fashion(_: Path | None) -> tuple[Any, ...]:
+    from bowerbird.data.fashion_mnist import FashionMnist
+
+    test = FashionMnist.build(None, "test")
+    x, labels = test.images.reshape(-1, 28 * 28)[:5000] / 255, np.asarray(test.labels())[:5000]
+    return pixels(x, labels, [800, 3800])
+
+
+def pixels(x: np.ndarray, labels: np.ndarray, ends: list[int]) -> tuple[Any, ...]:
+    """Old and new vectors of all pictures, labels, and which are the gallery and the held-out queries."""
+    training, items, asked = np.split(np.random.default_rng(0).permutation(len(x)), ends)
     mean, classes = x[training].mean(axis=0), np.eye(10)[labels[training]]
     c = x[training] - mean
     weight = np.linalg.solve(c.T @ c + 10 * np.eye(c.shape[1]), c.T @ (classes - classes.mean(axis=0)))
@@ -120,11 +135,15 @@ def errors(scenario: Any, sample: int, seed: int, features: Path | None, own_que
     def on(queries: np.ndarray) -> Forecaster:
         return Forecaster(
             PairedVectors(
-                old_rows[items], new_rows[items], old_rows[queries], new_rows[queries], labels[items], labels[queries]
+                old_rows[items], new_rows[items], old_rows[queries], new_rows[queries], labels[items], labels[queries],
+                [str(i) for i in items], [str(i) for i in queries],
             )
-        )
+        )  # fmt: skip
 
-    held_out, same = on(asked), None if given is None else on(given)
+    everything = (
+        items if len(items) < MANY else np.random.default_rng([seed, 8]).choice(items, MANY // 2, replace=False)
+    )
+    held_out, same = on(asked), on(everything if given is None else given)
     registry, found = get_registry(), {}
     for curve in made.curves:
         if curve.unavailable or not curve.merger:
@@ -143,15 +162,12 @@ def errors(scenario: Any, sample: int, seed: int, features: Path | None, own_que
                 held, old_part = None, strategy.old_part_queries(asking, old, new, *extra)
             return whole.curve(name, old_part, moved, merger=merger, old_part_vectors=held).area
 
-        true = area(held_out)
-        row = {
+        true, own = area(held_out), area(same)
+        found[f"{name} {curve.merger}"] = {
             "forecast": round(curve.area, 4), "interval": [round(curve.area_interval.low, 4),
             round(curve.area_interval.high, 4)], "measured": round(true, 4), "error": round(curve.area - true, 4),
+            "estimate": round(curve.area - own, 4), "sampling": round(own - true, 4),
         }  # fmt: skip
-        if same is not None:
-            own = area(same)
-            row |= {"estimate": round(curve.area - own, 4), "sampling": round(own - true, 4)}
-        found[f"{name} {curve.merger}"] = row
     return {
         "items": len(items), "sample": sample, "seed": seed, "queries": made.queries, "held_out": len(asked),
         "curves": found, "refused": {c.name: c.unavailable for c in made.curves if c.unavailable},
@@ -170,8 +186,7 @@ def summary(draws: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
             "worst": round(float(abs(e).max()), 4), "within": float((abs(e) <= PROMISE).mean()),
         }  # fmt: skip
         for part in ("estimate", "sampling"):
-            if part in rows[0]:
-                found[name][f"worst_{part}"] = max(abs(row[part]) for row in rows)
+            found[name][f"worst_{part}"] = max(abs(row[part]) for row in rows)
     return found
 
 
@@ -199,6 +214,7 @@ def main() -> None:
 
 SCENARIOS = (
     ("core:digits", digits, 1000), ("core:digits, compatible", compatible, 500), ("emoji:styles", emoji, 1500),
+    ("core:fashion-mnist", fashion, 1500),
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -344,6 +344,32 @@ def panned(r: Mapping[str, Any]) -> list[Row]:
     ]  # fmt: skip
 
 
+def kept(r: Mapping[str, Any]) -> list[Row]:
+    """How often the full test of each promise saw it broken, in how many of what it did."""
+    rows: list[Row] = []
+    for test in r["promises"]:
+        unit = next(unit for unit in ("kills", "rollbacks", "operations", "queries", "items") if unit in test)
+        faults = ("different_galleries", "missing_or_doubled", "changed_at_start", "changed_at_end")
+        count = sum(test.get(fault, 0) for fault in faults)
+        rows.append((f"{test['promise']}: broken", f"{count} times ({test[unit]:,} {unit})", "0", count == 0))
+    return rows
+
+
+def forecasts(r: Mapping[str, Any]) -> list[Row]:
+    rows: list[Row] = []
+    for scenario, found in r["scenarios"].items():
+        curves = found["summary"].values()
+        draws = sum(v["draws"] for v in curves)
+        share = sum(v["within"] * v["draws"] for v in curves) / draws
+        worst = max(v["worst"] for v in curves)
+        rows.append(
+            (f"`plan`'s forecast of the area, against held-out queries: {scenario}",
+             f"within {r['promise']} in {100 * share:.0f} % of {draws:.0f}; worst {worst:.3f}, of the estimate alone "
+             f"{max(v['worst_estimate'] for v in curves):.3f}", f"within {r['promise']}", worst <= r["promise"])
+        )  # fmt: skip
+    return rows
+
+
 ROWS: dict[str, Callable[[Mapping[str, Any]], list[Row]]] = {
     "cli_startup": startup,
     "embed": share("`embed` from JPEG files, against the bare forward pass on ready tensors", "ratio", "limit_ratio"),
@@ -358,6 +384,8 @@ ROWS: dict[str, Callable[[Mapping[str, Any]], list[Row]]] = {
     "scale_growth": memory,
     "upgrade_run": share("`upgrade run`, against the bare encoder on the same files", "ratio_wall", "limit_ratio"),
     "upgrade_workers": workers,
+    "promises": kept,
+    "forecast_error": forecasts,
     "compat_losses": losses,
     "mim_steps": steps,
     "mim_emae": parts,
