@@ -11,12 +11,11 @@ import click
 
 from bowerbird.cli import examples
 from bowerbird.cli.matrix import matrix
-from bowerbird.cli.parts import class_names, images_from, progress_bar, shown_times, times_of
+from bowerbird.cli.parts import SAME_VECTOR, class_names, images_from, progress_bar, shown_times, times_of
 
 if TYPE_CHECKING:
     from bowerbird.gallery import Gallery
 
-SAME_VECTOR = 0.999  # cosine from which a vector is a repetition of another, as the canary has it
 CALL_ITEMS = 50_000  # vectors per call of Gallery.add: bounds memory, and what an interruption repeats
 
 gallery_argument = click.argument("path", type=click.Path(file_okay=False))

@@ -12,6 +12,8 @@ import click
 
 from bowerbird.errors import InputError
 
+SAME_VECTOR = 0.999  # cosine of two vectors of one item by one encoder, at least; as the canary has it
+
 
 def images_from(
     images: Sequence[str], folder: str | None, dataset: str | None, split: str | None, *, videos: bool = False

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bowerbird.cli.parts import shown_times, times_of
+from bowerbird.cli.parts import SAME_VECTOR, shown_times, times_of
 
 if TYPE_CHECKING:
     from bowerbird.gallery import Gallery, Space
@@ -40,7 +40,6 @@ def load(ref: str, device: str) -> Any:
 
 
 KNOWN_QUERIES = 64  # queries that are looked up among the items, to see of which space they are
-SAME = 0.999  # cosine above which two vectors of one item are of one encoder
 GAIN_STEP = 0.05  # of the gallery, after which the gain is measured again
 
 
@@ -286,7 +285,7 @@ def refuse_other_order(gallery: Gallery, queries: Mapping[str, VectorTable]) -> 
                 rows = unit_vectors(table.vectors[[at[num] for num in nums.tolist()]], width)
                 alike[part.space.fingerprint] = float(np.median((rows * part.vectors_of(nums)).sum(axis=1)))
         other = max(alike, key=lambda one: alike[one], default=name)
-        if alike.get(name, 0.0) < alike.get(other, 0.0) and alike[other] > SAME:
+        if alike.get(name, 0.0) < alike.get(other, 0.0) and alike[other] > SAME_VECTOR:
             raise SpaceError(
                 f"{table.source} has vectors of space {snapshot.spaces[other]}, as those stored of these items show, "
                 f"and queries of space {space} are expected in its place{turned}"

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from bowerbird.gallery.part import MARGIN, Part
 from bowerbird.retrieval.faiss_index import FaissIndex
-from bowerbird.retrieval.index import Hits
+from bowerbird.retrieval.index import Hits, in_order
 
 FRESH_ROWS = 1024  # searching so many exactly costs little; beyond, the index takes them in
 TAKEN_AT_ONCE = {"ivf": 8192, "hnsw": 64, "flat": 65_536}  # some ten milliseconds in which nobody searches
@@ -229,5 +229,4 @@ class CoveredPart:
         fresh.distances[few], fresh.ids[few] = np.inf, -1  # the exact search has found these already
         ids, distances = np.hstack([ids, fresh.ids]), np.hstack([distances, fresh.distances])
         order = np.lexsort((ids, distances), axis=1)[:, :k]
-        row = np.arange(len(ids))[:, None]
-        return Hits(ids[row, order], distances[row, order])
+        return Hits(*in_order(order, ids, distances))

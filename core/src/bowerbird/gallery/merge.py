@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bowerbird.errors import InputError, IntegrityError
-from bowerbird.retrieval.index import Hits
+from bowerbird.retrieval.index import Hits, in_order
 
 TIES = ("new_first", "old_first", "lower_id")
 NO_SPREAD = 1e-6  # of cosine distances: no more than the rounding of float32 products
@@ -94,8 +94,8 @@ def merge_parts(
         raise InputError(f"the keys of {distances.shape} hits have shape {sort_by.shape}")
     sort_by = np.where(ids < 0, np.inf, sort_by)
 
-    in_order = np.sort(ids, axis=1)
-    if ((in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] >= 0)).any():
+    by_id = np.sort(ids, axis=1)
+    if ((by_id[:, 1:] == by_id[:, :-1]) & (by_id[:, 1:] >= 0)).any():
         stale = _older_copies(ids, part)
         if duplicates == "raise":
             twice = sorted({int(i) for i in ids[stale]})
@@ -107,8 +107,7 @@ def merge_parts(
     id_key = np.where(ids < 0, np.iinfo(np.int64).max, ids)
     side = part * {"new_first": -1, "old_first": 1, "lower_id": 0}[tie]
     order = np.lexsort((id_key, np.broadcast_to(side, ids.shape), ids < 0, sort_by), axis=1)[:, :size]
-    row = np.arange(len(ids))[:, None]  # a lone query would wait for take_along_axis longer than for the sort
-    ids, distances = ids[row, order], distances[row, order]
+    ids, distances = in_order(order, ids, distances)
     if ids.shape[1] < size:
         missing = size - ids.shape[1]
         ids = np.pad(ids, ((0, 0), (0, missing)), constant_values=-1)

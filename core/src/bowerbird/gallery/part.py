@@ -16,7 +16,7 @@ from bowerbird.errors import MissingExtraError
 from bowerbird.gallery.segments import MappedSegment
 from bowerbird.gallery.space import Space
 from bowerbird.retrieval.faiss_index import load_faiss
-from bowerbird.retrieval.index import Hits, exact_search
+from bowerbird.retrieval.index import Hits, exact_search, in_order
 
 GAP_ROWS = 4096  # a run of dead rows this long is stepped over, a shorter one is masked
 GATHER_SHARE = 0.25  # where fewer rows than this are searched, they are copied together instead of masked
@@ -225,8 +225,8 @@ def rank_exactly(
     distance = np.maximum(1.0 - products.sum(axis=-1), 0.0).astype(np.float32)  # rounding gives -1e-8 for a copy
     distance[nums < 0] = np.inf
     order = np.lexsort((np.where(nums < 0, np.iinfo(np.int64).max, nums), distance), axis=1)[:, :k]
-    row = np.arange(len(nums))[:, None]
-    return nums[row, order], distance[row, order]
+    nums, distance = in_order(order, nums, distance)
+    return nums, distance
 
 
 def _spans(live: NDArray[np.bool_]) -> list[tuple[int, int]]:
